@@ -1,0 +1,64 @@
+"""hf_paged: a paged KV cache for Transformers behind ``attn_implementation="paged"``.
+
+Importing the package registers the implementation:
+
+>>> import hf_paged
+>>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="paged")  # doctest: +SKIP
+>>> model.generate(**inputs)  # doctest: +SKIP
+"""
+
+import torch
+
+from . import binding
+from .config import PagedConfig
+from .errors import BlockError, OutOfBlocksError, PagedError, UnsupportedError
+from .integrations.hooks import disable, enable, is_enabled
+from .stats import Stats, stats
+
+__version__ = "0.1.0"
+__all__ = [
+    "BlockError",
+    "OutOfBlocksError",
+    "PagedConfig",
+    "PagedError",
+    "Stats",
+    "UnsupportedError",
+    "configure",
+    "disable",
+    "enable",
+    "is_enabled",
+    "release",
+    "stats",
+]
+
+
+def configure(model: torch.nn.Module, config: PagedConfig) -> None:
+    """Page `model`'s cache as `config` says, from the next cache on.
+
+    The pool the model has is let go of, as by `release`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    config : PagedConfig
+
+    Raises
+    ------
+    TypeError
+        If `config` is no `PagedConfig`.
+    """
+    if not isinstance(config, PagedConfig):
+        raise TypeError(f"configure takes a PagedConfig, got {type(config).__name__}: hf_paged.PagedConfig(block_size=16)")
+    binding.set_config(model, config)
+    binding.forget_pools(model)
+
+
+def release(model: torch.nn.Module) -> None:
+    """Give the memory of `model`'s pool back to the system; its statistics start anew.
+
+    Caches that are alive stay good: they keep the old pool until they die. The next cache makes a new one.
+    """
+    binding.forget_pools(model)
+
+
+enable()

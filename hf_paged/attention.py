@@ -1,0 +1,163 @@
+"""The "paged" attention function: which calls read the pages, which go dense, and why."""
+
+import sys
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_paged.kernels import ops
+
+from . import binding
+from .errors import UnsupportedError
+from .handle import PagedMask, PagedStates
+
+# Every argument that a model of transformers 5.23 hands to its attention function and that the paths
+# below, or the sdpa and eager functions they call, take into account or may ignore as those do.
+_KNOWN_ARGUMENTS = {
+    "is_causal", "sliding_window", "position_bias", "output_attentions", "s_aux", "sinks", "softcap",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "deterministic",
+}  # fmt: skip
+# Arguments of a model's forward that travel down to the attention function and do not concern it.
+_PASSING_THROUGH = {
+    "use_cache", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep",
+    "num_items_in_batch", "labels", "position_embeddings", "cache_position", "layer_idx", "token_type_ids",
+}  # fmt: skip
+
+
+def paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [batch, num_heads, queries, key_dim]
+    key: torch.Tensor,  # [batch, num_kv_heads, positions, key_dim]
+    value: torch.Tensor,  # [batch, num_kv_heads, positions, value_dim]
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `AttentionInterface` calls for a "paged" model.
+
+    Reads the pages where keys, values and mask come from a paged cache and ask for nothing but causal
+    attention, with or without window, softcap, sinks and padding. Every other call gets what sdpa, or
+    the model's own eager function, computes from the dense tensors.
+
+    Returns
+    -------
+    (output, weights)
+        Output ``[batch, queries, num_heads, value_dim]``; weights only where eager attention gives them.
+
+    Raises
+    ------
+    UnsupportedError
+        If the model passes an attention argument that is not known.
+    """
+    _check_arguments(module, kwargs)
+    if not isinstance(key, PagedStates) and not isinstance(value, PagedStates):
+        return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    obstacle = _obstacle(query, key, value, attention_mask, dropout, kwargs)
+    if obstacle is not None:
+        key, value = (x.dense(obstacle) if isinstance(x, PagedStates) else x for x in (key, value))
+        return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    if key.view.step.start == 0:
+        # Nothing lies in the pages that the new states do not hold: read these, as sdpa does.
+        return _dense(module, query, key.fresh, value.fresh, attention_mask, dropout, scaling, kwargs)
+    return _read_pages(query, key, attention_mask, scaling, kwargs), None
+
+
+def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
+    unknown = [name for name in kwargs.keys() - _KNOWN_ARGUMENTS - _PASSING_THROUGH if kwargs[name] is not None]
+    if unknown:
+        raise UnsupportedError(
+            f'{type(module).__name__} passes {", ".join(sorted(unknown))} to its attention function, which '
+            'attn_implementation="paged" does not know and will not ignore: load the model with "sdpa" or "eager"'
+        )
+
+
+def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:
+    """Why this call cannot read the pages; None if it can."""
+    if not (isinstance(key, PagedStates) and isinstance(value, PagedStates) and key.view is value.view):
+        return "keys and values come from different places"
+    if not isinstance(mask, PagedMask):
+        return "attention without a mask" if mask is None else "a custom attention mask"
+    view, step = key.view, key.view.step
+    if mask.shape[2:] != (step.end - step.start, key.shape[2]) or mask.offset != step.end - key.shape[2]:
+        return "the mask belongs to another layer's window"
+    if query.shape[0] != key.shape[0] or query.shape[2] != step.end - step.start:
+        return "the queries are not the new tokens"
+    if mask.pattern is None or kwargs.get("is_causal") is False:
+        return "the attention pattern is not causal"
+    if view.rows.window is not None and mask.pattern.window != view.rows.window:
+        return "the mask belongs to another layer's window"
+    if kwargs.get("position_bias") is not None:
+        return "position bias"
+    if kwargs.get("output_attentions"):
+        return "output_attentions"
+    if dropout:
+        return "attention dropout"
+    if torch.is_grad_enabled() and query.requires_grad:
+        return "gradients"
+    if not _says_all_in_arguments():
+        return "the model has only an eager attention of its own"
+    return mask.obstacle or ("padding between tokens" if step.has_inner_padding else None)
+
+
+def _says_all_in_arguments() -> bool:
+    """Whether the running model supports fused attention, and so hides nothing in its eager function."""
+    call = binding.current_call()
+    return call is not None and (call.model._supports_sdpa or call.model._supports_flash_attn)
+
+
+def _read_pages(query, key: PagedStates, mask: PagedMask, scaling, kwargs) -> torch.Tensor:
+    view = key.view
+    view.check()
+    storage, reads = view.rows.pool.layers[view.layer], view.step.reads
+    batch, num_heads, positions, head_dim = query.shape
+    tokens = query.transpose(1, 2).reshape(batch * positions, num_heads, head_dim)
+    if reads.query_index is not None:
+        tokens = tokens.index_select(0, reads.query_index)
+    sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
+    out = ops.paged_attention(
+        tokens,
+        storage.key_cache,
+        storage.value_cache,
+        reads.block_tables,
+        reads.context_lens,
+        reads.cu_seqlens_q,
+        head_dim**-0.5 if scaling is None else scaling,
+        mask.pattern.window,
+        kwargs.get("softcap"),
+        sinks,
+    )
+    view.sequences.pool.page_reads += 1
+    if reads.query_index is not None:
+        packed, out = out, out.new_zeros(batch * positions, num_heads, out.shape[-1])
+        out.index_copy_(0, reads.query_index, packed)
+    return out.view(batch, positions, num_heads, -1)
+
+
+def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over dense tensors, by the function the model would use without us."""
+    call = binding.current_call()
+    fused = call is None or call.model._supports_sdpa
+    extras = (kwargs.get(name) for name in ("softcap", "s_aux", "sinks"))
+    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    wants_eager = not fused or kwargs.get("output_attentions") or any(extra is not None for extra in extras)
+    if eager is None or not wants_eager:
+        mask = mask.sdpa() if isinstance(mask, PagedMask) else mask
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    mask = _additive(module, query, key, mask, kwargs)
+    return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _additive(module, query, key, mask, kwargs) -> torch.Tensor | None:
+    """The mask as eager attention wants it: zero where a query sees a key, else the dtype's minimum."""
+    if isinstance(mask, PagedMask):
+        mask = mask.dense("eager attention")
+    queries, positions = query.shape[2], key.shape[2]
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and is_causal and queries > 1:  # sdpa's reading of None.
+        mask = torch.ones(queries, positions, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+    return torch.where(mask, zero, torch.finfo(query.dtype).min)

@@ -1,0 +1,133 @@
+"""Which model is running on this thread, and which pool is whose.
+
+A cache learns its model when the first states arrive: from the call under way, never from the config,
+which two models may share. Forward hooks on the "paged" models keep the stack of calls.
+"""
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .config import PagedConfig
+from .kv_pool import KVPool
+from .sequences import Sequences
+
+_HOOKS = "_hf_paged_hooks"
+_pools: "weakref.WeakKeyDictionary[PreTrainedModel, KVPool]" = weakref.WeakKeyDictionary()
+_configs: "weakref.WeakKeyDictionary[PreTrainedModel, PagedConfig]" = weakref.WeakKeyDictionary()
+_registry_lock = threading.Lock()
+
+
+@dataclass
+class Call:
+    """One forward of a paged model, while it runs."""
+
+    model: PreTrainedModel
+    inputs: dict[str, Any]
+
+
+@dataclass
+class MaskRequest:
+    """A paged layer was asked for its mask sizes: the mask function that comes next belongs to it."""
+
+    sequences: "weakref.ref[Sequences]"
+    layer: int
+    sizes: tuple[int, int, int]  # query length, kv length, kv offset
+
+
+class _ThreadState(threading.local):
+    def __init__(self):
+        self.calls: list[Call] = []
+        self.mask_request: MaskRequest | None = None
+
+
+_thread = _ThreadState()
+
+
+def current_call() -> Call | None:
+    """The innermost forward of a paged model that runs on this thread."""
+    return _thread.calls[-1] if _thread.calls else None
+
+
+def request_mask(sequences: Sequences, layer: int, sizes: tuple[int, int, int]) -> None:
+    """Announce to the mask function, on this thread, which cache its next mask is for."""
+    _thread.mask_request = MaskRequest(weakref.ref(sequences), layer, sizes)
+
+
+def take_mask_request(sizes: tuple[int, int, int]) -> tuple[Sequences, int] | None:
+    """The cache and layer a mask of these sizes is for, if a paged layer was just asked for them."""
+    request, _thread.mask_request = _thread.mask_request, None
+    if request is None or request.sizes != sizes:
+        return None
+    sequences = request.sequences()
+    return None if sequences is None else (sequences, request.layer)
+
+
+def track(model: PreTrainedModel) -> None:
+    """Keep `model`'s forwards on the stack of calls. Idempotent."""
+    if _HOOKS not in model.__dict__:
+        hooks = (
+            model.register_forward_pre_hook(_enter, with_kwargs=True),
+            model.register_forward_hook(_leave, always_call=True),
+        )
+        model.__dict__[_HOOKS] = hooks
+
+
+def untrack(model: PreTrainedModel) -> None:
+    """Undo `track`. Idempotent."""
+    for hook in model.__dict__.pop(_HOOKS, ()):
+        hook.remove()
+
+
+def _enter(model, args, kwargs):
+    if not torch.compiler.is_compiling():
+        _thread.mask_request = None
+        _thread.calls.append(Call(model, {**dict(enumerate(args)), **kwargs}))
+
+
+def _leave(model, args, output):
+    if torch.compiler.is_compiling():
+        return
+    _thread.mask_request = None
+    # A call that raised before its own hook ran must not stay on the stack.
+    while _thread.calls and _thread.calls.pop().model is not model:
+        pass
+
+
+def pool_of(model: PreTrainedModel) -> KVPool:
+    """The pool of a model that runs, made at first use."""
+    with _registry_lock:
+        if model not in _pools:
+            _pools[model] = KVPool(_configs.get(model, PagedConfig()))
+        return _pools[model]
+
+
+def pools_under(model: torch.nn.Module) -> list[KVPool]:
+    """Every pool of `model` and of the models inside it (the decoder owns the pool)."""
+    with _registry_lock:
+        return [_pools[module] for module in model.modules() if module in _pools]
+
+
+def forget_pools(model: torch.nn.Module) -> None:
+    """Let go of the pools under `model`; caches that are alive keep theirs until they die."""
+    with _registry_lock:
+        for module in model.modules():
+            _pools.pop(module, None)
+
+
+def set_config(model: torch.nn.Module, config: PagedConfig) -> None:
+    """Use `config` for the pools made from now on under `model`."""
+    with _registry_lock:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                _configs[module] = config
+
+
+def config_of(model: torch.nn.Module) -> PagedConfig:
+    """The config that a pool made now under `model` would get."""
+    with _registry_lock:
+        return next((_configs[module] for module in model.modules() if module in _configs), PagedConfig())

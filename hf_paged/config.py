@@ -1,0 +1,79 @@
+"""The one configuration object, and how a memory budget becomes bytes."""
+
+import re
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_DEFAULT_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class PagedConfig:
+    """How a model's KV cache is paged. Immutable; validated when it is made.
+
+    Parameters
+    ----------
+    block_size : int
+        Tokens a block holds: a power of two, at least 4. Small blocks waste less and share more,
+        large ones are read faster.
+    memory_budget : int, str or None
+        Bytes of KV that the model's blocks may take ("512MiB", "2GB" and plain byte counts are
+        understood). ``None``: a quarter of the memory that is available on the device when the pool
+        is made. Memory is touched block by block as tokens arrive, so an unused budget costs nothing.
+
+    Examples
+    --------
+    >>> PagedConfig(block_size=16, memory_budget="1GiB").memory_budget
+    '1GiB'
+    """
+
+    block_size: int = 32
+    memory_budget: int | str | None = None
+
+    def __post_init__(self):
+        size = self.block_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 4 or size & (size - 1):
+            raise ValueError(f"block_size must be a power of two, at least 4; got {size!r}: try 16, 32 or 64")
+        parse_bytes(self.memory_budget)
+
+    def budget_bytes(self, device: torch.device) -> int:
+        """The budget in bytes for a pool that is made now on `device`."""
+        stated = parse_bytes(self.memory_budget)
+        return stated if stated is not None else int(available_memory(device) * _DEFAULT_SHARE)
+
+
+def parse_bytes(amount: int | str | None) -> int | None:
+    """Turn ``"1.5GiB"``, ``1024`` or ``None`` into bytes (or ``None``).
+
+    Raises
+    ------
+    ValueError
+        If the amount is no positive number of bytes.
+    """
+    if amount is None:
+        return None
+    if isinstance(amount, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", amount)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f'memory_budget must be bytes or a text such as "512MiB" or "2GB"; got {amount!r}')
+        amount = int(float(match[1]) * _UNITS[match[2].upper()])
+    if not isinstance(amount, int) or isinstance(amount, bool) or amount <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes; got {amount!r}: leave it out for the default")
+    return amount
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a new allocation on `device` could get now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def physical_memory(device: torch.device) -> int:
+    """All the bytes of memory that `device` has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total

@@ -1,0 +1,30 @@
+"""The exceptions a user of hf_paged can meet."""
+
+
+class PagedError(Exception):
+    """Base class of every error that hf_paged raises on purpose."""
+
+
+class OutOfBlocksError(PagedError, RuntimeError):
+    """The block pool cannot serve an allocation. Nothing was allocated.
+
+    Attributes
+    ----------
+    needed, free, total : int
+        Blocks asked for, blocks available (free or evictable), blocks in the pool.
+    """
+
+    def __init__(self, needed: int, free: int, total: int):
+        self.needed, self.free, self.total = needed, free, total
+        super().__init__(
+            f"needs {needed} blocks, {free} of {total} are free: lower the batch or the context, "
+            "or raise memory_budget with hf_paged.configure(model, hf_paged.PagedConfig(memory_budget=...))"
+        )
+
+
+class BlockError(PagedError, ValueError):
+    """A block was freed twice, or used after it was freed."""
+
+
+class UnsupportedError(PagedError, ValueError):
+    """A request that pages cannot serve and for which no equal dense path exists."""

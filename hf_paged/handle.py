@@ -1,0 +1,137 @@
+"""Lazy tensors: KV states and masks that stay pages until an operation wants them dense.
+
+`PagedStates` is what a paged layer returns from `update`, `PagedMask` what the mask function returns.
+Both report the dense shape and own no storage. The paged attention function takes the pages from them;
+any other operation that touches them gets the dense tensor, so a model that does something else with its
+keys, values or masks is still right.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from .sequences import GroupRows, Sequences
+from .step import Step
+
+
+class LazyTensor(torch.Tensor):
+    """A tensor without storage that becomes dense when an operation touches it."""
+
+    def dense(self, reason: str) -> torch.Tensor:
+        """The dense tensor; `reason` says who wants it."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable and args and isinstance(args[0], LazyTensor):
+            raise RuntimeError(
+                f"{func} would change a paged tensor in place, and the change would be lost: "
+                "clone it first, or use another attn_implementation"
+            )
+        reason = f"the model applies {func.overloadpacket} to it"
+        args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy.dense(reason), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class PageView:
+    """The pages of one layer as one `update` left them."""
+
+    sequences: Sequences
+    rows: GroupRows
+    step: Step
+    layer: int
+    version: int
+
+    def check(self) -> None:
+        """Refuse to be read after the cache has changed."""
+        if self.version != self.sequences.version:
+            raise RuntimeError(
+                "keys or values that a paged cache returned earlier are read after the cache has changed: "
+                "clone them before the next update, crop or reordering"
+            )
+
+
+class PagedStates(LazyTensor):
+    """Keys or values ``[batch, num_kv_heads, positions, head_dim]`` that lie in pages.
+
+    Holds its `Sequences` (and so their blocks) alive; own it for one forward only.
+
+    Attributes
+    ----------
+    view : PageView
+        Shared by the keys and the values of one update.
+    fresh : torch.Tensor
+        The states this update appended.
+    """
+
+    view: PageView
+    fresh: torch.Tensor
+    is_key: bool
+
+    @staticmethod
+    def __new__(cls, view: PageView, fresh: torch.Tensor, is_key: bool, visible: int) -> "PagedStates":
+        batch, heads, _, dim = fresh.shape
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, (batch, heads, visible, dim), dtype=fresh.dtype, device=fresh.device
+        )
+        self.view, self.fresh, self.is_key = view, fresh, is_key
+        return self
+
+    def __repr__(self):
+        return f"PagedStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.view.layer})"
+
+    def dense(self, reason: str) -> torch.Tensor:
+        if self.view.step.start == 0:  # Nothing came before: the fresh states are all there is.
+            return self.fresh
+        self.view.check()
+        sequences, step = self.view.sequences, self.view.step
+        sequences.pool.gathers[reason] += 1
+        return sequences.gather(self.view.layer, self.is_key, step.end - self.shape[2], step.end)
+
+
+@dataclass(frozen=True)
+class MaskPattern:
+    """What a causal mask allows: the last `window` tokens, or all of them if None."""
+
+    window: int | None
+
+
+class PagedMask(LazyTensor):
+    """The 4D mask ``[batch, 1, queries, positions]`` of a forward over a paged cache.
+
+    Attributes
+    ----------
+    pattern : MaskPattern or None
+        None if the mask is more than causal, windowed and padded.
+    obstacle : str or None
+        Why the pages cannot serve it although the pattern is known.
+    offset : int
+        Position of the first column.
+    """
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        make: Callable[[bool], torch.Tensor | None],
+        pattern: MaskPattern | None,
+        obstacle: str | None,
+        offset: int,
+    ) -> "PagedMask":
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        self._make, self.pattern, self.obstacle, self.offset = make, pattern, obstacle, offset
+        return self
+
+    def __repr__(self):
+        return f"PagedMask(shape={tuple(self.shape)}, pattern={self.pattern})"
+
+    def sdpa(self) -> torch.Tensor | None:
+        """The mask as sdpa would have got it: None where `is_causal` says it all."""
+        return self._make(True)
+
+    def dense(self, reason: str) -> torch.Tensor:
+        return self._make(False)

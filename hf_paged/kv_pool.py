@@ -1,0 +1,117 @@
+"""KVPool: all the KV memory of one model, and the attention groups it is divided into."""
+
+import threading
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import logging
+
+from hf_paged.kernels import ops
+
+from .config import PagedConfig, physical_memory
+from .errors import OutOfBlocksError
+from .pool import BlockPool
+from .storage import KVStorage
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupKey:
+    """What layers must have in common to share block tables."""
+
+    window: int | None  # Sliding window in tokens; None: full attention.
+    dtype: torch.dtype
+    device: torch.device
+
+
+class GroupPool:
+    """The blocks of one attention group: ids in a `BlockPool`, and the tensors of its layers.
+
+    A block id names one block in each layer of the group.
+    """
+
+    def __init__(self, key: GroupKey, config: PagedConfig, bytes_per_block: int):
+        self.key = key
+        self.budget_blocks = max(1, config.budget_bytes(key.device) // bytes_per_block)
+        # Address space past the budget: a call that cannot wait may exceed it rather than fail.
+        self.capacity = max(self.budget_blocks, physical_memory(key.device) // bytes_per_block)
+        self.blocks = BlockPool(self.budget_blocks, config.block_size)
+        self.layers: dict[int, KVStorage] = {}
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVStorage:
+        """Storage of layer `index`, made for states ``[batch, num_kv_heads, tokens, head_dim]`` if new."""
+        if index not in self.layers:
+            self.layers[index] = KVStorage(
+                key.shape[1], key.shape[3], value.shape[3], self.blocks.block_size, key.dtype, key.device, self.capacity
+            )
+        return self.layers[index]
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """As `BlockPool.allocate`; past the budget the pool grows, with one warning.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the memory of the device cannot hold them.
+        """
+        try:
+            return self.blocks.allocate(num_blocks)
+        except OutOfBlocksError as error:
+            total = self.blocks.total_blocks
+            extra = num_blocks - error.free
+            if total + extra > self.capacity:
+                raise
+            logger.warning_once(
+                f"hf_paged: a call needs {total + extra} blocks and memory_budget holds {self.budget_blocks}; the pool "
+                "exceeds its budget for this call. Lower the batch, or raise memory_budget with hf_paged.configure."
+            )
+            self.blocks.grow(extra)
+            return self.blocks.allocate(num_blocks)
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy (source, destination) blocks in every layer: the copy of copy-on-write."""
+        if not copies:
+            return
+        source, destination = torch.tensor(copies, device=self.key.device).unbind(1)
+        for storage in self.layers.values():
+            storage.ensure(self.blocks.high_water)
+            ops.copy_blocks(storage.key_cache, storage.value_cache, source, destination)
+
+
+class KVPool:
+    """The blocks of one model (of its decoder), shared by every cache of that model.
+
+    Owns the storage; caches own the blocks they use and give them back when they die. Every mutation
+    happens under `lock`, and storage grows only before a step writes to it.
+
+    Parameters
+    ----------
+    config : PagedConfig
+    """
+
+    def __init__(self, config: PagedConfig):
+        self.config = config
+        self.lock = threading.RLock()
+        self.groups: dict[GroupKey, GroupPool] = {}
+        self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `Sequences`, for statistics and checks.
+        self.page_reads = 0
+        self.gathers: Counter[str] = Counter()
+
+    def group(self, group_key: GroupKey, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> GroupPool:
+        """The group of that key; sized at its first use from one layer's states and the model's layer count."""
+        if group_key not in self.groups:
+            elements = key.shape[1] * (key.shape[3] + value.shape[3])
+            bytes_per_block = elements * self.config.block_size * key.dtype.itemsize * num_layers
+            self.groups[group_key] = GroupPool(group_key, self.config, bytes_per_block)
+        return self.groups[group_key]
+
+    def check_integrity(self) -> None:
+        """Check ``free + cached + used == total`` and that the live block tables own what is used."""
+        with self.lock:
+            for key, group in self.groups.items():
+                group.blocks.check_integrity(
+                    table.blocks for cache in self.caches for table in cache.tables_in(key)
+                )

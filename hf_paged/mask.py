@@ -1,0 +1,98 @@
+"""The "paged" mask function: learns where the padding is, and makes no mask unless somebody wants one."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from transformers import masking_utils
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from . import binding
+from .handle import MaskPattern, PagedMask
+
+
+def paged_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> torch.Tensor | None:
+    """What `AttentionMaskInterface` calls for a "paged" model, with the arguments of `sdpa_mask`.
+
+    Returns
+    -------
+    torch.Tensor or None
+        A `PagedMask` if the mask is for a paged cache; sdpa's own mask in every other case.
+    """
+    device = torch.device(device)
+
+    def make(may_skip: bool) -> torch.Tensor | None:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip and may_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip and may_skip,
+            device=device,
+            **kwargs,
+        )
+
+    if torch.compiler.is_compiling():
+        return make(True)
+    request = binding.take_mask_request((q_length, kv_length, kv_offset))
+    if request is None:
+        return make(True)
+    sequences, layer = request
+    if q_offset != sequences.length(layer):
+        return make(True)
+    obstacle = sequences.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
+    if sequences.deferred:
+        return make(True)
+    pattern = causal_pattern(mask_function)
+    if pattern is not None and pattern.window is not None and not sequences.padding.left:
+        obstacle = obstacle or "padding inside a row changes distances in the sliding window"
+    return PagedMask((batch_size, 1, q_length, kv_length), device, make, pattern, obstacle, kv_offset)
+
+
+def causal_pattern(mask_function: Callable) -> MaskPattern | None:
+    """Recognise a causal mask, with or without a sliding window; None for anything else.
+
+    The mask function is all that a model says about its attention pattern, so it is read rather than
+    trusted: transformers' own closures are known by name, and one unknown part makes the whole unknown.
+    """
+    if mask_function is causal_mask_function:
+        return MaskPattern(None)
+    if _is_made_by(mask_function, "and_masks.<locals>.and_mask"):
+        parts = [causal_pattern(part) or _window_pattern(part) for part in _closure(mask_function)["mask_functions"]]
+        if None in parts or causal_mask_function not in _closure(mask_function)["mask_functions"]:
+            return None
+        windows = [part.window for part in parts if part.window is not None]
+        return MaskPattern(min(windows, default=None))
+    return None
+
+
+def _window_pattern(mask_function: Callable) -> MaskPattern | None:
+    if _is_made_by(mask_function, "sliding_window_overlay.<locals>.inner_mask"):
+        return MaskPattern(_closure(mask_function)["sliding_window"])
+    return None
+
+
+def _is_made_by(function: Callable, qualname: str) -> bool:
+    if isinstance(function, functools.partial):
+        return False
+    return getattr(function, "__module__", None) == masking_utils.__name__ and function.__qualname__ == qualname
+
+
+def _closure(function: Callable) -> dict:
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))

@@ -1,0 +1,279 @@
+"""Sequences: the rows of one cache, shared by all its paged layers.
+
+transformers' cache is a list of layers, each told on its own to append, crop or reorder. Their tokens lie
+at the same slots, so the tables are kept here, once an attention group; the first layer to be told does
+the work and its siblings find it done.
+"""
+
+import torch
+
+from .block_table import BlockTable, make_writable
+from .kv_pool import GroupKey, GroupPool, KVPool
+from .padding import Padding
+from .step import Step
+
+
+class GroupRows:
+    """The block tables of one attention group, one a row, and how far each layer of it has come."""
+
+    def __init__(self, pool: GroupPool, batch_size: int):
+        self.pool = pool
+        self.tables = [BlockTable(pool.blocks) for _ in range(batch_size)]
+        self.lengths: dict[int, int] = {}  # layer index -> positions it has seen
+        self.step: Step | None = None
+
+    @property
+    def length(self) -> int:
+        return max(self.lengths.values(), default=0)
+
+    @property
+    def window(self) -> int | None:
+        return self.pool.key.window
+
+
+class Sequences:
+    """Rows of one cache: their block tables, and which positions of the dense rectangle they store.
+
+    Owns the blocks of its tables; they return to the pool when the last layer or handle lets go of it.
+    Positions count as in the dense cache (pads included); tokens count what is stored.
+
+    Parameters
+    ----------
+    born_in_forward : bool
+        Whether a model's own forward made the cache. Nobody may ever read it again (a log-likelihood
+        pass), so nothing is stored until somebody does.
+    """
+
+    def __init__(self, born_in_forward: bool = False):
+        self.pool: KVPool | None = None
+        self.num_layers = 0
+        self.groups: dict[GroupKey, GroupRows] = {}
+        self.padding = Padding()
+        self.twins: list[int] | None = None  # For each row the first row with the same input.
+        self.batch_size: int | None = None
+        self.epoch = 0  # Reorderings so far.
+        self.version = 0  # Changes so far; a handle from before the last one is stale.
+        self.deferred = born_in_forward
+        self._held: dict[int, tuple[int | None, torch.Tensor, torch.Tensor]] = {}
+        self._last_selection: list[int] | None = None
+        self._last_batch_size: int | None = None
+        self.record_past = False  # Keep blocks that left the window until the next crop.
+
+    def __del__(self):
+        for rows in self.groups.values():
+            for table in rows.tables:
+                # A finalizer may run inside the pool's own methods, on any thread: queue, do not free.
+                table.pool.give_back(table.blocks)
+
+    def __deepcopy__(self, memo) -> "Sequences":
+        """A second cache over the same blocks (the documented prompt-reuse idiom): copied on write."""
+        twin = Sequences()
+        memo[id(self)] = twin
+        twin.num_layers, twin.epoch, twin.batch_size = self.num_layers, self.epoch, self.batch_size
+        twin._last_selection, twin._last_batch_size = self._last_selection, self._last_batch_size
+        twin.padding, twin.twins, twin.record_past = self.padding.copy(), self.twins, self.record_past
+        twin.deferred, twin._held = self.deferred, dict(self._held)
+        if self.pool is not None:
+            with self.pool.lock:
+                for key, rows in self.groups.items():
+                    twin.groups[key] = copy = GroupRows(rows.pool, 0)
+                    copy.tables = [table.fork() for table in rows.tables]
+                    copy.lengths = dict(rows.lengths)
+                twin.bind(self.pool)
+        return twin
+
+    def bind(self, pool: KVPool) -> None:
+        """Tie this cache to its model's pool, for life."""
+        if self.pool is None:
+            self.pool = pool
+            pool.caches.add(self)
+
+    def tables_in(self, key: GroupKey) -> list[BlockTable]:
+        return self.groups[key].tables if key in self.groups else []
+
+    def hold(self, layer: int, window: int | None, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep a layer's first states as they are; `store_held` stores them once somebody comes back."""
+        self._held[layer] = (window, key, value)
+
+    def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values that layer `layer` holds outside the pages, if it does."""
+        return self._held[layer][1:] if layer in self._held else None
+
+    def store_held(self) -> None:
+        """Move what `hold` kept into pages: the cache is read again after all."""
+        self.deferred = False
+        for layer, (window, key, value) in sorted(self._held.items()):
+            self.append(layer, window, key, value)
+        self._held.clear()
+
+    def append(
+        self,
+        layer: int,
+        window: int | None,
+        key: torch.Tensor,  # [batch, num_kv_heads, positions, key_dim]
+        value: torch.Tensor,  # [batch, num_kv_heads, positions, value_dim]
+    ) -> tuple[GroupRows, Step]:
+        """Store the new states of one layer; pads are left out, rows with the same input are stored once.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the blocks do not fit in memory; nothing was stored.
+        ValueError
+            If the batch size is not that of the cache.
+        """
+        with self.pool.lock, torch.no_grad():
+            rows = self._rows(layer, window, key, value)
+            start = rows.lengths.get(layer, 0)
+            end = start + key.shape[2]
+            if rows.step is None or (rows.step.start, rows.step.end) != (start, end):
+                rows.step = self._begin_step(rows, start, end)
+            storage = rows.pool.layer(layer, key, value)
+            storage.ensure(rows.pool.blocks.high_water)
+            rows.step.write(storage, key, value)
+            rows.lengths[layer] = end
+            return rows, rows.step
+
+    def _rows(self, layer, window, key, value) -> GroupRows:
+        if self.batch_size not in (None, key.shape[0]):
+            raise ValueError(
+                f"the cache holds {self.batch_size} rows and got states for {key.shape[0]}: "
+                "pass as many rows as before, or call cache.batch_repeat_interleave or batch_select_indices first"
+            )
+        self.batch_size = key.shape[0]
+        group_key = GroupKey(window, key.dtype, key.device)
+        if group_key not in self.groups:
+            pool = self.pool.group(group_key, key, value, self.num_layers)
+            self.groups[group_key] = GroupRows(pool, self.batch_size)
+        return self.groups[group_key]
+
+    def _begin_step(self, rows: GroupRows, start: int, end: int) -> Step:
+        """Make room for positions ``start .. end - 1`` in every row: all rows or none."""
+        self.version += 1
+        first, last = (self.padding.tokens_before(at, self.batch_size) for at in (start, end))
+        twins = self.twins if start == 0 and rows.length == 0 else None
+        if rows.window is not None and not self.record_past:
+            self._slide(rows, first, last)
+        owners = range(self.batch_size) if twins is None else sorted(set(twins))
+        tables = [rows.tables[row] for row in owners]
+        writes = {row: max(first[row], rows.tables[row].base) for row in owners}
+        ranges = [(token, last[row]) for row, token in writes.items()]
+        copies = make_writable(tables, ranges, rows.pool.allocate)
+        rows.pool.copy_blocks(copies)
+        if twins is not None:
+            for row, twin in enumerate(twins):
+                if twin != row:
+                    rows.tables[row] = rows.tables[twin].fork()
+        valid = self.padding.valid_in(start, end)
+        return Step(list(rows.tables), start, end, first, last, writes, valid, rows.pool.key.device)
+
+    @staticmethod
+    def _slide(rows: GroupRows, first: list[int], last: list[int]) -> None:
+        """Free the blocks that left the window; skip prompt tokens that no later step can see."""
+        reach = rows.window - 1
+        for table, seen, total in zip(rows.tables, first, last):
+            if rows.length > 0:
+                table.evict_before(seen - reach)
+            elif total > reach:
+                table.start_at(total - reach)
+
+    def truncate(self, layer: int, window: int | None, removed: int) -> None:
+        """Forget the last `removed` positions of one layer; blocks go with the last layer that forgets them."""
+        rows = self._rows_of(layer)
+        with self.pool.lock:
+            self.version += 1
+            rows.step = None
+            rows.lengths[layer] = max(0, rows.lengths[layer] - removed)
+            # Its siblings may not have been told yet: keep what the longest and the shortest of them need.
+            kept = self.padding.tokens_before(rows.length, self.batch_size)
+            seen = self.padding.tokens_before(min(rows.lengths.values()), self.batch_size)
+            for table, last, first in zip(rows.tables, kept, seen):
+                if last < table.num_tokens:
+                    table.truncate(last)
+                if window is not None:
+                    table.evict_before(first - (window - 1))
+            self.padding.truncate(max(group.length for group in self.groups.values()))
+
+    def select(self, epoch: int, indices: torch.Tensor) -> None:
+        """Make row ``i`` what row ``indices[i]`` is now. Tables are copied, tokens never.
+
+        Every layer calls it with its own count of reorderings; the first does it.
+        """
+        # As an index of the batch dimension: a bool mask and negative numbers are good, too.
+        rows = torch.arange(self.batch_size_at(epoch))[torch.as_tensor(indices, device="cpu")].tolist()
+        if epoch <= self.epoch:
+            assert epoch < self.epoch or rows == self._last_selection, "layers of one cache were reordered differently"
+            return
+        with self.pool.lock:
+            self.version += 1
+            self.epoch, self._last_selection = epoch, rows
+            self._last_batch_size, self.batch_size = self.batch_size, len(rows)
+            for group in self.groups.values():
+                group.step = None
+                old, group.tables = group.tables, [group.tables[row].fork() for row in rows]
+                for table in old:
+                    table.release()
+            self.padding.select(rows)
+
+    def batch_size_at(self, epoch: int) -> int:
+        """Rows before reordering number `epoch`, the last or the next."""
+        return self.batch_size if epoch > self.epoch else self._last_batch_size
+
+    def gather(self, layer: int, is_key: bool, start: int, end: int) -> torch.Tensor:
+        """Copy positions ``start .. end - 1`` of one layer out of the pages; padding is zeros.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[batch, num_kv_heads, end - start, head_dim]``
+
+        Raises
+        ------
+        RuntimeError
+            If some of these positions left the window.
+        """
+        rows = self._rows_of(layer)
+        storage = rows.pool.layers[layer]
+        cache = storage.key_cache if is_key else storage.value_cache
+        dense = cache.new_zeros(self.batch_size, cache.shape[1], end - start, cache.shape[3])
+        first, last = (self.padding.tokens_before(at, self.batch_size) for at in (start, end))
+        valid = self.padding.valid_in(start, end)
+        for row, table in enumerate(rows.tables):
+            if first[row] == last[row]:
+                continue
+            if first[row] < table.base:
+                raise RuntimeError("positions that left the sliding window are read: they are not stored any more")
+            size = table.pool.block_size
+            blocks = table.blocks[(first[row] - table.base) // size : -(-(last[row] - table.base) // size)]
+            index = torch.tensor(blocks, dtype=torch.long, device=cache.device)
+            tokens = cache[index].transpose(0, 1).flatten(1, 2)  # [num_kv_heads, tokens, head_dim]
+            tokens = tokens[:, first[row] % size :][:, : last[row] - first[row]]
+            if valid is None:
+                dense[row] = tokens
+            else:
+                dense[row][:, valid[row]] = tokens
+        return dense
+
+    def drop_layer(self, layer: int) -> None:
+        """Forget all that one layer stored."""
+        self._held.pop(layer, None)
+        for rows in self.groups.values():
+            rows.lengths.pop(layer, None)
+            if not rows.lengths:
+                with self.pool.lock:
+                    self.version += 1
+                    rows.step = None
+                    for table in rows.tables:
+                        table.release()
+        if not self._held and not any(rows.lengths for rows in self.groups.values()):
+            self.groups.clear()
+            self.padding, self.twins, self.batch_size = Padding(), None, None
+
+    def length(self, layer: int) -> int:
+        """Positions that layer `layer` has seen here; 0 if it has none."""
+        if layer in self._held:
+            return self._held[layer][1].shape[2]
+        return max((rows.lengths.get(layer, 0) for rows in self.groups.values()), default=0)
+
+    def _rows_of(self, layer: int) -> GroupRows:
+        return next(rows for rows in self.groups.values() if layer in rows.lengths)

@@ -1,0 +1,78 @@
+"""The tensors behind the block ids: one K and one V tensor for each attention layer."""
+
+import mmap
+
+import torch
+
+from .errors import PagedError
+
+
+class KVStorage:
+    """Keys and values of one attention layer, ``[num_blocks, num_kv_heads, block_size, head_dim]``.
+
+    On the CPU the whole capacity is reserved once as virtual memory: addresses never move, and a page
+    costs nothing until a token is written to it. Elsewhere the tensors grow by doubling, with a copy;
+    the owner calls `ensure` between steps only, under its lock.
+
+    Parameters
+    ----------
+    num_kv_heads, key_dim, value_dim, block_size : int
+        Shape of a block; key and value head sizes may differ.
+    dtype : torch.dtype
+    device : torch.device
+    capacity : int
+        Blocks that the storage may ever hold.
+    """
+
+    def __init__(self, num_kv_heads, key_dim, value_dim, block_size, dtype, device, capacity):
+        self.dtype, self.device, self.capacity = dtype, device, capacity
+        self._shapes = [(num_kv_heads, block_size, dim) for dim in (key_dim, value_dim)]
+        num_blocks = capacity if device.type == "cpu" else 0
+        self.key_cache, self.value_cache = (self._new(num_blocks, shape) for shape in self._shapes)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, keys and values."""
+        return sum(heads * size * dim for heads, size, dim in self._shapes) * self.dtype.itemsize
+
+    def accepts(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether states ``[batch, num_kv_heads, tokens, head_dim]`` can be stored here unchanged."""
+        return all(
+            states.dtype == self.dtype
+            and states.device == self.device
+            and (states.shape[1], states.shape[3]) == (shape[0], shape[2])
+            for states, shape in zip((key, value), self._shapes, strict=True)
+        )
+
+    def ensure(self, num_blocks: int) -> None:
+        """Make blocks ``0 .. num_blocks - 1`` addressable. Replaces the tensors if they must grow."""
+        held = len(self.key_cache)
+        if num_blocks <= held:
+            return
+        size = min(self.capacity, max(num_blocks, 2 * held))
+        for name, shape in zip(("key_cache", "value_cache"), self._shapes, strict=True):
+            grown = self._new(size, shape)
+            grown[:held] = getattr(self, name)
+            setattr(self, name, grown)
+
+    def _new(self, num_blocks: int, shape: tuple[int, int, int]) -> torch.Tensor:
+        # A pool made under inference_mode could not be written in place outside it.
+        with torch.inference_mode(False):
+            if self.device.type != "cpu" or num_blocks == 0:
+                return torch.empty(num_blocks, *shape, dtype=self.dtype, device=self.device)
+            count = num_blocks * shape[0] * shape[1] * shape[2]
+            memory = _reserve(count * self.dtype.itemsize)
+            return torch.frombuffer(memory, dtype=self.dtype, count=count).view(num_blocks, *shape)
+
+
+def _reserve(num_bytes: int) -> mmap.mmap:
+    """Address space without memory behind it yet; freed with the last tensor that views it."""
+    # Private: a forked child that writes gets its own copy instead of its parent's pages.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        return mmap.mmap(-1, num_bytes, **flags)
+    except OSError as error:
+        raise PagedError(
+            f"the system refused to reserve {num_bytes / 2**20:.0f} MiB of address space for a layer's KV "
+            f"({error}): set a smaller memory_budget, or raise the limit on virtual memory (ulimit -v)"
+        ) from error

@@ -1,0 +1,116 @@
+"""The hooks in transformers: installed by `enable`, taken out again by `disable`.
+
+Three places are touched, and only for models and caches whose attention implementation is "paged":
+the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
+``PreTrainedModel.get_correct_attn_implementation`` (the model's forwards are kept on a stack).
+"""
+
+import functools
+import inspect
+import threading
+from importlib.metadata import version
+
+from packaging.specifiers import SpecifierSet
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+
+from hf_paged import binding
+from hf_paged.attention import paged_attention_forward
+from hf_paged.cache import page_layers
+from hf_paged.errors import PagedError
+from hf_paged.mask import paged_mask
+
+NAME = "paged"
+TESTED_TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
+_SIGNATURES = {
+    (DynamicCache, "__init__"): ["self", "ddp_cache_data", "config", "offloading", "offload_only_non_sliding"],
+    (PreTrainedModel, "get_correct_attn_implementation"): ["self", "requested_attention", "is_init_check"],
+}
+_WRAPPED = "_hf_paged_original"
+_lock = threading.Lock()
+
+
+def enable() -> None:
+    """Make ``attn_implementation="paged"`` known to transformers. Idempotent; `disable` undoes it.
+
+    Raises
+    ------
+    PagedError
+        If this transformers is not one that hf_paged was tested with. Nothing is changed then.
+    """
+    with _lock:
+        _check_transformers()
+        AttentionInterface.register(NAME, paged_attention_forward)
+        AttentionMaskInterface.register(NAME, paged_mask)
+        _wrap(DynamicCache, "__init__", _page_new_cache)
+        _wrap(PreTrainedModel, "get_correct_attn_implementation", _track_paged_model)
+
+
+def disable() -> None:
+    """Put transformers back as it was. Idempotent.
+
+    Models that are still "paged" cannot run until `enable` is called or another implementation is set
+    with ``model.set_attn_implementation``.
+    """
+    with _lock:
+        for registry in (AttentionInterface, AttentionMaskInterface):
+            registry._global_mapping.pop(NAME, None)
+        for owner, method in _SIGNATURES:
+            original = getattr(owner.__dict__[method], _WRAPPED, None)
+            if original is not None:
+                setattr(owner, method, original)
+
+
+def is_enabled() -> bool:
+    """Whether "paged" is registered with transformers."""
+    return NAME in AttentionInterface._global_mapping
+
+
+def _check_transformers() -> None:
+    found = version("transformers")
+    if not TESTED_TRANSFORMERS.contains(found, prereleases=True):
+        raise PagedError(
+            f"hf_paged hooks into private parts of transformers and is tested with {TESTED_TRANSFORMERS}; "
+            f"transformers {found} is installed: install a tested one, or a newer hf_paged"
+        )
+    for (owner, method), expected in _SIGNATURES.items():
+        function = inspect.unwrap(owner.__dict__[method])
+        if list(inspect.signature(function).parameters) != expected:
+            raise PagedError(
+                f"{owner.__name__}.{method} of transformers {found} takes other arguments than hf_paged expects "
+                "(is it patched by another library?): hf_paged stays disabled"
+            )
+
+
+def _wrap(owner: type, method: str, after) -> None:
+    """Let ``after(instance, result, arguments)`` run whenever ``owner.method`` has run."""
+    original = owner.__dict__[method]
+    if hasattr(original, _WRAPPED):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def wrapper(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        after(self, result, lambda: signature.bind(self, *args, **kwargs).arguments)
+        return result
+
+    setattr(wrapper, _WRAPPED, original)
+    setattr(owner, method, wrapper)
+
+
+def _page_new_cache(cache: DynamicCache, _, arguments) -> None:
+    if type(cache) is not DynamicCache:
+        return
+    given = arguments()
+    config = given.get("config")
+    if config is None or given.get("ddp_cache_data") is not None or given.get("offloading"):
+        return
+    if config.get_text_config(decoder=True)._attn_implementation == NAME:
+        page_layers(cache)
+
+
+def _track_paged_model(model: PreTrainedModel, implementation: str, _) -> None:
+    # One check serves all the models that share this config: a base model inside its ForCausalLM.
+    for module in model.modules():
+        if module is model or (isinstance(module, PreTrainedModel) and module.config is model.config):
+            (binding.track if implementation == NAME else binding.untrack)(module)

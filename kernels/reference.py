@@ -1,0 +1,73 @@
+"""The oracle: every op of the layer in plain torch, written to be read, right in float64."""
+
+import torch
+
+
+def write_kv(
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, value_dim]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    slot_mapping: torch.Tensor,  # [num_tokens] int64
+) -> None:
+    """See `ops.write_kv`."""
+    block_size = key_cache.shape[2]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        key_cache[slot // block_size, :, slot % block_size] = key[token]
+        value_cache[slot // block_size, :, slot % block_size] = value[token]
+
+
+def copy_blocks(
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    source: torch.Tensor,  # [num_copies] int64
+    destination: torch.Tensor,  # [num_copies] int64
+) -> None:
+    """See `ops.copy_blocks`."""
+    for src, dst in zip(source.tolist(), destination.tolist(), strict=True):
+        key_cache[dst] = key_cache[src].clone()
+        value_cache[dst] = value_cache[src].clone()
+
+
+def paged_attention(
+    query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [num_heads]
+) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
+    """See `ops.paged_attention`."""
+    groups = query.shape[1] // key_cache.shape[1]
+    out = query.new_zeros(*query.shape[:2], value_cache.shape[3])
+    starts = cu_seqlens_q.tolist()
+    for row, context_len in enumerate(context_lens.tolist()):
+        keys = _row_tokens(key_cache, block_tables[row], context_len).repeat_interleave(groups, dim=1)
+        values = _row_tokens(value_cache, block_tables[row], context_len).repeat_interleave(groups, dim=1)
+        num_queries = starts[row + 1] - starts[row]
+        for index in range(num_queries):
+            position = context_len - num_queries + index
+            first = 0 if window is None else max(0, position - window + 1)
+            if position < first:
+                continue
+            visible = slice(first, position + 1)
+            token = starts[row] + index
+            scores = torch.einsum("hd,thd->ht", query[token], keys[visible]) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.to(scores.dtype)[:, None]], dim=1)
+            weights = torch.softmax(scores, dim=1)[:, : position + 1 - first]
+            out[token] = torch.einsum("ht,thd->hd", weights, values[visible])
+    return out
+
+
+def _row_tokens(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` tokens of a row, [length, num_kv_heads, head_dim]."""
+    _, num_kv_heads, block_size, head_dim = cache.shape
+    blocks = cache[table[: -(-length // block_size)]]  # [blocks, num_kv_heads, block_size, head_dim]
+    return blocks.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[:length]

@@ -1,0 +1,66 @@
+"""What "equal to dense" means, in one place."""
+
+import copy
+
+import torch
+
+import hf_paged
+
+MARGIN = 1e-5
+
+
+def assert_rows_equal(dense_model, inputs, dense: torch.Tensor, paged: torch.Tensor) -> None:
+    """Tokens are equal row by row; a row may differ only where float64 cannot tell the top two apart."""
+    assert dense.shape == paged.shape, (dense, paged)
+    for row in (dense != paged).any(1).nonzero().flatten().tolist():
+        first = int((dense[row] != paged[row]).nonzero()[0])
+        margin = _margin(dense_model, inputs, dense, row, first)
+        print(f"row {row} differs at {first}: float64 top-2 margin {margin:.2e}")
+        assert margin < MARGIN, f"row {row}: dense {dense[row].tolist()} paged {paged[row].tolist()}"
+
+
+def _margin(model, inputs, dense, row, first) -> float:
+    exact = copy.deepcopy(model).double()
+    source = row * len(inputs["input_ids"]) // len(dense)
+    mask = torch.ones(1, first, dtype=torch.long)
+    given = inputs["attention_mask"][source]
+    mask[0, : len(given)] = given[:first]
+    with torch.no_grad():
+        logits = exact(dense[row : row + 1, :first], attention_mask=mask, use_cache=False).logits[0, -1]
+    top = logits.topk(2).values
+    return float(top[0] - top[1])
+
+
+class PageReads:
+    """Asserts that a block of code read pages, and gathered nothing."""
+
+    def __init__(self, model, gathers: bool = False):
+        # In a model whose layers are all windowed, what makes one layer gather makes all of them gather.
+        self.model, self.may_gather = model, gathers
+        self.must_read = not (gathers and model.config.model_type == "mistral")
+
+    def __enter__(self):
+        hf_paged.release(self.model)
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            stats = hf_paged.stats(self.model)
+            assert stats.page_reads > 0 or not self.must_read, "no attention call read pages: this is sdpa in disguise"
+            assert self.may_gather or not stats.gathers, stats.gathers
+
+
+def assert_generates_equal(models, inputs, seed: int = 0, gathers: bool = False, **kwargs):
+    """`generate` on both models; returns (dense output, paged output)."""
+    dense_model, paged_model = models
+    kwargs = {"max_new_tokens": 24, "pad_token_id": 0, **kwargs}
+    torch.manual_seed(seed)
+    dense = dense_model.generate(**inputs, **kwargs)
+    state = torch.get_rng_state()
+    with PageReads(paged_model, gathers):
+        torch.manual_seed(seed)
+        paged = paged_model.generate(**inputs, **kwargs)
+    assert torch.equal(torch.get_rng_state(), state), "the generator ended in another state"
+    sequences = [getattr(output, "sequences", output) for output in (dense, paged)]
+    assert_rows_equal(dense_model, inputs, *sequences)
+    return dense, paged

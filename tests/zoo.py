@@ -1,0 +1,70 @@
+"""Tiny random models, one for each kind of attention, as (dense, paged) pairs with the same weights."""
+
+import functools
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCAB = 97
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    # Large weights: with the default 0.02 attention is nearly uniform, and a wrong one goes unseen.
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_WINDOWED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48}
+_SPECIAL = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 7},
+    "gemma3_text": {**_WINDOWED, "query_pre_attn_scalar": 5},
+    "gemma2": {**_WINDOWED, "attn_logit_softcapping": 0.7, "query_pre_attn_scalar": 5},
+    "gpt_oss": {**_WINDOWED, "num_local_experts": 2, "num_experts_per_tok": 2},
+    "gpt2": {**_GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+NAMES = list(_SPECIAL)
+
+
+@functools.cache
+def pair(name: str, dtype: torch.dtype = torch.float32):
+    """The dense model and the paged one, equal but for the attention implementation."""
+    return tuple(build(name, implementation, dtype) for implementation in (dense_implementation(name), "paged"))
+
+
+def dense_implementation(name: str) -> str:
+    """What transformers picks for the model by itself."""
+    return "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
+
+
+def build(name: str, implementation: str, dtype: torch.dtype = torch.float32, **overrides):
+    """A new model with random weights that depend on `name` only."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[name](**{**_COMMON, **_SPECIAL[name], **overrides})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "sinks" in parameter_name:  # Sinks that take a visible share of the softmax.
+                parameter.fill_(2.0)
+    return model
+
+
+def prompts(lengths, seed: int = 0):
+    """Left-padded random prompts of the given lengths, as keyword arguments of `generate`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, : max(lengths) - length] = 0
+        mask[row, : max(lengths) - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
