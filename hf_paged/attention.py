@@ -4,6 +4,7 @@ import sys
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.output_capturing import _active_collector
 
 from hf_paged.kernels import ops
 
@@ -89,7 +90,7 @@ def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:
         return "the mask belongs to another layer's window"
     if kwargs.get("position_bias") is not None:
         return "position bias"
-    if kwargs.get("output_attentions"):
+    if _wants_weights(kwargs):
         return "output_attentions"
     if dropout:
         return "attention dropout"
@@ -98,6 +99,11 @@ def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:
     if not _says_all_in_arguments():
         return "the model has only an eager attention of its own"
     return mask.obstacle or ("padding between tokens" if step.has_inner_padding else None)
+
+
+def _wants_weights(kwargs: dict) -> bool:
+    """Whether the caller asked for attention weights; not every model passes the argument down."""
+    return bool(kwargs.get("output_attentions")) or "attentions" in (_active_collector.get() or ())
 
 
 def _says_all_in_arguments() -> bool:
@@ -140,7 +146,7 @@ def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[t
     fused = call is None or call.model._supports_sdpa
     extras = (kwargs.get(name) for name in ("softcap", "s_aux", "sinks"))
     eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
-    wants_eager = not fused or kwargs.get("output_attentions") or any(extra is not None for extra in extras)
+    wants_eager = not fused or _wants_weights(kwargs) or any(extra is not None for extra in extras)
     if eager is None or not wants_eager:
         mask = mask.sdpa() if isinstance(mask, PagedMask) else mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)

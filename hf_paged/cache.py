@@ -94,7 +94,7 @@ class PagedLayerMixin:
         if self.is_paged:
             dense = tuple(self._gather(which, reason) for which in (0, 1))
             self.sequences.drop_layer(self.index)
-        self.is_dense, self._dense = True, dense
+        self.is_dense, self._dense, self.is_initialized = True, dense, dense[0] is not None
 
     def __deepcopy__(self, memo):
         twin = type(self).__new__(type(self))
@@ -110,10 +110,10 @@ class PagedLayerMixin:
         return {**self.__dict__, "is_dense": True, "_dense": (keys, values), "sequences": None}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        call = binding.current_call()
-        if self.sequences is not None and call is not None:
-            self.sequences.bind(binding.pool_of(call.model))
+        if self.is_dense:
+            super().lazy_initialization(key_states, value_states)
+            return
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -144,8 +144,7 @@ class PagedLayerMixin:
             self.lazy_initialization(key_states, value_states)
         sequences, start = self.sequences, self.sequences.length(self.index)
         if start == 0:
-            self.epoch = sequences.epoch
-            self._look_for_twins(key_states)
+            self._join(key_states)
             if sequences.deferred:
                 sequences.hold(self.index, self.window, _own(key_states), _own(value_states))
                 self._advance(key_states.shape[2])
@@ -178,10 +177,16 @@ class PagedLayerMixin:
         storage = group.layers.get(self.index) if group is not None else None
         return None if storage is None or storage.accepts(key, value) else "the shape of the states changes"
 
-    def _look_for_twins(self, key: torch.Tensor) -> None:
-        call = binding.current_call()
-        if self.sequences.twins is None and key.shape[2] > 1 and call is not None and not call.model.training:
-            self.sequences.twins = same_rows(call.inputs, key.shape[0])
+    def _join(self, key: torch.Tensor) -> None:
+        """Enter the cache's common rows with the first states; the first layer ties them to the model."""
+        sequences, call = self.sequences, binding.current_call()
+        self.epoch = sequences.epoch
+        if sequences.pool is None:
+            sequences.bind(binding.pool_of(call.model))
+        if sequences.batch_size is None:
+            sequences.batch_size = key.shape[0]
+            comparable = call is not None and key.shape[2] > 1 and not call.model.training
+            sequences.twins = same_rows(call.inputs, key.shape[0]) if comparable else None
 
     def _visible(self, length: int) -> int:
         """How many earlier positions the next forward may see."""
@@ -191,7 +196,7 @@ class PagedLayerMixin:
         """Note that `positions` more were seen."""
 
     def get_seq_length(self) -> int:
-        return self.sequences.length(self.index) if self.is_paged else super().get_seq_length()
+        return super().get_seq_length() if self.is_dense else self.sequences.length(self.index)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         sizes = super().get_mask_sizes(query_length)

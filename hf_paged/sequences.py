@@ -85,8 +85,9 @@ class Sequences:
     def bind(self, pool: KVPool) -> None:
         """Tie this cache to its model's pool, for life."""
         if self.pool is None:
-            self.pool = pool
-            pool.caches.add(self)
+            with pool.lock:
+                self.pool = pool
+                pool.caches.add(self)
 
     def tables_in(self, key: GroupKey) -> list[BlockTable]:
         return self.groups[key].tables if key in self.groups else []
@@ -135,12 +136,11 @@ class Sequences:
             return rows, rows.step
 
     def _rows(self, layer, window, key, value) -> GroupRows:
-        if self.batch_size not in (None, key.shape[0]):
+        if self.batch_size != key.shape[0]:
             raise ValueError(
                 f"the cache holds {self.batch_size} rows and got states for {key.shape[0]}: "
                 "pass as many rows as before, or call cache.batch_repeat_interleave or batch_select_indices first"
             )
-        self.batch_size = key.shape[0]
         group_key = GroupKey(window, key.dtype, key.device)
         if group_key not in self.groups:
             pool = self.pool.group(group_key, key, value, self.num_layers)

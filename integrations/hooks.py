@@ -82,34 +82,29 @@ def _check_transformers() -> None:
 
 
 def _wrap(owner: type, method: str, after) -> None:
-    """Let ``after(instance, result, arguments)`` run whenever ``owner.method`` has run."""
+    """Let ``after(instance, result, *args, **kwargs)`` run whenever ``owner.method`` has run."""
     original = owner.__dict__[method]
     if hasattr(original, _WRAPPED):
         return
-    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def wrapper(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
-        after(self, result, lambda: signature.bind(self, *args, **kwargs).arguments)
+        after(self, result, *args, **kwargs)
         return result
 
     setattr(wrapper, _WRAPPED, original)
     setattr(owner, method, wrapper)
 
 
-def _page_new_cache(cache: DynamicCache, _, arguments) -> None:
-    if type(cache) is not DynamicCache:
-        return
-    given = arguments()
-    config = given.get("config")
-    if config is None or given.get("ddp_cache_data") is not None or given.get("offloading"):
+def _page_new_cache(cache: DynamicCache, _, ddp_cache_data=None, config=None, offloading=False, *args, **kwargs) -> None:
+    if type(cache) is not DynamicCache or config is None or ddp_cache_data is not None or offloading:
         return
     if config.get_text_config(decoder=True)._attn_implementation == NAME:
         page_layers(cache)
 
 
-def _track_paged_model(model: PreTrainedModel, implementation: str, _) -> None:
+def _track_paged_model(model: PreTrainedModel, implementation: str, *args, **kwargs) -> None:
     # One check serves all the models that share this config: a base model inside its ForCausalLM.
     for module in model.modules():
         if module is model or (isinstance(module, PreTrainedModel) and module.config is model.config):

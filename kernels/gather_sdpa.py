@@ -10,13 +10,15 @@ from torch.nn import functional as F
 
 def write_kv(key, value, key_cache, value_cache, slot_mapping) -> None:
     """See `ops.write_kv`."""
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    heads = torch.arange(0, num_kv_heads * block_size, block_size, device=key_cache.device)
+    # Slot numbers count tokens; in memory each block holds them once a head.
+    first = slot_mapping + (slot_mapping // block_size) * ((num_kv_heads - 1) * block_size)
+    rows = (first[:, None] + heads).flatten()
+    # index_copy_ over [slot, head] rows moves whole vectors: 3x faster than advanced indexing.
     for states, cache in ((key, key_cache), (value, value_cache)):
-        _, num_kv_heads, block_size, head_dim = cache.shape
-        heads = torch.arange(num_kv_heads, device=cache.device)
-        blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-        # index_copy_ over [slot, head] rows moves whole vectors: 3x faster than advanced indexing.
-        rows = (blocks[:, None] * num_kv_heads + heads) * block_size + offsets[:, None]
-        cache.view(-1, head_dim).index_copy_(0, rows.flatten(), states.reshape(-1, head_dim))
+        head_dim = cache.shape[3]
+        cache.view(-1, head_dim).index_copy_(0, rows, states.reshape(-1, head_dim))
 
 
 def copy_blocks(key_cache, value_cache, source, destination) -> None:
@@ -26,17 +28,21 @@ def copy_blocks(key_cache, value_cache, source, destination) -> None:
 
 
 def gather_context(
-    cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, head_dim]
+    caches: tuple[torch.Tensor, ...],  # each [num_blocks, num_kv_heads, block_size, head_dim]
     block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
-) -> torch.Tensor:  # [num_rows, num_kv_heads, max_blocks * block_size, head_dim]
+) -> list[torch.Tensor]:  # each [num_rows, num_kv_heads, max_blocks * block_size, head_dim]
     """Copy the blocks of each row side by side. Slots past a row's context hold whatever they hold."""
-    _, num_kv_heads, block_size, head_dim = cache.shape
+    _, num_kv_heads, block_size, _ = caches[0].shape
     num_rows, max_blocks = block_tables.shape
-    heads = torch.arange(num_kv_heads, device=cache.device)[None, :, None]
+    heads = torch.arange(num_kv_heads, device=block_tables.device)
     # Indexed by (block, head), the result is laid out as SDPA wants it without a second copy.
-    index = (block_tables[:, None, :] * num_kv_heads + heads).flatten()
-    blocks = cache.view(-1, block_size * head_dim).index_select(0, index)
-    return blocks.view(num_rows, num_kv_heads, max_blocks * block_size, head_dim)
+    index = ((block_tables * num_kv_heads)[:, None, :] + heads[None, :, None]).flatten()
+    return [
+        cache.view(-1, block_size * cache.shape[3])
+        .index_select(0, index)
+        .view(num_rows, num_kv_heads, max_blocks * block_size, cache.shape[3])
+        for cache in caches
+    ]
 
 
 def paged_attention(
@@ -67,7 +73,7 @@ def _uniform(query, key_cache, value_cache, block_tables, context_lens, lens, sc
     if max_len == 0:
         return query.new_zeros(*query.shape[:2], value_cache.shape[3])
     tables = block_tables[:, : -(-max_len // block_size)]
-    key, value = (gather_context(cache, tables)[:, :, :max_len] for cache in (key_cache, value_cache))
+    key, value = (states[:, :, :max_len] for states in gather_context((key_cache, value_cache), tables))
     for row, length in enumerate(lens):
         if length < max_len:  # A masked NaN is still NaN times zero: slots past the context must be finite.
             key[row, :, length:] = 0

@@ -1,0 +1,200 @@
+"""BlockPool and BlockTable: their contracts, and a stateful comparison with a plain dictionary."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+
+from hf_paged.block_table import BlockTable, make_writable
+from hf_paged.errors import BlockError, OutOfBlocksError
+from hf_paged.pool import BlockPool
+
+
+def test_allocation_is_all_or_nothing():
+    pool = BlockPool(4, 4)
+    pool.allocate(3)
+    with pytest.raises(OutOfBlocksError, match=r"needs 2 blocks, 1 of 4 are free: lower the batch .* memory_budget"):
+        pool.allocate(2)
+    assert (pool.free_blocks, pool.used_blocks) == (1, 3)
+
+
+def test_double_free_raises():
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(1)
+    pool.free(blocks)
+    with pytest.raises(BlockError, match="freed twice"):
+        pool.free(blocks)
+
+
+def test_use_after_free_raises():
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(1)
+    pool.free(blocks)
+    with pytest.raises(BlockError, match="not in use"):
+        pool.share(blocks)
+
+
+def test_a_shared_block_lives_until_its_last_owner_frees_it():
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(1)
+    pool.share(blocks)
+    pool.free(blocks)
+    assert pool.used_blocks == 1
+    pool.free(blocks)
+    assert pool.used_blocks == 0
+
+
+def test_cached_blocks_are_evicted_least_recently_used_first():
+    pool = BlockPool(3, 4)
+    a, b, c = pool.allocate(3)
+    pool.free([b], keep=True)
+    pool.free([a], keep=True)
+    assert (pool.free_blocks, pool.cached_blocks, pool.used_blocks) == (0, 2, 1)
+    assert pool.allocate(1) == [b]
+    pool.revive(a)
+    with pytest.raises(BlockError, match="not cached"):
+        pool.revive(a)
+    assert pool.used_blocks == 3 and c not in (a, b)
+
+
+def test_give_back_is_seen_by_the_next_call():
+    pool = BlockPool(2, 4)
+    pool.give_back(pool.allocate(2))
+    assert pool.free_blocks == 2
+
+
+def test_integrity_check_finds_a_leak_and_a_stranger():
+    pool = BlockPool(4, 4)
+    blocks = pool.allocate(2)
+    pool.check_integrity([blocks])
+    with pytest.raises(AssertionError, match="owners"):
+        pool.check_integrity([blocks[:1]])
+    with pytest.raises(AssertionError, match="owners"):
+        pool.check_integrity([blocks, blocks[:1]])
+
+
+def test_copy_on_write_spares_the_last_owner():
+    pool = BlockPool(8, 4)
+    first = BlockTable(pool)
+    make_writable([first], [(0, 6)], pool.allocate)
+    second, third = first.fork(), first.fork()
+    tables = [first, second, third]
+    copies = make_writable(tables, [(6, 7)] * 3, pool.allocate)
+    assert len(copies) == 2, "three owners of one block need two copies"
+    assert len({table.blocks[1] for table in tables}) == 3
+    assert len({table.blocks[0] for table in tables}) == 1, "full blocks stay shared"
+    pool.check_integrity(table.blocks for table in tables)
+
+
+def test_a_window_frees_whole_blocks_only():
+    pool = BlockPool(8, 4)
+    table = BlockTable(pool)
+    make_writable([table], [(0, 11)], pool.allocate)
+    table.evict_before(7)
+    assert (table.base, len(table.blocks), pool.used_blocks) == (4, 2, 2)
+    assert table.slots(7, 9) == [table.blocks[0] * 4 + 3, table.blocks[1] * 4]
+
+
+class TablesAgainstDictionaries(RuleBasedStateMachine):
+    """Rows grow, fork, shrink, slide and end; the model is a dictionary of token lists a row.
+
+    A token is written into a fake memory at its slot; reading a row back must give its own tokens, so a
+    missed copy-on-write or a block in two hands shows at once.
+    """
+
+    rows = Bundle("rows")
+    BLOCK, TOTAL = 4, 24
+
+    def __init__(self):
+        super().__init__()
+        self.pool = BlockPool(self.TOTAL, self.BLOCK)
+        self.memory: dict[int, int] = {}
+        self.tables: dict[int, BlockTable] = {}
+        self.model: dict[int, list[int]] = {}
+        self.next_row = self.next_token = 0
+
+    def _add(self, table, tokens):
+        self.next_row += 1
+        self.tables[self.next_row], self.model[self.next_row] = table, tokens
+        return self.next_row
+
+    @initialize(target=rows)
+    def first_row(self):
+        return self.start()
+
+    @rule(target=rows)
+    def start(self):
+        return self._add(BlockTable(self.pool), [])
+
+    @rule(targets=(rows,), row=rows)
+    def fork(self, row):
+        return self._add(self.tables[row].fork(), list(self.model[row]))
+
+    @rule(chosen=st.lists(rows, min_size=1, max_size=4, unique=True), count=st.integers(1, 9))
+    def append(self, chosen, count):
+        tables = [self.tables[row] for row in chosen]
+        before = [(list(t.blocks), t.num_tokens) for t in tables], self.pool.free_blocks
+        ranges = [(len(self.model[row]), len(self.model[row]) + count) for row in chosen]
+        try:
+            copies = make_writable(tables, ranges, self.pool.allocate)
+        except OutOfBlocksError as error:
+            assert error.needed > error.free
+            assert before == ([(list(t.blocks), t.num_tokens) for t in tables], self.pool.free_blocks)
+            return
+        for source, destination in copies:
+            for offset in range(self.BLOCK):
+                self.memory[destination * self.BLOCK + offset] = self.memory.get(source * self.BLOCK + offset, -1)
+        for row, (start, end) in zip(chosen, ranges):
+            for slot in self.tables[row].slots(start, end):
+                self.next_token += 1
+                self.memory[slot] = self.next_token
+                self.model[row].append(self.next_token)
+
+    @rule(row=rows, removed=st.integers(0, 12))
+    def truncate(self, row, removed):
+        keep = max(self.tables[row].base, len(self.model[row]) - removed)
+        self.tables[row].truncate(keep)
+        del self.model[row][keep:]
+
+    @rule(row=rows, window=st.integers(0, 10))
+    def slide(self, row, window):
+        self.tables[row].evict_before(max(0, len(self.model[row]) - window))
+
+    @rule(row=consumes(rows))
+    def end(self, row):
+        self.tables.pop(row).release()
+        del self.model[row]
+
+    @rule(row=consumes(rows))
+    def die_unseen(self, row):
+        self.pool.give_back(self.tables.pop(row).blocks)
+        del self.model[row]
+
+    @rule(row=consumes(rows))
+    def end_and_keep(self, row):
+        table = self.tables.pop(row)
+        self.pool.free(table.blocks, keep=True)
+        del self.model[row]
+
+    @precondition(lambda self: self.pool.cached_blocks > 0)
+    @rule()
+    def revive(self):
+        block = next(iter(self.pool._cached))
+        self.pool.revive(block)
+        self.pool.free([block])
+
+    @invariant()
+    def rows_read_back(self):
+        for row, tokens in self.model.items():
+            table = self.tables[row]
+            stored = tokens[table.base :]
+            assert [self.memory[slot] for slot in table.slots(table.base, len(tokens))] == stored
+
+    @invariant()
+    def pool_is_whole(self):
+        self.pool.check_integrity(table.blocks for table in self.tables.values())
+        assert self.pool.free_blocks + self.pool.cached_blocks + self.pool.used_blocks == self.TOTAL
+
+
+TestTablesAgainstDictionaries = TablesAgainstDictionaries.TestCase
+TestTablesAgainstDictionaries.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
