@@ -18,11 +18,6 @@ _KNOWN_ARGUMENTS = {
     "is_causal", "sliding_window", "position_bias", "output_attentions", "s_aux", "sinks", "softcap",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "deterministic",
 }  # fmt: skip
-# Arguments of a model's forward that travel down to the attention function and do not concern it.
-_PASSING_THROUGH = {
-    "use_cache", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep",
-    "num_items_in_batch", "labels", "position_embeddings", "cache_position", "layer_idx", "token_type_ids",
-}  # fmt: skip
 
 
 def paged_attention_forward(
@@ -65,7 +60,13 @@ def paged_attention_forward(
 
 
 def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
-    unknown = [name for name in kwargs.keys() - _KNOWN_ARGUMENTS - _PASSING_THROUGH if kwargs[name] is not None]
+    unknown = [name for name in kwargs.keys() - _KNOWN_ARGUMENTS if kwargs[name] is not None]
+    if not unknown:
+        return
+    # What the caller handed to the model travels down with every other keyword and means nothing here;
+    # what the model adds of its own means something.
+    call = binding.current_call()
+    unknown = [name for name in unknown if call is None or name not in call.inputs]
     if unknown:
         raise UnsupportedError(
             f'{type(module).__name__} passes {", ".join(sorted(unknown))} to its attention function, which '

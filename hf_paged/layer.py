@@ -1,0 +1,227 @@
+"""PagedLayerMixin: how one layer of transformers' cache keeps its states in pages."""
+
+import copy
+
+import torch
+
+from . import binding
+from .handle import PagedStates, PageView
+from .kv_pool import GroupKey
+from .sequences import Sequences
+from .twins import same_rows
+
+
+class PagedLayerMixin:
+    """What full and sliding paged layers share.
+
+    A layer is paged until something asks for what pages cannot do (gradients through the cache, states
+    of another dtype, an assignment to its keys); then it becomes the upstream layer it derives from, for
+    good. Blocks belong to `sequences`.
+    """
+
+    window: int | None = None
+
+    def _init_paged(self, sequences: Sequences, index: int) -> None:
+        self.sequences, self.index = sequences, index
+        self.epoch = 0  # Reorderings this layer has been told of.
+        self.is_dense = False
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether this layer's states are in pages (or held for them)."""
+        return not self.is_dense and self.sequences.length(self.index) > 0
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._read(0)
+
+    @keys.setter
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._assign(0, states)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._read(1)
+
+    @values.setter
+    def values(self, states: torch.Tensor | None) -> None:
+        self._assign(1, states)
+
+    def _read(self, which: int) -> torch.Tensor | None:
+        if not self.__dict__.get("is_dense", True) and self.sequences.length(self.index) > 0:
+            return self._gather(which, "the cache's keys or values are read")
+        return self.__dict__.get("_dense", (None, None))[which]
+
+    def _assign(self, which: int, states: torch.Tensor | None) -> None:
+        if self.__dict__.get("is_dense") is False and self.is_paged:
+            self.become_dense("the cache's keys or values are assigned")
+        dense = list(self.__dict__.get("_dense", (None, None)))
+        dense[which] = states
+        self._dense = tuple(dense)
+        if isinstance(states, torch.Tensor) and states.numel() > 0:
+            self.is_dense = True
+
+    def _gather(self, which: int, reason: str) -> torch.Tensor:
+        held = self.sequences.held(self.index)
+        if held is not None:
+            return held[which]
+        self.sequences.pool.gathers[reason] += 1
+        end = self.sequences.length(self.index)
+        return self.sequences.gather(self.index, which == 0, end - self._retained(end), end)
+
+    def _retained(self, length: int) -> int:
+        """How many of the positions seen upstream's layer would still hold."""
+        return length
+
+    def become_dense(self, reason: str) -> None:
+        """Turn into the upstream layer with the same content; its blocks are given back."""
+        dense = self._dense
+        if self.is_paged:
+            dense = tuple(self._gather(which, reason) for which in (0, 1))
+            self.sequences.drop_layer(self.index)
+        self.is_dense, self._dense, self.is_initialized = True, dense, dense[0] is not None
+
+    def __deepcopy__(self, memo):
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            # The states of a paged layer are copied by copying the tables of its `sequences`.
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+    def __getstate__(self):
+        """Pickled layers are dense: blocks mean nothing in another process."""
+        keys, values = self.keys, self.values
+        return {**self.__dict__, "is_dense": True, "_dense": (keys, values), "sequences": None}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self.is_dense:
+            super().lazy_initialization(key_states, value_states)
+            return
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    @torch.compiler.disable
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store the new states in pages and return handles on the keys and values so far.
+
+        Parameters
+        ----------
+        key_states, value_states : torch.Tensor
+            ``[batch, num_kv_heads, positions, head_dim]``; the head sizes may differ.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            `PagedStates` of shape ``[batch, num_kv_heads, all positions, head_dim]``, good until the next
+            change of the cache; plain tensors where the layer is dense or nothing needs storing yet.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the blocks do not fit in memory.
+        """
+        obstacle = None if self.is_dense else self._obstacle(key_states, value_states)
+        if obstacle is not None:
+            self.become_dense(obstacle)
+        if self.is_dense:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        sequences, start = self.sequences, self.sequences.length(self.index)
+        if start == 0:
+            self._join(key_states)
+            if sequences.deferred:
+                sequences.hold(self.index, self.window, _own(key_states), _own(value_states))
+                self._advance(key_states.shape[2])
+                return key_states, value_states
+        elif sequences.deferred:
+            sequences.store_held()
+        visible = self._visible(start) + key_states.shape[2]
+        rows, step = sequences.append(self.index, self.window, key_states, value_states)
+        self._advance(key_states.shape[2])
+        view = PageView(sequences, rows, step, self.index, sequences.version)
+        return PagedStates(view, key_states, True, visible), PagedStates(view, value_states, False, visible)
+
+    def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
+        """Why these states cannot go into pages."""
+        if self.sequences.pool is None and binding.current_call() is None:
+            return "the cache is used outside a paged model"
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            return "gradients flow through the cache"
+        if key.is_meta or key.shape[:3] != value.shape[:3]:
+            return "keys and values differ in more than their head size"
+        held = self.sequences.held(self.index)
+        if held is not None:
+            return None if held[0].dtype == key.dtype and held[0].device == key.device else "the dtype changes"
+        expected = GroupKey(self.window, key.dtype, key.device)
+        for group_key, rows in self.sequences.groups.items():
+            if self.index in rows.lengths and group_key != expected:
+                return "the dtype or device of the states changes"
+        pool = self.sequences.pool
+        group = pool.groups.get(expected) if pool is not None else None
+        storage = group.layers.get(self.index) if group is not None else None
+        return None if storage is None or storage.accepts(key, value) else "the shape of the states changes"
+
+    def _join(self, key: torch.Tensor) -> None:
+        """Enter the cache's common rows with the first states; the first layer ties them to the model."""
+        sequences, call = self.sequences, binding.current_call()
+        self.epoch = sequences.epoch
+        if sequences.pool is None:
+            sequences.bind(binding.pool_of(call.model))
+        if sequences.batch_size is None:
+            sequences.batch_size = key.shape[0]
+            comparable = call is not None and key.shape[2] > 1 and not call.model.training
+            sequences.twins = same_rows(call.inputs, key.shape[0]) if comparable else None
+
+    def _visible(self, length: int) -> int:
+        """How many earlier positions the next forward may see."""
+        return length
+
+    def _advance(self, positions: int) -> None:
+        """Note that `positions` more were seen."""
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self.is_dense else self.sequences.length(self.index)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        sizes = super().get_mask_sizes(query_length)
+        if not self.is_dense and not torch.compiler.is_compiling():
+            if self.is_paged:
+                self.sequences.store_held()
+            binding.request_mask(self.sequences, self.index, (query_length, *sizes))
+        return sizes
+
+    def reset(self) -> None:
+        if not self.is_dense:
+            self.sequences.drop_layer(self.index)
+        self.is_dense, self._dense = self.sequences is None, (None, None)
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.is_paged:
+            self._select(beam_idx)
+        else:
+            super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_paged:
+            self._select(indices)
+        else:
+            super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_paged:
+            batch_size = self.sequences.batch_size_at(self.epoch + 1)
+            self._select(torch.arange(batch_size).repeat_interleave(repeats))
+        else:
+            super().batch_repeat_interleave(repeats)
+
+    def _select(self, rows: torch.Tensor) -> None:
+        self.sequences.store_held()
+        self.epoch += 1
+        self.sequences.select(self.epoch, rows)
+
+
+def _own(states: torch.Tensor) -> torch.Tensor:
+    """The states without the larger tensor they may be a view of (a fused QKV projection)."""
+    return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()
