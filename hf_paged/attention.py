@@ -19,6 +19,9 @@ _KNOWN_ARGUMENTS = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "deterministic",
 }  # fmt: skip
 
+# Flags of a decoder layer that some models hand to their attention with every other keyword.
+_LAYER_FLAGS = {"use_cache", "output_hidden_states", "return_dict", "position_embeddings", "cache_position", "layer_idx"}
+
 
 def paged_attention_forward(
     module: torch.nn.Module,
@@ -60,7 +63,7 @@ def paged_attention_forward(
 
 
 def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
-    unknown = [name for name in kwargs.keys() - _KNOWN_ARGUMENTS if kwargs[name] is not None]
+    unknown = [name for name in kwargs.keys() - _KNOWN_ARGUMENTS - _LAYER_FLAGS if kwargs[name] is not None]
     if not unknown:
         return
     # What the caller handed to the model travels down with every other keyword and means nothing here;
@@ -152,6 +155,7 @@ def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[t
         mask = mask.sdpa() if isinstance(mask, PagedMask) else mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     mask = _additive(module, query, key, mask, kwargs)
+    key, value = key.contiguous(), value.contiguous()  # As they come out of a dense cache.
     return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 

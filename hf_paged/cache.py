@@ -1,5 +1,6 @@
 """Paged layers that live inside transformers' own `DynamicCache`."""
 
+import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from . import binding
@@ -7,6 +8,7 @@ from .layer import PagedLayerMixin
 from .sequences import Sequences
 
 
+@torch.compiler.disable
 def page_layers(cache: DynamicCache) -> None:
     """Replace the attention layers of a new, empty cache by paged ones that share their `Sequences`.
 

@@ -85,7 +85,7 @@ class PagedStates(LazyTensor):
 
     def dense(self, reason: str) -> torch.Tensor:
         if self.view.step.start == 0:  # Nothing came before: the fresh states are all there is.
-            return self.fresh
+            return self.fresh.contiguous()
         self.view.check()
         sequences, step = self.view.sequences, self.view.step
         sequences.pool.gathers[reason] += 1
@@ -102,6 +102,8 @@ class MaskPattern:
 class PagedMask(LazyTensor):
     """The 4D mask ``[batch, 1, queries, positions]`` of a forward over a paged cache.
 
+    Bool, True where a query sees a position, or additive for a model that knows no other masks.
+
     Attributes
     ----------
     pattern : MaskPattern or None
@@ -116,13 +118,14 @@ class PagedMask(LazyTensor):
     def __new__(
         cls,
         shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
         device: torch.device,
         make: Callable[[bool], torch.Tensor | None],
         pattern: MaskPattern | None,
         obstacle: str | None,
         offset: int,
     ) -> "PagedMask":
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self._make, self.pattern, self.obstacle, self.offset = make, pattern, obstacle, offset
         return self
 

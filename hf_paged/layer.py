@@ -131,9 +131,11 @@ class PagedLayerMixin:
         if start == 0:
             self._join(key_states)
             if sequences.deferred:
-                sequences.hold(self.index, self.window, _own(key_states), _own(value_states))
+                # Contiguous, as upstream's layers return them: some models rely on it.
+                states = key_states.contiguous(), value_states.contiguous()
+                sequences.hold(self.index, self.window, *states)
                 self._advance(key_states.shape[2])
-                return key_states, value_states
+                return states
         elif sequences.deferred:
             sequences.store_held()
         visible = self._visible(start) + key_states.shape[2]
@@ -220,8 +222,3 @@ class PagedLayerMixin:
         self.sequences.store_held()
         self.epoch += 1
         self.sequences.select(self.epoch, rows)
-
-
-def _own(states: torch.Tensor) -> torch.Tensor:
-    """The states without the larger tensor they may be a view of (a fused QKV projection)."""
-    return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()

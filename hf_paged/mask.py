@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from transformers import masking_utils
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from . import binding
 from .handle import MaskPattern, PagedMask
@@ -21,6 +21,7 @@ def paged_mask(
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> torch.Tensor | None:
@@ -29,12 +30,16 @@ def paged_mask(
     Returns
     -------
     torch.Tensor or None
-        A `PagedMask` if the mask is for a paged cache; sdpa's own mask in every other case.
+        A `PagedMask` if the mask is for a paged cache. In every other case the mask the model would get
+        without us: sdpa's, or eager's additive one for a model that knows no other.
     """
     device = torch.device(device)
+    call = binding.current_call()
+    fused = call is None or call.model._supports_sdpa
+    make_mask = sdpa_mask if fused else eager_mask
 
     def make(may_skip: bool) -> torch.Tensor | None:
-        return sdpa_mask(
+        return make_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -44,6 +49,7 @@ def paged_mask(
             attention_mask=attention_mask,
             allow_is_causal_skip=allow_is_causal_skip and may_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip and may_skip,
+            dtype=dtype,
             device=device,
             **kwargs,
         )
@@ -62,7 +68,8 @@ def paged_mask(
     pattern = causal_pattern(mask_function)
     if pattern is not None and pattern.window is not None and not sequences.padding.left:
         obstacle = obstacle or "padding inside a row changes distances in the sliding window"
-    return PagedMask((batch_size, 1, q_length, kv_length), device, make, pattern, obstacle, kv_offset)
+    shape = (batch_size, 1, q_length, kv_length)
+    return PagedMask(shape, torch.bool if fused else dtype, device, make, pattern, obstacle, kv_offset)
 
 
 def causal_pattern(mask_function: Callable) -> MaskPattern | None:

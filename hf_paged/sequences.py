@@ -24,7 +24,7 @@ class GroupRows:
 
     @property
     def length(self) -> int:
-        return max(self.lengths.values(), default=0)
+        return max([0, *self.lengths.values()])
 
     @property
     def window(self) -> int | None:
@@ -273,7 +273,10 @@ class Sequences:
         """Positions that layer `layer` has seen here; 0 if it has none."""
         if layer in self._held:
             return self._held[layer][1].shape[2]
-        return max((rows.lengths.get(layer, 0) for rows in self.groups.values()), default=0)
+        for rows in self.groups.values():
+            if layer in rows.lengths:
+                return rows.lengths[layer]
+        return 0
 
     def _rows_of(self, layer: int) -> GroupRows:
         return next(rows for rows in self.groups.values() if layer in rows.lengths)

@@ -1,5 +1,7 @@
 """What pages cannot serve goes dense and stays right; what nobody knows is refused."""
 
+import gc
+
 import pytest
 import torch
 import zoo
@@ -242,3 +244,39 @@ def test_layers_that_failed_halfway_do_not_poison_the_next_call():
     hook.remove()
     assert not binding._thread.calls
     assert torch.equal(dense.generate(ids, max_new_tokens=8), paged.generate(ids, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+def test_encoder_decoders(name, options):
+    """Self-attention and cross-attention both live in paged caches; what pages cannot serve is gathered."""
+    inputs = zoo.prompts([11, 7])
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    models = [zoo.build_encoder_decoder(name, implementation) for implementation in ("sdpa", "paged")]
+    outputs = []
+    for model in models:
+        torch.manual_seed(0)
+        outputs.append(model.generate(**inputs, max_new_tokens=14, **options))
+    assert torch.equal(*outputs)
+    stats = hf_paged.stats(models[1])
+    assert stats.gathers and stats.used_blocks == 0
+    assert name == "t5" or stats.page_reads > 0  # T5 adds a position bias in every layer.
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+def test_a_model_with_attention_of_its_own(options):
+    """Bloom knows eager attention only, adds its masks to scores, and takes views of its keys."""
+    models = [zoo.build("bloom", implementation) for implementation in ("eager", "paged")]
+    inputs = zoo.prompts([11, 7])
+    assert torch.equal(*(model.generate(**inputs, max_new_tokens=14, **options) for model in models))
+    assert hf_paged.stats(models[1]).gathers
+
+
+def test_a_compiled_forward_is_right():
+    dense, paged = zoo.pair("llama")[0], zoo.build("llama", "paged")
+    paged.forward = torch.compile(paged.forward, backend="eager")
+    inputs = zoo.prompts([9, 5])
+    assert torch.equal(dense.generate(**inputs, max_new_tokens=4), paged.generate(**inputs, max_new_tokens=4))
+    del paged
+    torch._dynamo.reset()
+    gc.collect()  # Dynamo keeps the frames it traced in reference cycles, and with them the last cache.

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB = 97
@@ -24,6 +24,7 @@ _COMMON = {
 }
 _WINDOWED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48}
+_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 _SPECIAL = {
     "llama": {},
     "qwen3": {},
@@ -31,9 +32,10 @@ _SPECIAL = {
     "gemma3_text": {**_WINDOWED, "query_pre_attn_scalar": 5},
     "gemma2": {**_WINDOWED, "attn_logit_softcapping": 0.7, "query_pre_attn_scalar": 5},
     "gpt_oss": {**_WINDOWED, "num_local_experts": 2, "num_experts_per_tok": 2},
+    "bloom": {"n_head": 4, "n_layer": 2},
     "gpt2": {**_GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
-NAMES = list(_SPECIAL)
+NAMES = [name for name in _SPECIAL if name != "bloom"]  # What pages serve in every layer.
 
 
 @functools.cache
@@ -57,6 +59,18 @@ def build(name: str, implementation: str, dtype: torch.dtype = torch.float32, **
             if "sinks" in parameter_name:  # Sinks that take a visible share of the softmax.
                 parameter.fill_(2.0)
     return model
+
+
+def build_encoder_decoder(name: str, implementation: str):
+    """A new T5 or BART with random weights that depend on `name` only."""
+    torch.manual_seed(0)
+    sizes = {
+        "t5": {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        "bart": {"init_std": 0.4, "decoder_start_token_id": 2, "max_position_embeddings": 64}
+        | {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in _SIDE.items()},
+    }[name]
+    config = CONFIG_MAPPING[name](vocab_size=VOCAB, d_model=32, pad_token_id=0, **sizes)
+    return AutoModelForSeq2SeqLM.from_config(config, attn_implementation=implementation).eval()
 
 
 def prompts(lengths, seed: int = 0):
