@@ -1,6 +1,6 @@
 """Peak memory of `generate` above the loaded model, dense and paged, each in a fresh process (Linux).
 
-    python evals/memory.py [--batch 8] [--context 2048] [--new-tokens 8]
+python evals/memory.py [--batch 8] [--context 2048] [--new-tokens 8]
 """
 
 import argparse

@@ -48,7 +48,9 @@ def configure(model: torch.nn.Module, config: PagedConfig) -> None:
         If `config` is no `PagedConfig`.
     """
     if not isinstance(config, PagedConfig):
-        raise TypeError(f"configure takes a PagedConfig, got {type(config).__name__}: hf_paged.PagedConfig(block_size=16)")
+        raise TypeError(
+            f"configure takes a PagedConfig, got {type(config).__name__}: hf_paged.PagedConfig(block_size=16)"
+        )
     binding.set_config(model, config)
     binding.forget_pools(model)
 

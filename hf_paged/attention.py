@@ -20,7 +20,14 @@ _KNOWN_ARGUMENTS = {
 }  # fmt: skip
 
 # Flags of a decoder layer that some models hand to their attention with every other keyword.
-_LAYER_FLAGS = {"use_cache", "output_hidden_states", "return_dict", "position_embeddings", "cache_position", "layer_idx"}
+_LAYER_FLAGS = {
+    "use_cache",
+    "output_hidden_states",
+    "return_dict",
+    "position_embeddings",
+    "cache_position",
+    "layer_idx",
+}
 
 
 def paged_attention_forward(
@@ -72,7 +79,7 @@ def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
     unknown = [name for name in unknown if call is None or name not in call.inputs]
     if unknown:
         raise UnsupportedError(
-            f'{type(module).__name__} passes {", ".join(sorted(unknown))} to its attention function, which '
+            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention function, which "
             'attn_implementation="paged" does not know and will not ignore: load the model with "sdpa" or "eager"'
         )
 

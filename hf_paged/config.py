@@ -61,7 +61,9 @@ def parse_bytes(amount: int | str | None) -> int | None:
             raise ValueError(f'memory_budget must be bytes or a text such as "512MiB" or "2GB"; got {amount!r}')
         amount = int(float(match[1]) * _UNITS[match[2].upper()])
     if not isinstance(amount, int) or isinstance(amount, bool) or amount <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes; got {amount!r}: leave it out for the default")
+        raise ValueError(
+            f"memory_budget must be a positive number of bytes; got {amount!r}: leave it out for the default"
+        )
     return amount
 
 

@@ -78,7 +78,7 @@ def run_demo(new_tokens: int, block_size: int) -> None:
         print(f"seconds     dense {dense_seconds:6.2f}       paged {paged_seconds:6.2f}")
         print(f"page reads  {stats.page_reads}, gathers {sum(stats.gathers.values())}")
         del dense, paged
-    print("\nThe same `generate`, the same arguments: only attn_implementation=\"paged\" was set.")
+    print('\nThe same `generate`, the same arguments: only attn_implementation="paged" was set.')
 
 
 def _timed(model, inputs, options):

@@ -47,7 +47,7 @@ class PageView:
 
     def check(self) -> None:
         """Refuse to be read after the cache has changed."""
-        if self.version != self.sequences.version:
+        if self.version != self.rows.version:
             raise RuntimeError(
                 "keys or values that a paged cache returned earlier are read after the cache has changed: "
                 "clone them before the next update, crop or reordering"

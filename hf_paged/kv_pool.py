@@ -112,6 +112,4 @@ class KVPool:
         """Check ``free + cached + used == total`` and that the live block tables own what is used."""
         with self.lock:
             for key, group in self.groups.items():
-                group.blocks.check_integrity(
-                    table.blocks for cache in self.caches for table in cache.tables_in(key)
-                )
+                group.blocks.check_integrity(table.blocks for cache in self.caches for table in cache.tables_in(key))

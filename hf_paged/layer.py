@@ -141,7 +141,7 @@ class PagedLayerMixin:
         visible = self._visible(start) + key_states.shape[2]
         rows, step = sequences.append(self.index, self.window, key_states, value_states)
         self._advance(key_states.shape[2])
-        view = PageView(sequences, rows, step, self.index, sequences.version)
+        view = PageView(sequences, rows, step, self.index, rows.version)
         return PagedStates(view, key_states, True, visible), PagedStates(view, value_states, False, visible)
 
     def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -172,8 +172,14 @@ class PagedLayerMixin:
             sequences.bind(binding.pool_of(call.model))
         if sequences.batch_size is None:
             sequences.batch_size = key.shape[0]
-            comparable = call is not None and key.shape[2] > 1 and not call.model.training
-            sequences.twins = same_rows(call.inputs, key.shape[0]) if comparable else None
+            sequences.twins = self._find_twins(key)
+
+    def _find_twins(self, key: torch.Tensor) -> list[int] | None:
+        call = binding.current_call()
+        ids = None if call is None else call.inputs.get("input_ids", call.inputs.get(0))
+        if not isinstance(ids, torch.Tensor) or ids.shape != (key.shape[0], key.shape[2]) or ids.shape[1] == 1:
+            return None
+        return same_rows(ids, self.sequences.padding.valid_in(0, ids.shape[1]))
 
     def _visible(self, length: int) -> int:
         """How many earlier positions the next forward may see."""

@@ -11,6 +11,7 @@ from .block_table import BlockTable, make_writable
 from .kv_pool import GroupKey, GroupPool, KVPool
 from .padding import Padding
 from .step import Step
+from .twins import agree
 
 
 class GroupRows:
@@ -21,6 +22,7 @@ class GroupRows:
         self.tables = [BlockTable(pool.blocks) for _ in range(batch_size)]
         self.lengths: dict[int, int] = {}  # layer index -> positions it has seen
         self.step: Step | None = None
+        self.version = 0  # Changes so far; a handle from before the last one is stale.
 
     @property
     def length(self) -> int:
@@ -52,7 +54,6 @@ class Sequences:
         self.twins: list[int] | None = None  # For each row the first row with the same input.
         self.batch_size: int | None = None
         self.epoch = 0  # Reorderings so far.
-        self.version = 0  # Changes so far; a handle from before the last one is stale.
         self.deferred = born_in_forward
         self._held: dict[int, tuple[int | None, torch.Tensor, torch.Tensor]] = {}
         self._last_selection: list[int] | None = None
@@ -102,10 +103,10 @@ class Sequences:
 
     def store_held(self) -> None:
         """Move what `hold` kept into pages: the cache is read again after all."""
+        for layer in sorted(self._held):
+            self.append(layer, *self._held[layer])
+            del self._held[layer]
         self.deferred = False
-        for layer, (window, key, value) in sorted(self._held.items()):
-            self.append(layer, window, key, value)
-        self._held.clear()
 
     def append(
         self,
@@ -129,6 +130,8 @@ class Sequences:
             end = start + key.shape[2]
             if rows.step is None or (rows.step.start, rows.step.end) != (start, end):
                 rows.step = self._begin_step(rows, start, end)
+            if rows.step.twins is not None and not (agree(rows.step.twins, key) and agree(rows.step.twins, value)):
+                rows.step = self._part_twins(rows, rows.step)
             storage = rows.pool.layer(layer, key, value)
             storage.ensure(rows.pool.blocks.high_water)
             rows.step.write(storage, key, value)
@@ -149,23 +152,38 @@ class Sequences:
 
     def _begin_step(self, rows: GroupRows, start: int, end: int) -> Step:
         """Make room for positions ``start .. end - 1`` in every row: all rows or none."""
-        self.version += 1
+        rows.version += 1
         first, last = (self.padding.tokens_before(at, self.batch_size) for at in (start, end))
         twins = self.twins if start == 0 and rows.length == 0 else None
         if rows.window is not None and not self.record_past:
             self._slide(rows, first, last)
-        owners = range(self.batch_size) if twins is None else sorted(set(twins))
-        tables = [rows.tables[row] for row in owners]
-        writes = {row: max(first[row], rows.tables[row].base) for row in owners}
-        ranges = [(token, last[row]) for row, token in writes.items()]
-        copies = make_writable(tables, ranges, rows.pool.allocate)
-        rows.pool.copy_blocks(copies)
-        if twins is not None:
-            for row, twin in enumerate(twins):
-                if twin != row:
-                    rows.tables[row] = rows.tables[twin].fork()
+        writes = {
+            row: max(first[row], rows.tables[row].base) for row in (sorted(set(twins)) if twins else range(len(first)))
+        }
+        self._make_room(rows, writes, last)
+        for row, twin in enumerate(twins or ()):
+            if twin != row:
+                rows.tables[row] = rows.tables[twin].fork()
         valid = self.padding.valid_in(start, end)
-        return Step(list(rows.tables), start, end, first, last, writes, valid, rows.pool.key.device)
+        return Step(list(rows.tables), start, end, first, last, writes, twins, valid, rows.pool.key.device)
+
+    def _part_twins(self, rows: GroupRows, step: Step) -> Step:
+        """Rows with the same tokens turn out to differ in a layer: store each for itself.
+
+        Layers that stored them once already are copied; handles on these stay good, their content is the same.
+        """
+        writes = {row: max(first, rows.tables[row].base) for row, first in enumerate(step.first)}
+        self._make_room(rows, writes, step.last)
+        return Step(
+            list(rows.tables), step.start, step.end, step.first, step.last, writes, None, step.valid, step.device
+        )
+
+    @staticmethod
+    def _make_room(rows: GroupRows, writes: dict[int, int], last: list[int]) -> None:
+        """Private blocks for the tokens from `writes` to `last` of the rows that store some."""
+        tables = [rows.tables[row] for row in writes]
+        ranges = [(token, last[row]) for row, token in writes.items()]
+        rows.pool.copy_blocks(make_writable(tables, ranges, rows.pool.allocate))
 
     @staticmethod
     def _slide(rows: GroupRows, first: list[int], last: list[int]) -> None:
@@ -174,14 +192,14 @@ class Sequences:
         for table, seen, total in zip(rows.tables, first, last):
             if rows.length > 0:
                 table.evict_before(seen - reach)
-            elif total > reach:
-                table.start_at(total - reach)
+            else:
+                table.start_at(max(0, total - reach))
 
     def truncate(self, layer: int, window: int | None, removed: int) -> None:
         """Forget the last `removed` positions of one layer; blocks go with the last layer that forgets them."""
         rows = self._rows_of(layer)
         with self.pool.lock:
-            self.version += 1
+            rows.version += 1
             rows.step = None
             rows.lengths[layer] = max(0, rows.lengths[layer] - removed)
             # Its siblings may not have been told yet: keep what the longest and the shortest of them need.
@@ -205,11 +223,11 @@ class Sequences:
             assert epoch < self.epoch or rows == self._last_selection, "layers of one cache were reordered differently"
             return
         with self.pool.lock:
-            self.version += 1
             self.epoch, self._last_selection = epoch, rows
             self._last_batch_size, self.batch_size = self.batch_size, len(rows)
             for group in self.groups.values():
                 group.step = None
+                group.version += 1
                 old, group.tables = group.tables, [group.tables[row].fork() for row in rows]
                 for table in old:
                     table.release()
@@ -261,7 +279,7 @@ class Sequences:
             rows.lengths.pop(layer, None)
             if not rows.lengths:
                 with self.pool.lock:
-                    self.version += 1
+                    rows.version += 1
                     rows.step = None
                     for table in rows.tables:
                         table.release()

@@ -1,4 +1,8 @@
-"""Step: what one forward writes and reads in one attention group, computed once for all its layers."""
+"""Step: what one forward writes and reads in one attention group, computed once for all its layers.
+
+A step knows slots and tables, not handles: a packed forward of many rows can be described by one as well,
+and an attention function that finds it by other means than its keys can write and read with it alone.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +40,8 @@ class Step:
     writes : dict of int to int
         For each row that stores tokens of its own, the first token it stores. Rows left out share the
         blocks of a row with the same input.
+    twins : list of int or None
+        For each row the row whose blocks hold it, where rows have the same input; None: no two do.
     valid : torch.Tensor or None
         ``[batch, end - start]`` bool: which positions hold tokens; None: all.
     """
@@ -48,11 +54,12 @@ class Step:
         first: list[int],
         last: list[int],
         writes: dict[int, int],
+        twins: list[int] | None,
         valid: torch.Tensor | None,
         device: torch.device,
     ):
         self.tables, self.start, self.end = tables, start, end
-        self.first, self.last, self.writes = first, last, writes
+        self.first, self.last, self.writes, self.twins = first, last, writes, twins
         self.valid, self.device = valid, device
 
     def write(self, storage: KVStorage, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -1,46 +1,43 @@
 """Rows of a prompt batch that are the same: their keys and values are stored once."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from transformers import Cache
+
+# Rows of one batched product may differ in their last bits; states that differ by more are different.
+_TOLERANCE = 64
 
 
-def same_rows(inputs: dict[Any, Any], batch_size: int) -> list[int] | None:
-    """For each row of a model's inputs the first row that equals it in all of them.
+def same_rows(input_ids: torch.Tensor, valid: torch.Tensor | None) -> list[int] | None:
+    """For each row of a prompt batch the first row with the same tokens and padding.
 
-    ``num_return_sequences`` and beam search expand every prompt before the prefill; the copies' states
-    are equal, so their blocks can be shared until they diverge.
+    ``num_return_sequences`` and beam search expand every prompt before the prefill. Equal tokens are only
+    a reason to look: rows may still differ in what the cache is not shown (images, adapters, an encoder),
+    so `agree` has the last word, in every layer.
 
     Parameters
     ----------
-    inputs : dict
-        Arguments of the decoder's forward.
-    batch_size : int
+    input_ids : torch.Tensor
+        ``[batch, positions]``
+    valid : torch.Tensor or None
+        ``[batch, positions]`` bool, False at padding.
 
     Returns
     -------
     list of int or None
-        None if no two rows are the same, or if the inputs hold something that cannot be compared.
+        None if all rows differ.
     """
-    tensors = []
-    for value in inputs.values():
-        if isinstance(value, torch.Tensor) and len(value) in (batch_size, 1) and (value.ndim < 3 or value.is_floating_point()):
-            tensors.append(value)
-        elif value is not None and not isinstance(value, (bool, int, float, str, Cache)):
-            return None
-    ids = inputs.get("input_ids", inputs.get(0))
-    if batch_size < 2 or not isinstance(ids, torch.Tensor) or ids.shape[0] != batch_size:
-        return None
-    first_of: dict[tuple, list[int]] = {}
-    twins = list(range(batch_size))
-    for row, tokens in enumerate(ids.tolist()):
-        candidates = first_of.setdefault(tuple(tokens), [])
-        twins[row] = next((other for other in candidates if _equal(tensors, row, other)), row)
-        if twins[row] == row:
-            candidates.append(row)
-    return twins if twins != list(range(batch_size)) else None
+    rows = input_ids if valid is None else torch.cat([input_ids, valid.to(input_ids.dtype)], dim=1)
+    first: dict[tuple, int] = {}
+    twins = [first.setdefault(tuple(tokens), row) for row, tokens in enumerate(rows.tolist())]
+    return twins if len(first) < len(twins) else None
 
 
-def _equal(tensors: list[torch.Tensor], row: int, other: int) -> bool:
-    return all(len(tensor) == 1 or torch.equal(tensor[row], tensor[other]) for tensor in tensors)
+def agree(twins: Sequence[int], states: torch.Tensor) -> bool:
+    """Whether rows that are stored once have the same states ``[batch, num_kv_heads, positions, head_dim]``."""
+    for row, twin in enumerate(twins):
+        if row != twin:
+            tolerance = _TOLERANCE * torch.finfo(states.dtype).eps * states[twin].abs().max()
+            if not bool((states[row] - states[twin]).abs().max() <= tolerance):
+                return False
+    return True

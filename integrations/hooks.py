@@ -97,7 +97,9 @@ def _wrap(owner: type, method: str, after) -> None:
     setattr(owner, method, wrapper)
 
 
-def _page_new_cache(cache: DynamicCache, _, ddp_cache_data=None, config=None, offloading=False, *args, **kwargs) -> None:
+def _page_new_cache(
+    cache: DynamicCache, _, ddp_cache_data=None, config=None, offloading=False, *args, **kwargs
+) -> None:
     if type(cache) is not DynamicCache or config is None or ddp_cache_data is not None or offloading:
         return
     if config.get_text_config(decoder=True)._attn_implementation == NAME:

@@ -46,7 +46,16 @@ def gather_context(
 
 
 def paged_attention(
-    query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, scale, window=None, softcap=None, sinks=None
+    query,
+    key_cache,
+    value_cache,
+    block_tables,
+    context_lens,
+    cu_seqlens_q,
+    scale,
+    window=None,
+    softcap=None,
+    sinks=None,
 ) -> torch.Tensor:
     """See `ops.paged_attention`."""
     starts, lens = cu_seqlens_q.tolist(), context_lens.tolist()

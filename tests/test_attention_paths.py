@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 import zoo
+from parity import assert_generates_equal
 from transformers import DynamicCache, masking_utils
 
 import hf_paged
@@ -270,6 +271,12 @@ def test_a_model_with_attention_of_its_own(options):
     inputs = zoo.prompts([11, 7])
     assert torch.equal(*(model.generate(**inputs, max_new_tokens=14, **options) for model in models))
     assert hf_paged.stats(models[1]).gathers
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+def test_layers_that_reuse_the_keys_of_others(options):
+    """Handles are kept across layers within a forward, while other groups begin their steps."""
+    assert_generates_equal(zoo.pair("gemma3n_text"), zoo.prompts([12, 5]), **options)
 
 
 def test_a_compiled_forward_is_right():

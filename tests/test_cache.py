@@ -48,7 +48,9 @@ def test_layers_are_upstreams_own_subclasses(models):
     cache = DynamicCache(config=models[1].config)
     assert type(cache) is DynamicCache and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
     assert all(isinstance(layer, (PagedLayer, PagedSlidingWindowLayer)) for layer in cache.layers)
-    assert all(type(layer) is DynamicLayer or layer.is_sliding for layer in DynamicCache(config=models[0].config).layers)
+    assert all(
+        type(layer) is DynamicLayer or layer.is_sliding for layer in DynamicCache(config=models[0].config).layers
+    )
 
 
 @both
@@ -238,18 +240,33 @@ def test_equal_rows_are_stored_once():
     del cache
 
 
-def test_rows_are_told_apart_by_every_input():
-    """Same ids, other embeddings or positions: not the same row."""
+def test_rows_with_the_same_tokens_and_other_padding_are_told_apart():
     from hf_paged.twins import same_rows
 
     ids = torch.ones(3, 4, dtype=torch.long)
-    states = torch.zeros(3, 5, 8)
-    assert same_rows({"input_ids": ids, "encoder_hidden_states": states}, 3) == [0, 0, 0]
-    states[1] = 1
-    assert same_rows({"input_ids": ids, "encoder_hidden_states": states}, 3) == [0, 1, 0]
-    assert same_rows({"input_ids": ids, "position_ids": torch.zeros(3, 3, 4, dtype=torch.long)}, 3) is None
-    assert same_rows({"input_ids": ids, "images": [1, 2, 3]}, 3) is None
-    assert same_rows({"inputs_embeds": states}, 3) is None
+    valid = torch.ones(3, 4, dtype=torch.bool)
+    assert same_rows(ids, None) == same_rows(ids, valid) == [0, 0, 0]
+    valid[1, 0] = False
+    assert same_rows(ids, valid) == [0, 1, 0]
+    assert same_rows(torch.arange(12).view(3, 4), None) is None
+
+
+@pytest.mark.parametrize("models", MODELS, indirect=True)
+def test_rows_that_differ_below_the_tokens_are_parted(models):
+    """Rows of one prompt run under different adapters: the first layers agree, the next do not."""
+    hf_paged.release(models[1])
+    ids = zoo.prompts([10])["input_ids"].expand(4, -1)
+
+    def adapt(module, args, output):
+        return output + torch.tensor([0.0, 1.0, 0.0, 2.0])[: len(output), None, None]
+
+    hooks = [model.model.layers[0].mlp.register_forward_hook(adapt) for model in models]
+    try:
+        caches = [prefill(model, ids) for model in models]
+        assert_same_next(models, caches, 4)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def test_a_lone_forward_stores_nothing_until_its_cache_is_used():

@@ -149,9 +149,7 @@ def test_deepcopied_prefix(models):
         suffix = torch.randint(3, zoo.VOCAB, (1, 5), generator=torch.Generator().manual_seed(seed))
         ids = torch.cat([prefix, suffix], dim=1)
         mask = torch.ones_like(ids)
-        expected = dense.generate(
-            ids, attention_mask=mask, past_key_values=copy.deepcopy(caches[0]), max_new_tokens=12
-        )
+        expected = dense.generate(ids, attention_mask=mask, past_key_values=copy.deepcopy(caches[0]), max_new_tokens=12)
         got = paged.generate(ids, attention_mask=mask, past_key_values=copied, max_new_tokens=12)
         assert_rows_equal(dense, {"input_ids": ids, "attention_mask": mask}, expected, got)
     stats = hf_paged.stats(paged)
@@ -208,7 +206,9 @@ def test_other_cache_implementations(implementation):
     outputs = []
     for model in zoo.pair("llama"):
         try:
-            outputs.append(model.generate(**zoo.prompts(RAGGED), max_new_tokens=12, cache_implementation=implementation))
+            outputs.append(
+                model.generate(**zoo.prompts(RAGGED), max_new_tokens=12, cache_implementation=implementation)
+            )
         except (AssertionError, ImportError, RuntimeError, ValueError) as error:  # Not to be had on this machine.
             outputs.append(str(error))
     dense, paged = outputs

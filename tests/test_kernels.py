@@ -57,7 +57,9 @@ def check(implementation, arguments, sink_scores, dtype, **options):
     got = implementation.paged_attention(*arguments, 0.3, **options)
     exact = reference.paged_attention(query.double(), keys.double(), values.double(), *rows, 0.3, **options)
     assert got.dtype == dtype and not got.isnan().any()
-    torch.testing.assert_close(got.double(), exact, atol=TOLERANCE[dtype], rtol=1e-2 if dtype != torch.float32 else 2e-6)
+    torch.testing.assert_close(
+        got.double(), exact, atol=TOLERANCE[dtype], rtol=1e-2 if dtype != torch.float32 else 2e-6
+    )
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -1,6 +1,7 @@
 """The public surface: config, configure, stats, release, budgets, and what a failing call leaves behind."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -188,3 +189,15 @@ def test_blocks_return_when_the_cache_is_dropped():
     assert hf_paged.stats(paged).used_blocks > 0
     del output
     assert hf_paged.stats(paged).used_blocks == 0
+
+
+def test_threads_share_one_pool():
+    dense, paged = zoo.pair("gemma3_text")
+    hf_paged.release(paged)
+    inputs = [zoo.prompts([3 + index, 9], seed=index) for index in range(8)]
+    expected = [dense.generate(**each, max_new_tokens=20) for each in inputs]
+    with ThreadPoolExecutor(8) as threads:
+        got = list(threads.map(lambda each: paged.generate(**each, max_new_tokens=20), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    stats = hf_paged.stats(paged)
+    assert stats.page_reads > 0 and not stats.gathers

@@ -33,9 +33,20 @@ _SPECIAL = {
     "gemma2": {**_WINDOWED, "attn_logit_softcapping": 0.7, "query_pre_attn_scalar": 5},
     "gpt_oss": {**_WINDOWED, "num_local_experts": 2, "num_experts_per_tok": 2},
     "bloom": {"n_head": 4, "n_layer": 2},
+    "gemma3n_text": {  # The last two layers attend over keys and values of the first two.
+        **_WINDOWED,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
     "gpt2": {**_GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
-NAMES = [name for name in _SPECIAL if name != "bloom"]  # What pages serve in every layer.
+NAMES = [name for name in _SPECIAL if name not in ("bloom", "gemma3n_text")]  # What pages serve in every layer.
 
 
 @functools.cache
