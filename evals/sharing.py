@@ -35,8 +35,8 @@ def main():
         shared, alone = count_blocks(model, ids, arguments.new_tokens, options)
         print(
             f"{name}, {len(ids)} prompt tokens, {arguments.new_tokens} new, blocks of {arguments.block_size}: "
-            f"at the end {shared[-1]} blocks against {alone[-1]} without sharing, saving {1 - shared[-1] / alone[-1]:.1%}; "
-            f"mean saving {1 - sum(shared) / sum(alone):.1%}"
+            f"at the end {shared[-1]} blocks against {alone[-1]} without sharing, "
+            f"saving {1 - shared[-1] / alone[-1]:.1%}; mean saving {1 - sum(shared) / sum(alone):.1%}"
         )
 
 
