@@ -24,7 +24,7 @@ def main():
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     held = batch["attention_mask"].sum().item() / batch["attention_mask"].numel()
     print(f"{len(prompts)} prompts, {sum(map(len, prompts))} tokens; the dense rectangle holds {1 - held:.1%} padding")
-    for block_size in arguments.block_size or [16, hf_paged.PagedConfig().block_size]:
+    for block_size in arguments.block_size or [hf_paged.PagedConfig().block_size, 32]:
         hf_paged.configure(model, hf_paged.PagedConfig(block_size=block_size))
         seen = waste_of_every_step(model, batch, arguments.new_tokens)
         mean = sum(seen) / len(seen)

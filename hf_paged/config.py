@@ -30,7 +30,7 @@ class PagedConfig:
     '1GiB'
     """
 
-    block_size: int = 32
+    block_size: int = 16
     memory_budget: int | str | None = None
 
     def __post_init__(self):

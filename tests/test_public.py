@@ -15,7 +15,7 @@ from hf_paged.storage import KVStorage
 
 def test_config_is_frozen_and_has_defaults():
     config = PagedConfig()
-    assert config.block_size == 32
+    assert config.block_size == 16
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.block_size = 16
 
