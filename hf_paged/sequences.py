@@ -155,7 +155,7 @@ class Sequences:
         rows.version += 1
         first, last = (self.padding.tokens_before(at, self.batch_size) for at in (start, end))
         twins = self.twins if start == 0 and rows.length == 0 else None
-        if rows.window is not None and not self.record_past:
+        if rows.window is not None:
             self._slide(rows, first, last)
         writes = {
             row: max(first[row], rows.tables[row].base) for row in (sorted(set(twins)) if twins else range(len(first)))
@@ -185,11 +185,20 @@ class Sequences:
         ranges = [(token, last[row]) for row, token in writes.items()]
         rows.pool.copy_blocks(make_writable(tables, ranges, rows.pool.allocate))
 
-    @staticmethod
-    def _slide(rows: GroupRows, first: list[int], last: list[int]) -> None:
-        """Free the blocks that left the window; skip prompt tokens that no later step can see."""
+    def _slide(self, rows: GroupRows, first: list[int], last: list[int]) -> None:
+        """Free the blocks that left the window; skip prompt tokens that no later step can see.
+
+        While the past is recorded both wait for the next crop.
+        """
         reach = rows.window - 1
         for table, seen, total in zip(rows.tables, first, last):
+            if table.base > max(0, seen - reach):
+                raise RuntimeError(
+                    "the cache was cropped by more than it had recorded: tokens inside the sliding window are gone. "
+                    "Crop at most what was appended since the last crop, after cache.activate_past_recording()"
+                )
+            if self.record_past:
+                continue
             if rows.length > 0:
                 table.evict_before(seen - reach)
             else:
