@@ -15,7 +15,7 @@ def write_kv(key, value, key_cache, value_cache, slot_mapping) -> None:
     # Slot numbers count tokens; in memory each block holds them once a head.
     first = slot_mapping + (slot_mapping // block_size) * ((num_kv_heads - 1) * block_size)
     rows = (first[:, None] + heads).flatten()
-    # index_copy_ over [slot, head] rows moves whole vectors: 3x faster than advanced indexing.
+    # index_copy_ over [slot, head] rows moves whole vectors: 1.5 to 3.6 times faster than advanced indexing.
     for states, cache in ((key, key_cache), (value, value_cache)):
         head_dim = cache.shape[3]
         cache.view(-1, head_dim).index_copy_(0, rows, states.reshape(-1, head_dim))
