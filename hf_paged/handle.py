@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_map_only
 
-from .sequences import GroupRows, Sequences
+from .group_rows import GroupRows
+from .sequences import Sequences
 from .step import Step
 
 

@@ -1,0 +1,24 @@
+"""GroupRows: the rows of one cache in one attention group."""
+
+from .block_table import BlockTable
+from .kv_pool import GroupPool
+from .step import Step
+
+
+class GroupRows:
+    """The block tables of one attention group, one a row, and how far each layer of it has come."""
+
+    def __init__(self, pool: GroupPool, batch_size: int):
+        self.pool = pool
+        self.tables = [BlockTable(pool.blocks) for _ in range(batch_size)]
+        self.lengths: dict[int, int] = {}  # layer index -> positions it has seen
+        self.step: Step | None = None
+        self.version = 0  # Changes so far; a handle from before the last one is stale.
+
+    @property
+    def length(self) -> int:
+        return max([0, *self.lengths.values()])
+
+    @property
+    def window(self) -> int | None:
+        return self.pool.key.window
