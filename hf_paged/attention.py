@@ -156,14 +156,26 @@ def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[t
     call = binding.current_call()
     fused = call is None or call.model._supports_sdpa
     extras = (kwargs.get(name) for name in ("softcap", "s_aux", "sinks"))
-    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
     wants_eager = not fused or _wants_weights(kwargs) or any(extra is not None for extra in extras)
-    if eager is None or not wants_eager:
+    if not wants_eager:
         mask = mask.sdpa() if isinstance(mask, PagedMask) else mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    eager = _eager_function(module)
     mask = _additive(module, query, key, mask, kwargs)
     key, value = key.contiguous(), value.contiguous()  # As they come out of a dense cache.
     return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _eager_function(module: torch.nn.Module):
+    """The eager attention function of the modelling file that `module`'s class, or a base of it, comes from."""
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise UnsupportedError(
+        f"{type(module).__name__} asks for attention that sdpa does not compute (sinks, softcap, weights, or a model "
+        'without sdpa), and its modelling file has no eager_attention_forward: load the model with "eager"'
+    )
 
 
 def _additive(module, query, key, mask, kwargs) -> torch.Tensor | None:

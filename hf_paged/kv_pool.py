@@ -66,7 +66,8 @@ class GroupPool:
                 raise
             logger.warning_once(
                 f"hf_paged: a call needs {total + extra} blocks and memory_budget holds {self.budget_blocks}; the pool "
-                "exceeds its budget for this call. Lower the batch, or raise memory_budget with hf_paged.configure."
+                "stays larger than its budget until hf_paged.release(model). "
+                "Lower the batch, or raise memory_budget with hf_paged.configure."
             )
             self.blocks.grow(extra)
             return self.blocks.allocate(num_blocks)

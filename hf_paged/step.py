@@ -86,7 +86,7 @@ class Step:
             index.extend(row * positions + position for position in at[token - self.first[row] :])
         return torch.tensor(index, dtype=torch.long, device=self.device)
 
-    @property
+    @cached_property
     def has_inner_padding(self) -> bool:
         """Whether some new position is padding that a later token of its row, or of the past, surrounds.
 

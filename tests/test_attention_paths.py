@@ -189,6 +189,13 @@ def test_arguments_that_are_none_are_no_arguments():
     assert_close(output, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "softcap"])
+def test_what_sdpa_would_ignore_is_refused_without_an_eager_function(name):
+    states = torch.randn(1, 2, 3, 4)
+    with pytest.raises(hf_paged.UnsupportedError, match='has no eager_attention_forward: load the model with "eager"'):
+        paged_attention_forward(torch.nn.Module(), states, states, states, None, **{name: torch.ones(2)})
+
+
 def test_position_bias_is_added():
     module = torch.nn.Module()
     states, bias = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 3)

@@ -1,5 +1,6 @@
 """Which tokens a cache stores, in how many blocks: padding, sharing, windows."""
 
+import pytest
 import torch
 import zoo
 from caches import assert_same_next, every_cache, prefill, step, used
@@ -72,6 +73,16 @@ def test_rows_with_the_same_tokens_and_other_padding_are_told_apart():
     valid[1, 0] = False
     assert same_rows(ids, valid) == [0, 1, 0]
     assert same_rows(torch.arange(12).view(3, 4), None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_small_differences_part_rows_in_every_dtype(dtype):
+    from hf_paged.twins import agree
+
+    states = torch.randn(1, 2, 6, 16).to(dtype).repeat(3, 1, 1, 1)
+    assert agree([0, 0, 0], states)
+    states[2, 1, 3] *= 1.02
+    assert not agree([0, 0, 0], states) and agree([0, 0, 2], states)
 
 
 @every_cache

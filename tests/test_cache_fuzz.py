@@ -90,6 +90,7 @@ class Life:
 
 @pytest.mark.parametrize("decade", range(SEEDS // 10))
 def test_random_lives(decade):
+    reads = 0
     for seed in range(decade * 10, decade * 10 + 10):
         life = Life(seed)
         life.forward()
@@ -99,7 +100,9 @@ def test_random_lives(decade):
             )
             getattr(life, operation)()
         life.caches.clear()
+        reads += hf_paged.stats(life.models[1]).page_reads
         assert used(life.models[1]) == 0
+    assert reads > 0
 
 
 def test_cropping_more_than_was_recorded_is_refused_in_words():

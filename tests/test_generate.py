@@ -72,10 +72,10 @@ def test_streamer(models):
         def end(self):
             self.ended = True
 
-    streamers = []
-    for model in models:
-        streamers.append(Collect())
-        model.generate(**zoo.prompts([9]), max_new_tokens=16, streamer=streamers[-1])
+    streamers = [Collect(), Collect()]
+    models[0].generate(**zoo.prompts([9]), max_new_tokens=16, streamer=streamers[0])
+    with PageReads(models[1]):
+        models[1].generate(**zoo.prompts([9]), max_new_tokens=16, streamer=streamers[1])
     assert streamers[0].tokens == streamers[1].tokens and streamers[1].ended
 
 
