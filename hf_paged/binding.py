@@ -106,23 +106,29 @@ def pool_of(model: PreTrainedModel) -> KVPool:
         return _pools[model]
 
 
+def _submodules(model: torch.nn.Module):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"expected a model, got {type(model).__name__}: pass the model itself, such as pipe.model")
+    return model.modules()
+
+
 def pools_under(model: torch.nn.Module) -> list[KVPool]:
     """Every pool of `model` and of the models inside it (the decoder owns the pool)."""
     with _registry_lock:
-        return [_pools[module] for module in model.modules() if module in _pools]
+        return [_pools[module] for module in _submodules(model) if module in _pools]
 
 
 def forget_pools(model: torch.nn.Module) -> None:
     """Let go of the pools under `model`; caches that are alive keep theirs until they die."""
     with _registry_lock:
-        for module in model.modules():
+        for module in _submodules(model):
             _pools.pop(module, None)
 
 
 def set_config(model: torch.nn.Module, config: PagedConfig) -> None:
     """Use `config` for the pools made from now on under `model`."""
     with _registry_lock:
-        for module in model.modules():
+        for module in _submodules(model):
             if isinstance(module, PreTrainedModel):
                 _configs[module] = config
 
@@ -130,4 +136,4 @@ def set_config(model: torch.nn.Module, config: PagedConfig) -> None:
 def config_of(model: torch.nn.Module) -> PagedConfig:
     """The config that a pool made now under `model` would get."""
     with _registry_lock:
-        return next((_configs[module] for module in model.modules() if module in _configs), PagedConfig())
+        return next((_configs[module] for module in _submodules(model) if module in _configs), PagedConfig())

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from .demo import run_demo
 from .errors import PagedError
 
 
@@ -14,11 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--new-tokens", type=int, default=40, metavar="N", help="tokens to generate a row (default: 40)")
     demo.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens a block holds (default: 16)")
     arguments = parser.parse_args(argv)
-    from .demo import run_demo  # Imports torch and the demo extra: not for `--help`.
-
     try:
         run_demo(arguments.new_tokens, arguments.block_size)
-    except (PagedError, ValueError) as error:
+    except (ImportError, PagedError, ValueError) as error:
         print(f"hf-paged: {error}", file=sys.stderr)
         return 1
     return 0

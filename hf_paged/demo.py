@@ -47,13 +47,17 @@ def run_demo(new_tokens: int, block_size: int) -> None:
 
     Raises
     ------
-    PagedError
-        If the package with the model is not installed.
+    ImportError, PagedError
+        If the demo's packages are not installed.
+    ValueError
+        If one of the numbers is out of range.
     """
+    if new_tokens < 1:
+        raise ValueError(f"--new-tokens must be at least 1; got {new_tokens}")
+    config = hf_paged.PagedConfig(block_size=block_size)
     logging.disable_progress_bar()
     print("Loading SmolLM2-135M-Instruct (float32, CPU) ...", flush=True)
     tokenizer, model = load_tokenizer(), load_model("sdpa")
-    config = hf_paged.PagedConfig(block_size=block_size)
     hf_paged.configure(model, config)
     for title, (questions, options) in _JOBS.items():
         chats = [[{"role": "user", "content": question}] for question in questions]
@@ -65,6 +69,7 @@ def run_demo(new_tokens: int, block_size: int) -> None:
         options = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True, **options}
         model.set_attn_implementation("sdpa")
         dense, dense_seconds = _timed(model, inputs, options)
+        stored = dense.past_key_values.layers[0].keys
         dense_bytes = sum(t.nbytes for layer in dense.past_key_values.layers for t in (layer.keys, layer.values))
         model.set_attn_implementation("paged")
         hf_paged.release(model)
@@ -72,12 +77,12 @@ def run_demo(new_tokens: int, block_size: int) -> None:
         paged, paged_seconds = _timed(model, inputs, {**options, "logits_processor": [peak]})
         _report(tokenizer, inputs, dense.sequences, paged.sequences)
         full, stats = peak.fullest, hf_paged.stats(model)
-        paged_bytes = full.used_blocks * block_size * _bytes_per_token(model)
+        paged_bytes = full.used_blocks * block_size * dense_bytes // (stored.shape[0] * stored.shape[2])
         print(f"KV memory   dense {dense_bytes / 2**20:6.2f} MiB   paged {paged_bytes / 2**20:6.2f} MiB", end="")
         print(f"   ({full.used_blocks} blocks of {block_size}, {full.waste:.1%} of their slots empty)")
         print(f"seconds     dense {dense_seconds:6.2f}       paged {paged_seconds:6.2f}")
         print(f"page reads  {stats.page_reads}, gathers {sum(stats.gathers.values())}")
-        del dense, paged
+        del dense, paged, stored
     print('\nThe same `generate`, the same arguments: only attn_implementation="paged" was set.')
 
 
@@ -95,9 +100,3 @@ def _report(tokenizer, inputs, dense: torch.Tensor, paged: torch.Tensor) -> None
     same = dense.shape == paged.shape and (dense == paged).all(1)
     equal = int(same.sum()) if isinstance(same, torch.Tensor) else 0
     print(f"tokens      equal to dense in {equal} of {len(dense)} rows")
-
-
-def _bytes_per_token(model: PreTrainedModel) -> int:
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize

@@ -48,6 +48,21 @@ def test_configure_wants_a_config():
         hf_paged.configure(zoo.pair("llama")[1], {"block_size": 16})
 
 
+@pytest.mark.parametrize("call", [hf_paged.stats, hf_paged.release, lambda it: hf_paged.configure(it, PagedConfig())])
+def test_what_is_no_model_is_refused_in_words(call):
+    with pytest.raises(TypeError, match="expected a model, got str: pass the model itself"):
+        call("gpt2")
+
+
+@pytest.mark.parametrize("arguments", [["--new-tokens", "0"], ["--block-size", "5"]], ids=str)
+def test_the_demo_refuses_wrong_numbers_before_it_loads(arguments, capsys, monkeypatch):
+    from hf_paged import cli, demo
+
+    monkeypatch.setattr(demo, "load_model", lambda *_: pytest.fail("loaded before it looked"))
+    assert cli.main(["demo", *arguments]) == 1
+    assert "must be" in capsys.readouterr().err
+
+
 def test_stats_add_up():
     paged = zoo.build("gemma3_text", "paged")
     assert hf_paged.stats(paged).total_blocks == 0
