@@ -53,6 +53,11 @@ def current_call() -> Call | None:
     return _thread.calls[-1] if _thread.calls else None
 
 
+def argument(name: str) -> Any:
+    """What the models that run on this thread were called with as `name`; None if none of them was."""
+    return next((call.inputs[name] for call in reversed(_thread.calls) if call.inputs.get(name) is not None), None)
+
+
 def request_mask(sequences: Sequences, layer: int, sizes: tuple[int, int, int]) -> None:
     """Announce to the mask function, on this thread, which cache its next mask is for."""
     _thread.mask_request = MaskRequest(weakref.ref(sequences), layer, sizes)

@@ -62,13 +62,13 @@ class PagedStates(LazyTensor):
 
     Attributes
     ----------
-    view : PageView
+    pages : PageView
         Shared by the keys and the values of one update.
     fresh : torch.Tensor
         The states this update appended.
     """
 
-    view: PageView
+    pages: PageView
     fresh: torch.Tensor
     is_key: bool
 
@@ -78,19 +78,19 @@ class PagedStates(LazyTensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, (batch, heads, visible, dim), dtype=fresh.dtype, device=fresh.device
         )
-        self.view, self.fresh, self.is_key = view, fresh, is_key
+        self.pages, self.fresh, self.is_key = view, fresh, is_key
         return self
 
     def __repr__(self):
-        return f"PagedStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.view.layer})"
+        return f"PagedStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.pages.layer})"
 
     def dense(self, reason: str) -> torch.Tensor:
-        if self.view.step.start == 0:  # Nothing came before: the fresh states are all there is.
+        if self.pages.step.start == 0:  # Nothing came before: the fresh states are all there is.
             return self.fresh.contiguous()
-        self.view.check()
-        sequences, step = self.view.sequences, self.view.step
+        self.pages.check()
+        sequences, step = self.pages.sequences, self.pages.step
         sequences.pool.gathers[reason] += 1
-        return sequences.gather(self.view.layer, self.is_key, step.end - self.shape[2], step.end)
+        return sequences.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
 
 
 @dataclass(frozen=True)

@@ -56,15 +56,19 @@ def paged_mask(
 
     if torch.compiler.is_compiling():
         return make(True)
+    # Where few logits are wanted, some models (gemma4) attend with the last queries only, unless the
+    # implementation is named "sdpa": without a mask these would count from the first key.
+    kept = binding.argument("logits_to_keep")
+    may_skip = not (isinstance(kept, int) and kept > 0)
     request = binding.take_mask_request((q_length, kv_length, kv_offset))
     if request is None:
-        return make(True)
+        return make(may_skip)
     sequences, layer = request
     if q_offset != sequences.length(layer):
-        return make(True)
+        return make(may_skip)
     obstacle = sequences.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
     if sequences.deferred:
-        return make(True)
+        return make(may_skip)
     pattern = causal_pattern(mask_function)
     if pattern is not None and pattern.window is not None and not sequences.padding.left:
         obstacle = obstacle or "padding inside a row changes distances in the sliding window"
