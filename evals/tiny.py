@@ -1,5 +1,7 @@
 """Tiny random models of (nearly) every causal model type that transformers knows, from their configs alone."""
 
+import copy
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -25,6 +27,7 @@ _SMALL = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 256),
     **dict.fromkeys(("sliding_window", "attention_window_size"), 7),
     **dict.fromkeys(("initializer_range", "init_std"), 0.4),
+    "tie_word_embeddings": False,  # Tied, a tiny model repeats its last token whatever it attends to.
     "index_topk": 6,
     "vocab_size": VOCAB,
     "pad_token_id": 0,
@@ -40,7 +43,11 @@ _INDEXED = {
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _PER_LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
-_SHARED_KV = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+_SHARED_KV = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+}
 _LATENT_TYPES = (
     *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
     *("hy_v4", "kimi_linear", "longcat_flash", "minicpm3", "youtu"),
@@ -52,6 +59,7 @@ _SPECIAL: dict[str, dict] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dots3_note_text": {"per_layer_config": {}, "num_key_value_heads": 4},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "gemma3n_text": {
         **_SHARED_KV,
         **_PER_LAYER_INPUTS,
@@ -122,8 +130,8 @@ def tiny_model(config: PreTrainedConfig, implementation: str | None, limit: floa
         If it has more than `limit` parameters; nothing is allocated then.
     """
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
     if parameters > limit:
         raise ValueError(f"the smallest known config of {config.model_type} has {parameters / 1e6:.0f}M parameters")
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()

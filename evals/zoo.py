@@ -7,6 +7,7 @@ if any type gives other tokens, or fails where dense does not.
 """
 
 import argparse
+import contextlib
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ _MEANING = {
     PAGES: "every layer with a KV cache reads pages",
     MIXED: "some calls read pages, others gather",
     GATHER: "stored in pages, gathered to attend",
-    OWN: "nothing to page: recurrent, or a cache that is not transformers' DynamicCache",
+    OWN: "nothing paged: recurrent, hybrid or indexer layers, no cache, or one that is not a DynamicCache",
     REFUSED: "an error at load time says what to use",
     UNBUILT: "no tiny config is known, or dense itself does not generate",
     WRONG: "differs from dense",
@@ -96,7 +97,9 @@ def _generate(model, options: dict) -> torch.Tensor | Exception:
 def _judge(stats: hf_paged.Stats, expected: dict) -> Outcome:
     if all(isinstance(result, Exception) for result in expected.values()):
         return Outcome(UNBUILT, _first_line(expected["greedy"]))
-    reasons = ", ".join(sorted(stats.gathers))
+    applied = "the model applies "  # Which operation it was says little to a reader.
+    reasons = {"the model computes with its keys and values" if r.startswith(applied) else r for r in stats.gathers}
+    reasons = ", ".join(sorted(reasons))
     if stats.page_reads:
         return Outcome(MIXED if stats.gathers else PAGES, reasons)
     return Outcome(GATHER if stats.gathers else OWN, reasons)
@@ -128,7 +131,8 @@ def main() -> int:
     logging.set_verbosity_error()
     outcomes = {}
     for model_type in arguments.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        outcomes[model_type] = outcome = try_type(model_type)
+        with contextlib.redirect_stdout(sys.stderr):  # Some models print while they generate.
+            outcomes[model_type] = outcome = try_type(model_type)
         print(f"{model_type:24} {outcome.kind:18} {outcome.reason}", file=sys.stderr, flush=True)
     text = table(outcomes)
     print(text)

@@ -11,6 +11,10 @@ from hf_paged.kernels import ops
 from . import binding
 from .errors import UnsupportedError
 from .handle import PagedMask, PagedStates
+from .kv_pool import KVPool
+from .step import Reads
+from .storage import KVStorage
+from .stored import StoredStates, stored_obstacle, stored_reads
 
 # Every argument that a model of transformers 5.23 hands to its attention function and that the paths
 # below, or the sdpa and eager functions they call, take into account or may ignore as those do.
@@ -58,6 +62,8 @@ def paged_attention_forward(
         If the model passes an attention argument that is not known.
     """
     _check_arguments(module, kwargs)
+    if isinstance(key, StoredStates) or isinstance(value, StoredStates):
+        return _attend_stored(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if not isinstance(key, PagedStates) and not isinstance(value, PagedStates):
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     obstacle = _obstacle(query, key, value, attention_mask, dropout, kwargs)
@@ -67,7 +73,21 @@ def paged_attention_forward(
     if key.pages.step.start == 0:
         # Nothing lies in the pages that the new states do not hold: read these, as sdpa does.
         return _dense(module, query, key.fresh, value.fresh, attention_mask, dropout, scaling, kwargs)
-    return _read_pages(query, key, attention_mask, scaling, kwargs), None
+    view = key.pages
+    view.check()
+    storage, window = view.rows.pool.layers[view.layer], attention_mask.pattern.window
+    return _read_pages(query, view.sequences.pool, storage, view.step.reads, window, scaling, kwargs), None
+
+
+def _attend_stored(module, query, key, value, mask, dropout, scaling, kwargs):
+    """Attention over all that a layer holds, such as cross-attention after its first step."""
+    obstacle = stored_obstacle(module, query, key, value, mask, kwargs) or _general_obstacle(query, dropout, kwargs)
+    if obstacle is not None:
+        key, value = (x.dense(obstacle) if isinstance(x, StoredStates) else x for x in (key, value))
+        return _dense(module, query, key, value, mask, dropout, scaling, kwargs)
+    key.check()
+    storage, reads = key.rows.pool.layers[key.layer.index], stored_reads(key.layer, query.shape[2], mask)
+    return _read_pages(query, key.layer.sequences.pool, storage, reads, None, scaling, kwargs), None
 
 
 def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
@@ -102,6 +122,13 @@ def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:
         return "the mask belongs to another layer's window"
     if kwargs.get("position_bias") is not None:
         return "position bias"
+    return _general_obstacle(query, dropout, kwargs) or (
+        mask.obstacle or ("padding between tokens" if step.has_inner_padding else None)
+    )
+
+
+def _general_obstacle(query, dropout, kwargs) -> str | None:
+    """What no kernel over pages computes, whatever the keys and the mask are."""
     if kwargs.get("indices") is not None or kwargs.get("block_indices") is not None:
         return "an indexer chooses the tokens to see"
     if _wants_weights(kwargs):
@@ -112,7 +139,7 @@ def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:
         return "gradients"
     if not _says_all_in_arguments():
         return "the model has only an eager attention of its own"
-    return mask.obstacle or ("padding between tokens" if step.has_inner_padding else None)
+    return None
 
 
 def _wants_weights(kwargs: dict) -> bool:
@@ -126,10 +153,7 @@ def _says_all_in_arguments() -> bool:
     return call is not None and (call.model._supports_sdpa or call.model._supports_flash_attn)
 
 
-def _read_pages(query, key: PagedStates, mask: PagedMask, scaling, kwargs) -> torch.Tensor:
-    view = key.pages
-    view.check()
-    storage, reads = view.rows.pool.layers[view.layer], view.step.reads
+def _read_pages(query, pool: KVPool, storage: KVStorage, reads: Reads, window, scaling, kwargs) -> torch.Tensor:
     batch, num_heads, positions, head_dim = query.shape
     tokens = query.transpose(1, 2).reshape(batch * positions, num_heads, head_dim)
     if reads.query_index is not None:
@@ -143,11 +167,11 @@ def _read_pages(query, key: PagedStates, mask: PagedMask, scaling, kwargs) -> to
         reads.context_lens,
         reads.cu_seqlens_q,
         head_dim**-0.5 if scaling is None else scaling,
-        mask.pattern.window,
+        window,
         kwargs.get("softcap"),
         sinks,
     )
-    view.sequences.pool.page_reads += 1
+    pool.page_reads += 1
     if reads.query_index is not None:
         packed, out = out, out.new_zeros(batch * positions, num_heads, out.shape[-1])
         out.index_copy_(0, reads.query_index, packed)

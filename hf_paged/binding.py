@@ -123,6 +123,12 @@ def pools_under(model: torch.nn.Module) -> list[KVPool]:
         return [_pools[module] for module in _submodules(model) if module in _pools]
 
 
+def implementation_of(model: torch.nn.Module) -> str:
+    """The attention implementation of the decoder in `model`, as its config names it now."""
+    models = (module for module in _submodules(model) if isinstance(module, PreTrainedModel))
+    return next((module.config.get_text_config(decoder=True)._attn_implementation for module in models), "none")
+
+
 def forget_pools(model: torch.nn.Module) -> None:
     """Let go of the pools under `model`; caches that are alive keep theirs until they die."""
     with _registry_lock:

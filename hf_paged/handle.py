@@ -6,6 +6,7 @@ any other operation that touches them gets the dense tensor, so a model that doe
 keys, values or masks is still right.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -113,6 +114,8 @@ class PagedMask(LazyTensor):
         Why the pages cannot serve it although the pattern is known.
     offset : int
         Position of the first column.
+    visible_lens : list of int or None
+        For each row the tokens from the front that all its queries see; None if that is not all there is to it.
     """
 
     @staticmethod
@@ -125,9 +128,11 @@ class PagedMask(LazyTensor):
         pattern: MaskPattern | None,
         obstacle: str | None,
         offset: int,
+        visible_lens: list[int] | None = None,
     ) -> "PagedMask":
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._make, self.pattern, self.obstacle, self.offset = make, pattern, obstacle, offset
+        self._make, self.pattern, self.obstacle, self.offset = functools.cache(make), pattern, obstacle, offset
+        self.visible_lens = visible_lens
         return self
 
     def __repr__(self):

@@ -9,6 +9,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 
 from . import binding
 from .handle import MaskPattern, PagedMask
+from .stored import visible_lens
 
 
 def paged_mask(
@@ -56,6 +57,10 @@ def paged_mask(
 
     if torch.compiler.is_compiling():
         return make(True)
+    lens = visible_lens(mask_function, attention_mask)
+    if lens is not None:
+        shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if fused else dtype
+        return PagedMask(shape, dtype, device, make, None, "the attention pattern is not causal", kv_offset, lens)
     # Where few logits are wanted, some models (gemma4) attend with the last queries only, unless the
     # implementation is named "sdpa": without a mask these would count from the first key.
     kept = binding.argument("logits_to_keep")
