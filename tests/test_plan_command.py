@@ -69,7 +69,7 @@ def test_the_command_advises_when_memory_is_short(tmp_path, capsys, monkeypatch)
         ("t5", {}, "t5 is an encoder-decoder: its cross-attention depends on the source"),
         ("mamba", {"num_hidden_layers": 2}, "mamba has nothing to plan: no layer of its cache lies in pages"),
         ("jetmoe", {"num_hidden_layers": 2}, "jetmoe cannot be planned: .* without weights it does not run"),
-        ("glm_moe_dsa", {"num_hidden_layers": 2}, "glm_moe_dsa cannot be planned, for it is refused .*passes indices"),
+        ("falcon", {"num_hidden_layers": 2}, "falcon cannot be planned, for it is refused .*FALCON_ATTENTION_CLASSES"),
         ("cpmant", {"num_hidden_layers": 2}, "cpmant cannot be planned: it caches 33 positions for one token"),
     ],
 )
