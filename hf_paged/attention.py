@@ -12,6 +12,7 @@ from . import binding
 from .errors import UnsupportedError
 from .handle import PagedMask, PagedStates
 from .kv_pool import KVPool
+from .packed import ARGUMENT, NotPackableError, PackedMask
 from .step import Reads
 from .storage import KVStorage
 from .stored import StoredStates, stored_obstacle, stored_reads
@@ -21,7 +22,7 @@ from .stored import StoredStates, stored_obstacle, stored_reads
 _KNOWN_ARGUMENTS = {
     "is_causal", "sliding_window", "position_bias", "output_attentions", "s_aux", "sinks", "softcap",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "deterministic",
-    "indices", "block_indices",
+    "indices", "block_indices", ARGUMENT,
 }  # fmt: skip
 
 # Flags of a decoder layer that some models hand to their attention with every other keyword.
@@ -62,6 +63,11 @@ def paged_attention_forward(
         If the model passes an attention argument that is not known.
     """
     _check_arguments(module, kwargs)
+    step = kwargs.pop(ARGUMENT, None)
+    if step is not None:
+        return _attend_packed(step, module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+    if isinstance(attention_mask, PackedMask):
+        raise NotPackableError("the model does not hand its keywords down to its attention")
     if isinstance(key, StoredStates) or isinstance(value, StoredStates):
         return _attend_stored(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if not isinstance(key, PagedStates) and not isinstance(value, PagedStates):
@@ -77,6 +83,18 @@ def paged_attention_forward(
     view.check()
     storage, window = view.rows.pool.layers[view.layer], attention_mask.pattern.window
     return _read_pages(query, view.sequences.pool, storage, view.step.reads, window, scaling, kwargs), None
+
+
+def _attend_packed(step, module, query, key, value, mask, dropout, scaling, kwargs) -> torch.Tensor:
+    """Attention in a packed step, or an error that sends the model to the rectangular loop."""
+    obstacle = _general_obstacle(query, dropout, kwargs)
+    if kwargs.get("position_bias") is not None:
+        obstacle = "position bias"
+    if kwargs.get("is_causal") is False:
+        obstacle = "the attention pattern is not causal"
+    if obstacle is not None:
+        raise NotPackableError(obstacle)
+    return step.attend(module, query, key, value, mask, scaling, kwargs)
 
 
 def _attend_stored(module, query, key, value, mask, dropout, scaling, kwargs):

@@ -41,6 +41,10 @@ class GroupPool:
         self.blocks = BlockPool(self.budget_blocks, config.block_size)
         self.layers: dict[int, KVStorage] = {}
 
+    @property
+    def window(self) -> int | None:
+        return self.key.window
+
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVStorage:
         """Storage of layer `index`, made for states ``[batch, num_kv_heads, tokens, head_dim]`` if new."""
         if index not in self.layers:
@@ -100,6 +104,8 @@ class KVPool:
         self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `Sequences`, for statistics and checks.
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
+        self.packed_calls = 0
+        self.fallbacks: Counter[str] = Counter()
 
     def group(self, group_key: GroupKey, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> GroupPool:
         """The group of that key; sized at its first use from one layer's states and the model's layer count."""

@@ -9,6 +9,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 
 from . import binding
 from .handle import MaskPattern, PagedMask
+from .packed import NotPackableError, PackedMask
 from .stored import visible_lens
 
 
@@ -57,6 +58,11 @@ def paged_mask(
 
     if torch.compiler.is_compiling():
         return make(True)
+    if binding.take_packed_mask_request():
+        pattern = causal_pattern(mask_function)
+        if pattern is None or attention_mask is not None:
+            raise NotPackableError("the attention pattern is not causal")
+        return PackedMask(pattern.window, device)
     lens = visible_lens(mask_function, attention_mask)
     if lens is not None:
         shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if fused else dtype

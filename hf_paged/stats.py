@@ -1,5 +1,6 @@
 """What a model's pool holds and did."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,11 @@ class Stats:
         Attention calls that read keys and values through block tables.
     gathers : dict of str to int
         Times that keys or values were copied out of the pages into a dense tensor, by reason.
+    packed_calls : int
+        Calls of `generate` whose rows ran on the engine, packed with those of other calls.
+    fallbacks : dict of str to int
+        Calls of `generate` that ran transformers' own loop over the paged cache, by reason. Beams, assisted
+        decoding and models with a loop of their own are not counted.
     implementation : str
         The model's attention implementation now. Some models change it themselves: Whisper goes to "eager" for
         word timestamps, and stays there until ``model.set_attn_implementation("paged")``.
@@ -40,6 +46,8 @@ class Stats:
     waste: float
     page_reads: int
     gathers: dict[str, int]
+    packed_calls: int
+    fallbacks: dict[str, int]
     implementation: str
 
 
@@ -55,8 +63,9 @@ def stats(model: torch.nn.Module) -> Stats:
     Stats
     """
     pools = binding.pools_under(model)
-    total = used = cached = free = tokens = reads = 0
-    gathers: dict[str, int] = {}
+    total = used = cached = free = tokens = reads = packed = 0
+    gathers: Counter[str] = Counter()
+    fallbacks: Counter[str] = Counter()
     for pool in pools:
         with pool.lock:
             for key, group in pool.groups.items():
@@ -65,11 +74,13 @@ def stats(model: torch.nn.Module) -> Stats:
                 used, total = used + blocks.used_blocks, total + blocks.total_blocks
                 tokens += _tokens_stored(pool, key)
             reads += pool.page_reads
-            for reason, count in pool.gathers.items():
-                gathers[reason] = gathers.get(reason, 0) + count
+            packed += pool.packed_calls
+            gathers.update(pool.gathers)
+            fallbacks.update(pool.fallbacks)
     block_size = pools[0].config.block_size if pools else binding.config_of(model).block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
-    return Stats(total, used, cached, free, block_size, tokens, waste, reads, gathers, binding.implementation_of(model))
+    counts = (total, used, cached, free, block_size, tokens, waste, reads, dict(gathers), packed, dict(fallbacks))
+    return Stats(*counts, binding.implementation_of(model))
 
 
 def _tokens_stored(pool: KVPool, key: GroupKey) -> int:

@@ -1,9 +1,9 @@
 """The hooks in transformers: installed by `enable`, taken out again by `disable`.
 
-Three places are touched, and only for models and caches whose attention implementation is "paged":
+Five places are touched, and only for models and caches whose attention implementation is "paged":
 the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
 ``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that
-can, the forwards are kept on a stack).
+can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed.
 """
 
 import functools
@@ -12,7 +12,7 @@ import threading
 from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
 
 from hf_paged import binding
 from hf_paged.attention import paged_attention_forward
@@ -20,12 +20,17 @@ from hf_paged.cache import page_layers
 from hf_paged.errors import PagedError
 from hf_paged.mask import paged_mask
 
+from .generate import scheduled_sample
 from .refusals import settle
 
 NAME = "paged"
 TESTED_TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
 _SIGNATURES = {
     (DynamicCache, "__init__"): ["self", "ddp_cache_data", "config", "offloading", "offload_only_non_sliding"],
+    (GenerationMixin, "_sample"): [
+        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
+        *("streamer", "model_kwargs"),
+    ],
     (PreTrainedModel, "get_correct_attn_implementation"): ["self", "requested_attention", "is_init_check"],
 }
 _WRAPPED = "_hf_paged_original"
@@ -44,8 +49,9 @@ def enable() -> None:
         _check_transformers()
         AttentionInterface.register(NAME, paged_attention_forward)
         AttentionMaskInterface.register(NAME, paged_mask)
-        _wrap(DynamicCache, "__init__", _page_new_cache)
-        _wrap(PreTrainedModel, "get_correct_attn_implementation", _track_paged_model)
+        _wrap(DynamicCache, "__init__", _after(_page_new_cache))
+        _wrap(PreTrainedModel, "get_correct_attn_implementation", _after(_track_paged_model))
+        _wrap(GenerationMixin, "_sample", _sample)
 
 
 def disable() -> None:
@@ -84,18 +90,28 @@ def _check_transformers() -> None:
             )
 
 
-def _wrap(owner: type, method: str, after) -> None:
-    """Let ``after(instance, result, *args, **kwargs)`` decide what ``owner.method`` returns."""
+def _wrap(owner: type, method: str, around) -> None:
+    """Let ``around(original, instance, *args, **kwargs)`` stand for ``owner.method``."""
     original = owner.__dict__[method]
     if hasattr(original, _WRAPPED):
         return
 
     @functools.wraps(original)
     def wrapper(self, *args, **kwargs):
-        return after(self, original(self, *args, **kwargs), *args, **kwargs)
+        return around(original, self, *args, **kwargs)
 
     setattr(wrapper, _WRAPPED, original)
     setattr(owner, method, wrapper)
+
+
+def _after(function):
+    """Let ``function(instance, result, *args, **kwargs)`` decide what a method returns."""
+    return lambda original, self, *args, **kwargs: function(self, original(self, *args, **kwargs), *args, **kwargs)
+
+
+def _sample(original, model, *args, **kwargs):
+    is_paged = model.config.get_text_config(decoder=True)._attn_implementation == NAME
+    return scheduled_sample(original, model, *args, **kwargs) if is_paged else original(model, *args, **kwargs)
 
 
 def _page_new_cache(

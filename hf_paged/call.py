@@ -1,0 +1,213 @@
+"""Call: one `generate` call as its caller's thread sees it: rows in, logits to tokens, tokens out."""
+
+import copy
+
+import torch
+from transformers.generation import logits_process, stopping_criteria
+
+from .errors import OutOfBlocksError
+from .noise import Noise
+from .pool import BlockPool
+from .request import Request
+from .twins import same_rows
+
+# Processors of transformers that treat each row by itself. The first kind never looks at the tokens so far.
+TOKEN_FREE = {
+    getattr(logits_process, name)
+    for name in (
+        *("TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper"),
+        *("TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "InfNanRemoveLogitsProcessor"),
+        *("LogitNormalization", "SuppressTokensLogitsProcessor"),
+    )
+}
+ROW_WISE = TOKEN_FREE | {
+    getattr(logits_process, name)
+    for name in (
+        *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "RepetitionPenaltyLogitsProcessor"),
+        *("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"),
+        *("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty"),
+        *("SuppressTokensAtBeginLogitsProcessor",),
+    )
+}
+ROW_WISE_CRITERIA = {
+    getattr(stopping_criteria, name)
+    for name in ("MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria", "EosTokenCriteria")
+}
+
+
+class Call:
+    """The rows of one call, its processors and criteria, and its share of the random numbers.
+
+    Everything here runs in the caller's thread. A row's tokens so far are seen by processors as in dense
+    ``generate``: pads on the left, then the prompt, then what was generated.
+
+    Parameters
+    ----------
+    input_ids : torch.Tensor
+        ``[batch, positions]`` int64, left-padded.
+    valid : torch.Tensor or None
+        ``[batch, positions]`` bool, False at padding; None: no padding.
+    processors, criteria, generation_config, streamer
+        As ``GenerationMixin._sample`` gets them.
+    pools : list of BlockPool
+        One an attention group.
+    """
+
+    def __init__(self, input_ids, valid, processors, criteria, generation_config, streamer, pools: list[BlockPool]):
+        self.input_ids, self.streamer = input_ids, streamer
+        self._processors, self._criteria = processors, criteria
+        self._do_sample, self._pad = generation_config.do_sample, generation_config._pad_token_tensor
+        self._noise: Noise | None = None
+        prompts = (
+            input_ids.tolist()
+            if valid is None
+            else [ids[keep].tolist() for ids, keep in zip(input_ids.cpu(), valid.cpu())]
+        )
+        self.requests = [Request(tokens, pools) for tokens in prompts]
+        self._row_of = {request: row for row, request in enumerate(self.requests)}
+        self._lead(same_rows(input_ids, valid))
+        batch, self._width = input_ids.shape
+        room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
+        self._ids = torch.cat([input_ids, self._pads(room)], dim=1)
+        self._counts = [0] * batch  # Tokens generated, by row.
+        self._open = set(range(batch))
+        self.failures: list[OutOfBlocksError] = []
+
+    def _lead(self, twins: list[int] | None) -> None:
+        """Let rows with the same prompt follow the first of them."""
+        self.leaders = []
+        for row, request in enumerate(self.requests):
+            leader = row if twins is None else twins[row]
+            if leader == row:
+                self.leaders.append(request)
+            else:
+                self.requests[leader].followers.append(request)
+
+    def _pads(self, count: int) -> torch.Tensor:
+        fill = 0 if self._pad is None else int(self._pad)
+        return self.input_ids.new_full((len(self.input_ids), count), fill)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every row is finished or has failed."""
+        return not self._open
+
+    def row_of(self, request: Request) -> int:
+        return self._row_of[request]
+
+    def fail(self, request: Request, error: OutOfBlocksError) -> None:
+        """Note that a row, and those that follow it, cannot go on."""
+        for lost in (request, *request.followers):
+            self._open.discard(self._row_of[lost])
+            self.failures.append(error)
+
+    def sample(self, requests: list[Request], logits: torch.Tensor) -> tuple[list[Request], list[Request]]:
+        """Choose the next token of some rows, and which of them are finished.
+
+        Parameters
+        ----------
+        requests : list of Request
+            Their tokens are extended in place.
+        logits : torch.Tensor
+            ``[len(requests), vocab]``
+
+        Returns
+        -------
+        (going, finished) : lists of Request
+        """
+        order = sorted(range(len(requests)), key=lambda index: self._row_of[requests[index]])
+        requests = [requests[index] for index in order]
+        rows = [self._row_of[request] for request in requests]
+        logits = logits[order].to(device=self.input_ids.device, dtype=torch.float32, copy=True)
+        scores = self._process(rows, logits)
+        tokens = self._draw(rows, scores) if self._do_sample else scores.argmax(dim=-1)
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+        self._append(rows, requests, tokens)
+        finished = self._finished(rows, scores)
+        self._open -= {row for row, is_over in zip(rows, finished) if is_over}
+        if self._noise is not None and self._open:
+            self._noise.forget_before(min(self._counts[row] for row in self._open))
+        parts = ([], [])
+        for request, is_over in zip(requests, finished):
+            parts[is_over].append(request)
+        return parts
+
+    def _steps(self, rows: list[int]) -> dict[int, list[int]]:
+        """Indices into `rows`, by logical step."""
+        steps: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            steps.setdefault(self._counts[row], []).append(index)
+        return steps
+
+    def _process(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if not self._processors:
+            return logits
+        if all(type(processor) in TOKEN_FREE for processor in self._processors):
+            return self._processors(self._ids[rows, : self._width], logits)
+        scores = torch.empty_like(logits)
+        for step, indices in self._steps(rows).items():
+            chosen = [rows[index] for index in indices]
+            scores[indices] = self._processors_of(chosen)(self._ids[chosen, : self._width + step], logits[indices])
+        return scores
+
+    def _processors_of(self, rows: list[int]):
+        """The processors as they treat a few rows: one of them holds a number for each row of the batch."""
+        parts = logits_process.LogitsProcessorList()
+        for processor in self._processors:
+            ignored = getattr(processor, "prompt_ignore_length", None)
+            if isinstance(ignored, torch.Tensor) and len(rows) < len(ignored):
+                processor = copy.copy(processor)
+                processor.prompt_ignore_length = ignored[rows]
+            parts.append(processor)
+        return parts
+
+    def _draw(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
+        probabilities = scores.softmax(dim=-1)
+        if not bool((probabilities.max() < float("inf")) & (probabilities.min() >= 0)):
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        if self._noise is None:
+            self._noise = Noise(len(self.input_ids), scores.shape[1])
+        tokens = scores.new_empty(len(rows), dtype=torch.long)
+        for step, indices in self._steps(rows).items():
+            noise = self._noise.rows(step, [rows[index] for index in indices])
+            tokens[indices] = (probabilities[indices] / noise).argmax(dim=-1)
+        return tokens
+
+    def _append(self, rows: list[int], requests: list[Request], tokens: torch.Tensor) -> None:
+        at = [self._width + self._counts[row] for row in rows]
+        if max(at) >= self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, self._pads(self._ids.shape[1])], dim=1)
+        self._ids[rows, at] = tokens
+        for row, request, token in zip(rows, requests, tokens.tolist()):
+            request.tokens.append(token)
+            self._counts[row] += 1
+
+    def _finished(self, rows: list[int], scores: torch.Tensor) -> list[bool]:
+        finished = [False] * len(rows)
+        for step, indices in self._steps(rows).items():
+            chosen = [rows[index] for index in indices]
+            over = self._criteria(self._ids[chosen, : self._width + step], (scores[indices],))
+            for index, is_over in zip(indices, over.tolist()):
+                finished[index] = is_over
+        return finished
+
+    def close(self) -> torch.Tensor:
+        """End the call and return its tokens as dense ``generate`` does, ``[batch, positions + longest]``.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the pool could not hold some rows; the tokens of all rows are in its `sequences`.
+        """
+        longest = max(self._counts)
+        if self._noise is not None:
+            self._noise.close(longest)
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = self._ids[:, : self._width + longest].clone()
+        if self.failures:
+            error = max(self.failures, key=lambda error: error.needed)
+            error.sequences = sequences
+            raise error
+        return sequences

@@ -1,0 +1,238 @@
+"""The engine: runs the rows of all calls on one model, a packed step at a time.
+
+Whose thread does what: every call keeps to its caller's thread. One of the threads that have calls drives the
+next step for all of them (schedule, pack, forward) and hands each call its rows' logits; each call samples,
+streams and checks its criteria in its own thread, outside the engine's lock, and hands the tokens back. A call
+that is slow to do so misses steps; the others go on. No thread outlives its call. After a fork the child has
+the parent's rows as they were, and none of its threads: make no fork while a call runs.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from .call import Call
+from .errors import OutOfBlocksError
+from .kv_pool import GroupKey, KVPool
+from .packed import ARGUMENT, NotPackableError, PackedCache, PackedStep, pack
+from .request import Request
+from .scheduler import Schedule, Scheduler
+
+TOKEN_BUDGET = 512  # Tokens a step runs: enough to fill the matrix products of a small model on two cores.
+_PATIENCE = 0.005  # Seconds until an engine without work looks again.
+_GRACE = 0.25  # Share of a step's time that the next one waits for calls that are still sampling.
+
+
+class _Seat:
+    """A call in the engine."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.logits: deque[tuple[list[Request], torch.Tensor]] = deque()
+        self.failed: list[tuple[Request, OutOfBlocksError]] = []
+        self.error: BaseException | None = None
+        self.is_sampling = False
+
+
+class Engine:
+    """Calls on one pool share its scheduler, its blocks and their forwards.
+
+    Parameters
+    ----------
+    pool : KVPool
+        Holds blocks of every attention group already.
+    token_budget : int
+    """
+
+    def __init__(self, pool: KVPool, token_budget: int = TOKEN_BUDGET):
+        self.pool = pool
+        self.keys = list(pool.groups)
+        self.scheduler = Scheduler(list(pool.groups.values()), token_budget)
+        self._condition = threading.Condition()
+        self._seats: dict[Request, _Seat] = {}
+        self._is_driven = False
+        self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
+        pool.caches.add(self)
+
+    @property
+    def block_pools(self):
+        """The block pool of each attention group, in the order of a request's tables."""
+        return [group.blocks for group in self.scheduler.groups]
+
+    def tables_in(self, key: GroupKey):
+        """Tables of the running rows in one attention group (for statistics and checks)."""
+        number = self.keys.index(key) if key in self.keys else None
+        return [] if number is None else [request.tables[number] for request in self.scheduler.running]
+
+    def run(self, model: PreTrainedModel, call: Call) -> torch.Tensor:
+        """Run a call to its end in this thread, together with the calls of other threads.
+
+        Returns
+        -------
+        torch.Tensor
+            As ``generate`` returns it.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the pool cannot hold some row; raised when the other rows are done.
+        Exception
+            What a processor, criterion, streamer or the model raises; the other calls go on.
+        """
+        seat = _Seat(call)
+        with self._condition, self.pool.lock:
+            for request in call.requests:
+                self._seats[request] = seat
+            for request in call.leaders:
+                self.scheduler.add(request)
+        try:
+            while not call.is_done:
+                delivery = self._next_logits(model, seat)
+                if delivery is not None:
+                    self._hand_back(seat, *call.sample(*delivery))
+            return call.close()
+        finally:
+            self._leave(call)
+
+    def _next_logits(self, model, seat: _Seat) -> tuple[list[Request], torch.Tensor] | None:
+        """Logits for some of the call's rows, as soon as a step of this or another thread has them."""
+        with self._condition:
+            while True:
+                if seat.error is not None:
+                    raise seat.error
+                if seat.failed:
+                    failed, seat.failed = seat.failed, []
+                    for request, error in failed:
+                        seat.call.fail(request, error)
+                    return None
+                if seat.logits:
+                    seat.is_sampling = True
+                    return seat.logits.popleft()
+                if self._is_driven:
+                    self._condition.wait()
+                elif not self._wait_for_others():
+                    self._is_driven = True
+                    break
+        try:
+            self._step(model)
+        finally:
+            with self._condition:
+                self._is_driven = False
+                self._condition.notify_all()
+        return None
+
+    def _wait_for_others(self) -> bool:
+        """Wait a moment for calls that are sampling, so that they do not miss the step; False: go on."""
+        ended, took = self._last_step
+        left = ended + _GRACE * took - time.monotonic()
+        if left <= 0 or not any(seat.is_sampling for seat in set(self._seats.values())):
+            return False
+        self._condition.wait(left)
+        return True
+
+    def _hand_back(self, seat: _Seat, going: list[Request], finished: list[Request]) -> None:
+        """Take sampled rows back; the blocks of finished ones are free at once."""
+        with self._condition, self.pool.lock:
+            seat.is_sampling = False
+            for request in finished:
+                self._seats.pop(request, None)
+                self.scheduler.remove(request)
+            self._condition.notify_all()
+
+    def _leave(self, call: Call) -> None:
+        """Take all that is left of a call out, however it ended."""
+        with self._condition:
+            while self._is_driven:  # A step under way writes to its rows' blocks: they are not free yet.
+                self._condition.wait()
+            self._take_out(call)
+
+    def _take_out(self, call: Call) -> None:
+        with self.pool.lock:
+            for request in call.requests:
+                if self._seats.pop(request, None) is not None:
+                    self.scheduler.remove(request)
+        self._condition.notify_all()
+
+    def _step(self, model) -> None:
+        """Run one step for every row that can run."""
+        began = time.monotonic()
+        with self._condition, self.pool.lock:
+            schedule = self.scheduler.schedule()
+            for request, error in schedule.failed:
+                self._seats[request].failed.append((request, error))
+            if not schedule.chunks and not schedule.failed:
+                # What does not fit waits for rows that other threads are sampling.
+                self._condition.wait(_PATIENCE)
+        if not schedule.chunks:
+            return
+        try:
+            logits = self._forward(model, schedule)
+        except Exception as error:
+            # Whose rows made the forward fail cannot be told: every call in it gets the error.
+            with self._condition:
+                for chunk in schedule.chunks:
+                    if chunk.request in self._seats:
+                        self._seats[chunk.request].error = error
+            return
+        with self._condition, self.pool.lock:
+            self.scheduler.done(schedule)
+            self._deliver(schedule, logits)
+            self._last_step = (time.monotonic(), time.monotonic() - began)
+
+    def _forward(self, model, schedule: Schedule) -> torch.Tensor:
+        groups = self.scheduler.groups
+        # Tensors made under one caller's inference_mode could not be changed by another's processors.
+        with torch.inference_mode(False), torch.no_grad():
+            for group, copies in zip(groups, schedule.copies):
+                group.copy_blocks(copies)
+                for storage in group.layers.values():
+                    storage.ensure(group.blocks.high_water)
+            windows = [group.window for group in groups]
+            step = pack(schedule.chunks, windows, [group.layers for group in groups], model.device)
+            logits = run_step(model, step)
+        self.pool.page_reads += step.page_reads
+        return logits
+
+    def _deliver(self, schedule: Schedule, logits: torch.Tensor) -> None:
+        sampled = [chunk.request for chunk in schedule.chunks if chunk.samples]
+        parts: dict[_Seat, list[int]] = {}
+        rows: dict[_Seat, list[Request]] = {}
+        for index, request in enumerate(sampled):
+            seat = self._seats.get(request)
+            if seat is None:  # Its call has left meanwhile.
+                continue
+            followers = list(request.followers)
+            self.scheduler.follow(request)
+            rows.setdefault(seat, []).extend([request, *followers])
+            parts.setdefault(seat, []).extend([index] * (1 + len(followers)))
+        for seat, requests in rows.items():
+            is_all = parts[seat] == list(range(len(logits)))
+            seat.logits.append((requests, logits if is_all else logits[parts[seat]]))
+
+
+def run_step(model: Callable, step: PackedStep) -> torch.Tensor:
+    """The model's logits where `step` wants them, ``[samples, vocab]``.
+
+    Raises
+    ------
+    NotPackableError
+        If the model's layers did not attend through the step.
+    """
+    layer_windows = {index: group.window for index, (_, group) in step.layers.items()}
+    windows = [layer_windows.get(index) for index in range(max(layer_windows) + 1)]
+    output = model(
+        input_ids=step.input_ids,
+        position_ids=step.position_ids,
+        past_key_values=PackedCache(step, windows),
+        logits_to_keep=step.sample_index,
+        use_cache=True,
+        return_dict=True,
+        **{ARGUMENT: step},
+    )
+    if step.fresh or step.page_reads != len(step.layers):
+        raise NotPackableError("some layers attend to their keys and values in their own way")
+    return output.logits[0]

@@ -1,0 +1,82 @@
+"""Noise: the random numbers of a sampling call, row by row, as one dense ``generate`` would draw them.
+
+Dense draws for the whole batch at every logical step, finished rows included. Here a row may be ahead of
+another, wait in the queue, or be preempted, and still gets the numbers of its own row and step: the state of
+the generator is kept every few rows, and what a late row needs is drawn again.
+"""
+
+import threading
+
+import torch
+
+_CHUNK_ROWS = 8
+_lock = threading.Lock()
+
+
+class Noise:
+    """Exponential noise ``[batch, vocab]`` for each logical step of a call.
+
+    ``torch.multinomial(p, 1)`` on the CPU is ``(p / noise).argmax()`` with one such draw a call, and row
+    chunks drawn in order equal one draw of all rows.
+
+    Takes over the state of torch's global CPU generator and moves that on by one draw, so that calls at the
+    same time differ; `close` puts it where dense would have left it, unless somebody else has moved it.
+
+    Parameters
+    ----------
+    batch_size, vocab_size : int
+    """
+
+    def __init__(self, batch_size: int, vocab_size: int):
+        self._generator = torch.Generator()
+        with _lock:
+            self._generator.set_state(torch.get_rng_state())
+            torch.rand(1)
+            self._left = torch.get_rng_state()
+        self._chunks = [(first, min(first + _CHUNK_ROWS, batch_size)) for first in range(0, batch_size, _CHUNK_ROWS)]
+        self._vocab_size = vocab_size
+        self._drawn = 0  # Logical steps drawn so far.
+        self._states: dict[tuple[int, int], torch.Tensor] = {}  # (step, chunk) -> state before it
+
+    def rows(self, step: int, rows: list[int]) -> torch.Tensor:
+        """The noise of some rows at logical step `step`, ``[len(rows), vocab]`` float32.
+
+        Parameters
+        ----------
+        rows : list of int
+            In rising order.
+        """
+        chunks: dict[int, torch.Tensor] = {}
+        wanted = {row // _CHUNK_ROWS for row in rows}
+        while self._drawn <= step:
+            is_last = self._drawn == step
+            for number in range(len(self._chunks)):
+                self._states[self._drawn, number] = self._generator.get_state()
+                noise = self._draw(number, self._generator)
+                if is_last and number in wanted:
+                    chunks[number] = noise
+            self._drawn += 1
+        for number in wanted - chunks.keys():
+            again = torch.Generator()
+            again.set_state(self._states[step, number])
+            chunks[number] = self._draw(number, again)
+        return torch.stack([chunks[row // _CHUNK_ROWS][row % _CHUNK_ROWS] for row in rows])
+
+    def _draw(self, number: int, generator: torch.Generator) -> torch.Tensor:
+        first, end = self._chunks[number]
+        return torch.empty(end - first, self._vocab_size).exponential_(1, generator=generator)
+
+    def forget_before(self, step: int) -> None:
+        """Drop the states of steps that every row has passed."""
+        for key in [key for key in self._states if key[0] < step]:
+            del self._states[key]
+
+    def close(self, num_steps: int) -> None:
+        """Leave the global generator as dense would after `num_steps` logical steps."""
+        while self._drawn < num_steps:
+            for number in range(len(self._chunks)):
+                self._draw(number, self._generator)
+            self._drawn += 1
+        with _lock:
+            if torch.equal(torch.get_rng_state(), self._left):
+                torch.set_rng_state(self._generator.get_state())

@@ -1,0 +1,204 @@
+"""The packed step: tokens of many rows in one ragged forward ``[1, total]``, and how its layers attend.
+
+On this path a cache layer's ``update`` returns the new states untouched, and the attention function writes
+and reads with one op, found by the layer's index in the step that the model's call carries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_paged.kernels import ops
+
+from . import binding
+from .scheduler import Chunk
+from .storage import KVStorage
+
+ARGUMENT = "hf_paged_step"  # The keyword under which a step travels from the model's call to its attention.
+
+
+class NotPackableError(Exception):
+    """This model does something between its cache and its attention that a packed step cannot follow."""
+
+
+@dataclass(frozen=True)
+class GroupStep:
+    """Arguments of `ops.write_and_attend` that describe the rows in one attention group."""
+
+    window: int | None
+    slot_mapping: torch.Tensor  # [total] int64
+    block_tables: torch.Tensor  # [rows, max_blocks] int64
+    context_lens: torch.Tensor  # [rows] int64
+    cu_seqlens_q: torch.Tensor  # [rows + 1] int64
+
+
+@dataclass
+class PackedStep:
+    """One step: what the model runs, and where its layers write and read.
+
+    Attributes
+    ----------
+    input_ids, position_ids : torch.Tensor
+        ``[1, total]`` int64; positions count within each row.
+    sample_index : torch.Tensor
+        ``[samples]`` int64: the tokens whose logits are wanted.
+    layers : dict of int to (KVStorage, GroupStep)
+        By cache layer.
+    fresh : dict of int to (key, value)
+        What `update` was given, until attention has used it.
+    page_reads : int
+        Attention calls so far.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    sample_index: torch.Tensor
+    layers: dict[int, tuple[KVStorage, GroupStep]]
+    fresh: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    page_reads: int = 0
+
+    def attend(self, module, query, key, value, mask, scaling, kwargs) -> torch.Tensor:
+        """Store the new states of one layer and attend over its pages.
+
+        Parameters
+        ----------
+        query, key, value : torch.Tensor
+            ``[1, heads, total, head_dim]``, as the attention function got them.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[1, total, num_heads, value_dim]``
+
+        Raises
+        ------
+        NotPackableError
+            If these are not the states that `update` got, or the call asks for more than causal attention.
+        """
+        index = getattr(module, "layer_idx", None)
+        fresh = self.fresh.pop(index, (None, None))
+        if fresh[0] is not key or fresh[1] is not value:
+            raise NotPackableError("the model computes with its keys and values before it attends")
+        storage, group = self.layers[index]
+        if not isinstance(mask, PackedMask) or mask.window != group.window:
+            raise NotPackableError("the attention pattern is not that of the layer's cache")
+        sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
+        self.page_reads += 1
+        out = ops.write_and_attend(
+            *(states[0].transpose(0, 1) for states in (query, key, value)),  # [total, heads, head_dim]
+            storage.key_cache,
+            storage.value_cache,
+            group.slot_mapping,
+            group.block_tables,
+            group.context_lens,
+            group.cu_seqlens_q,
+            query.shape[3] ** -0.5 if scaling is None else scaling,
+            group.window,
+            kwargs.get("softcap"),
+            sinks,
+        )
+        return out[None]
+
+
+class PackedMask(torch.Tensor):
+    """A mask without content: the step knows the rows, this says which window a layer was given."""
+
+    window: int | None
+
+    @staticmethod
+    def __new__(cls, window: int | None, device: torch.device) -> "PackedMask":
+        self = torch.Tensor._make_subclass(cls, torch.empty(0, device=device))
+        self.window = window
+        return self
+
+
+class _PackedMixin:
+    step: PackedStep
+    index: int
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Hand the new states on untouched; attention stores them."""
+        self.step.fresh[self.index] = (key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        binding.request_packed_mask()
+        return query_length, 0
+
+
+class PackedLayer(_PackedMixin, DynamicLayer):
+    """A full-attention layer of a packed step."""
+
+
+class PackedSlidingWindowLayer(_PackedMixin, DynamicSlidingWindowLayer):
+    """A sliding-window layer of a packed step."""
+
+
+class PackedCache(Cache):
+    """The cache that a packed forward is given: it stores nothing, its step does.
+
+    Parameters
+    ----------
+    step : PackedStep
+    windows : sequence of int or None
+        The sliding window of each cache layer.
+    """
+
+    def __init__(self, step: PackedStep, windows: Sequence[int | None]):
+        layers = []
+        for index, window in enumerate(windows):
+            layer = PackedLayer() if window is None else PackedSlidingWindowLayer(sliding_window=window)
+            layer.step, layer.index = step, index
+            layers.append(layer)
+        super().__init__(layers=layers)
+
+
+def pack(chunks: Sequence[Chunk], windows, storages, device: torch.device) -> PackedStep:
+    """Describe a step's chunks as tensors.
+
+    Parameters
+    ----------
+    chunks : sequence of Chunk
+    windows : list of int or None
+        The window of each attention group, in the order of the requests' tables.
+    storages : list of dict of int to KVStorage
+        For each group its layers.
+    """
+    tokens = [token for chunk in chunks for token in chunk.request.tokens[chunk.start : chunk.end]]
+    positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+    ends = np.cumsum([chunk.end - chunk.start for chunk in chunks])
+    samples = [end - 1 for chunk, end in zip(chunks, ends.tolist()) if chunk.samples]
+    starts = torch.from_numpy(np.concatenate([[0], ends])).to(device)
+    layers = {}
+    for number, (window, layer_storages) in enumerate(zip(windows, storages)):
+        group = _group_step([(chunk, chunk.request.tables[number]) for chunk in chunks], window, starts, device)
+        layers.update({index: (storage, group) for index, storage in layer_storages.items()})
+    return PackedStep(
+        torch.tensor([tokens], device=device),
+        torch.from_numpy(positions[None]).to(device),
+        torch.tensor(samples, dtype=torch.long, device=device),
+        layers,
+    )
+
+
+def _group_step(rows, window: int | None, starts: torch.Tensor, device: torch.device) -> GroupStep:
+    tables = np.zeros((len(rows), max(len(table.blocks) for _, table in rows)), dtype=np.int64)
+    slots = []
+    for row, (chunk, table) in enumerate(rows):
+        blocks, size = table.blocks, table.pool.block_size
+        tables[row, : len(blocks)] = blocks
+        if chunk.end - chunk.start == 1:
+            at = chunk.start - table.base
+            slots.append(np.array([blocks[at // size] * size + at % size]))
+        else:
+            at = np.arange(chunk.start, chunk.end) - table.base
+            slots.append(tables[row, at // size] * size + at % size)
+    lens = np.array([chunk.end - table.base for chunk, table in rows], dtype=np.int64)
+    parts = (torch.from_numpy(part).to(device) for part in (np.concatenate(slots), tables, lens))
+    return GroupStep(window, *parts, starts)

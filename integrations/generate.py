@@ -1,0 +1,191 @@
+"""``generate``'s decoding loop for "paged" models: packed rows on the engine, or the original loop and why."""
+
+import torch
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+
+from hf_paged import binding
+from hf_paged.call import ROW_WISE, ROW_WISE_CRITERIA, Call
+from hf_paged.engine import Engine, run_step
+from hf_paged.errors import OutOfBlocksError
+from hf_paged.kv_pool import KVPool
+from hf_paged.layer import PagedLayerMixin
+from hf_paged.packed import NotPackableError, pack
+from hf_paged.padding import Padding
+from hf_paged.request import Request
+from hf_paged.scheduler import Chunk, Schedule, Scheduler
+
+# Everything `generate` itself adds for a text model; what else is there came from the caller.
+_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
+# Frequencies of these depend on the longest position of the whole forward, not on a row's own.
+_ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
+
+
+def scheduled_sample(
+    original,
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    synced_gpus: bool = False,
+    streamer=None,
+    **model_kwargs,
+):
+    """``GenerationMixin._sample`` of a "paged" model; `original` is transformers' own."""
+    reason = _why_not_this_call(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs
+    )
+    engine = None
+    if reason is None:
+        engine = binding.engine_of(model, _make_engine)
+        reason = engine if isinstance(engine, str) else None
+    if reason is None:
+        mask = model_kwargs.get("attention_mask")
+        valid = None if mask is None else mask.bool()
+        call = Call(
+            input_ids, valid, logits_processor, stopping_criteria, generation_config, streamer, engine.block_pools
+        )
+        engine.pool.packed_calls += 1
+        return engine.run(model, call)
+    output = original(
+        model,
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        synced_gpus=synced_gpus,
+        streamer=streamer,
+        **model_kwargs,
+    )
+    for pool in binding.pools_under(model)[:1]:
+        pool.fallbacks[reason] += 1
+    return output
+
+
+def _why_not_this_call(model, ids, processors, criteria, config, synced_gpus, streamer, kwargs) -> str | None:
+    """Why the packed loop cannot serve this call with the results of the original one; None if it can."""
+    return (
+        _why_not_this_model(model)
+        or _why_not_these_inputs(ids, kwargs)
+        or _why_not_these_options(config, ids, synced_gpus, streamer)
+        or _why_not_these_hooks(processors, criteria)
+    )
+
+
+def _why_not_this_model(model) -> str | None:
+    if model.training or torch.is_autocast_enabled(model.device.type):
+        return "training or autocast"
+    if model.config.is_encoder_decoder:
+        return "an encoder-decoder"
+    for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
+        if getattr(type(model), method) is not getattr(GenerationMixin, method):
+            return f"the model has a {method} of its own"
+    if not model._supports_logits_to_keep():
+        return "the model computes every logit"
+    text = model.config.get_text_config(decoder=True)
+    ropes = [getattr(text, "rope_parameters", None) or {}]
+    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
+    if any(rope.get("rope_type") in _ROPE_OF_THE_FORWARD for rope in ropes):
+        return "frequencies that depend on the whole forward"
+    return None
+
+
+def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> str | None:
+    extra = [name for name in kwargs.keys() - _MODEL_ARGUMENTS if kwargs[name] is not None]
+    if extra:
+        return f"model inputs besides tokens: {', '.join(sorted(extra))}"
+    cache = kwargs.get("past_key_values")
+    if type(cache) is not DynamicCache or not kwargs.get("use_cache"):
+        return "no cache, or not transformers' DynamicCache"
+    if not all(isinstance(layer, PagedLayerMixin) and not layer.is_dense for layer in cache.layers) or not cache.layers:
+        return "recurrent or other layers that are not paged"
+    if cache.get_seq_length():
+        return "a cache that holds tokens already"
+    if ids.shape[1] == 0:
+        return "an empty prompt"
+    mask = kwargs.get("attention_mask")
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    if mask is not None:
+        if mask.shape != ids.shape or not Padding(mask.bool()).left or not bool(mask[:, -1].all()):
+            return "padding that is not on the left"
+        positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    given = kwargs.get("position_ids")
+    if given is not None and not _same_where(given, positions, mask):
+        return "positions of the caller's own"
+    return None
+
+
+def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    if given.shape[-1] != expected.shape[-1] or given.dim() != 2:
+        return False
+    differs = given.to(expected.device) != expected
+    return not bool(differs.any() if mask is None else (differs & mask.bool()).any())
+
+
+def _why_not_these_options(config, ids: torch.Tensor, synced_gpus: bool, streamer) -> str | None:
+    if config.return_dict_in_generate:
+        return "return_dict_in_generate"
+    if synced_gpus or config.is_assistant or config.compile_config is not None:
+        return "synced_gpus, an assistant or a compiled forward"
+    if streamer is not None and len(ids) > 1:
+        return "a streamer for several rows"
+    if config.do_sample and ids.device.type != "cpu":
+        return "sampling on a device whose random numbers are not drawn row by row"
+    return None
+
+
+def _why_not_these_hooks(processors, criteria) -> str | None:
+    unknown = [type(processor).__name__ for processor in processors if type(processor) not in ROW_WISE]
+    if unknown:
+        return f"a processor that may look at other rows: {unknown[0]}"
+    kinds = {type(criterion) for criterion in criteria}
+    if kinds - ROW_WISE_CRITERIA:
+        return f"a criterion that may look at other rows: {sorted(kind.__name__ for kind in kinds)[0]}"
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds) > 1:
+        return "rows that go on after they are finished"
+    return None
+
+
+def _make_engine(model: PreTrainedModel) -> Engine | str:
+    """The engine of a model, or why it can have none: found out with two tiny forwards."""
+    token = model.generation_config.bos_token_id
+    ids = torch.tensor([[token if isinstance(token, int) and token >= 0 else 0]], device=model.device)
+    with torch.no_grad():
+        # One token through an ordinary cache makes the pool, in the shape of the model's states.
+        alone = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True).logits[0, -1]
+    pools = binding.pools_under(model)
+    if len(pools) != 1 or not pools[0].groups:
+        return "no pool of its own, or several"
+    engine = Engine(pools[0])
+    try:
+        packed = _try_step(model, engine, pools[0], int(ids))
+    except (NotPackableError, OutOfBlocksError) as error:
+        return str(error)
+    # A row that is packed beside another must not feel it.
+    if not torch.allclose(packed, alone, rtol=0.05, atol=float(0.05 * alone.abs().max())):
+        return "the model mixes the rows of a packed forward"
+    return engine
+
+
+def _try_step(model, engine: Engine, pool: KVPool, token: int) -> torch.Tensor:
+    """Logits of a one-token row that runs beside another."""
+    scheduler = Scheduler(engine.scheduler.groups, token_budget=8)
+    requests = [Request([token, token, token], engine.block_pools), Request([token], engine.block_pools)]
+    with pool.lock:
+        try:
+            for request in requests:
+                scheduler.add(request)
+            schedule: Schedule = scheduler.schedule()
+            chunks: list[Chunk] = schedule.chunks
+            if len(chunks) < len(requests):
+                raise NotPackableError("the pool has no room for two rows")
+            groups = scheduler.groups
+            for group in groups:
+                for storage in group.layers.values():
+                    storage.ensure(group.blocks.high_water)
+            with torch.inference_mode(False), torch.no_grad():
+                windows, storages = [group.window for group in groups], [group.layers for group in groups]
+                return run_step(model, pack(chunks, windows, storages, model.device))[1]
+        finally:
+            for request in requests:
+                request.release()
