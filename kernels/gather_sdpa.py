@@ -74,6 +74,12 @@ def paged_attention(
     return out
 
 
+def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *attention) -> torch.Tensor:
+    """See `ops.write_and_attend`."""
+    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    return paged_attention(query, key_cache, value_cache, *attention)
+
+
 def _uniform(query, key_cache, value_cache, block_tables, context_lens, lens, scale, window, softcap, sinks):
     """`paged_attention` where every row has the same number of queries."""
     num_rows, num_heads, num_kv_heads = len(lens), query.shape[1], key_cache.shape[1]
