@@ -47,7 +47,7 @@ struct Dot<bfloat16> {
 
 template <int kBytes>
 inline void prefetch(const void* p) {
-  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 3);
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
 // Scores of kHeads queries over kLanes / kHeads tokens, [kHeads, kLanes / kHeads] in one vector. While at
