@@ -55,38 +55,32 @@ inline void prefetch(const void* p) {
 template <class T, int kHeads, bool kPrefetch>
 inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename Dot<T>::Query* queries, int stride, int dim) {
   constexpr int kTokens = kLanes / kHeads, kStep = kTokens < 4 ? kTokens : 4;
-  Vec sums[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) sums[i] = splat(0);
   const int whole = dim / kPairLanes * kPairLanes;
+  Vec sums[kLanes];
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; t += kStep) {
+    Vec part[kHeads * kStep];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeads * kStep; ++i) part[i] = splat(0);
     for (int d = 0; d < whole; d += kPairLanes) {
-      typename Dot<T>::Key key[kStep];
 #pragma GCC unroll 4
       for (int i = 0; i < kStep; ++i) {
-        key[i] = Dot<T>::load_key(keys[t + i] + d);
+        const typename Dot<T>::Key key = Dot<T>::load_key(keys[t + i] + d);
         if (kPrefetch) prefetch<kPairLanes * sizeof(T)>(ahead[t + i] + d);
+#pragma GCC unroll 4
+        for (int h = 0; h < kHeads; ++h) part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + d, key);
       }
-#pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h)
-#pragma GCC unroll 4
-        for (int i = 0; i < kStep; ++i) {
-          Vec& sum = sums[h * kTokens + t + i];
-          sum = Dot<T>::add(sum, queries + h * stride + d, key[i]);
-        }
     }
     if (whole < dim)
 #pragma GCC unroll 4
       for (int i = 0; i < kStep; ++i) {
-        const auto key = Dot<T>::load_key(keys[t + i] + whole, dim - whole);
+        const typename Dot<T>::Key key = Dot<T>::load_key(keys[t + i] + whole, dim - whole);
         if (kPrefetch) prefetch<kPairLanes * sizeof(T)>(ahead[t + i] + whole);
 #pragma GCC unroll 4
-        for (int h = 0; h < kHeads; ++h) {
-          Vec& sum = sums[h * kTokens + t + i];
-          sum = Dot<T>::add(sum, queries + h * stride + whole, key);
-        }
+        for (int h = 0; h < kHeads; ++h) part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + whole, key);
       }
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeads * kStep; ++i) sums[i / kStep * kTokens + t + i % kStep] = part[i];
   }
   return sum_each(sums);
 }

@@ -39,6 +39,7 @@ inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return _mm256_blendv_ps(n
 // Lane i is the sum of a[i].
 inline Vec sum_each(const Vec (&a)[8]) {
   Vec four[2];
+#pragma GCC unroll 4
   for (int i = 0; i < 2; ++i) {
     const Vec* v = a + 4 * i;
     const Vec ab = _mm256_unpacklo_ps(v[0], v[1]) + _mm256_unpackhi_ps(v[0], v[1]);
@@ -52,6 +53,7 @@ inline Vec sum_each(const Vec (&a)[8]) {
 // Rows become columns.
 inline void transpose(Vec (&a)[8]) {
   __m256d pairs[8];
+#pragma GCC unroll 4
   for (int i = 0; i < 8; i += 4) {
     const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(a[i], a[i + 1]));
     const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(a[i], a[i + 1]));
@@ -60,6 +62,7 @@ inline void transpose(Vec (&a)[8]) {
     pairs[i] = _mm256_unpacklo_pd(low01, low23), pairs[i + 1] = _mm256_unpackhi_pd(low01, low23);
     pairs[i + 2] = _mm256_unpacklo_pd(high01, high23), pairs[i + 3] = _mm256_unpackhi_pd(high01, high23);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const Vec top = _mm256_castpd_ps(pairs[i]), bottom = _mm256_castpd_ps(pairs[i + 4]);
     a[i] = _mm256_permute2f128_ps(top, bottom, 0x20), a[i + 4] = _mm256_permute2f128_ps(top, bottom, 0x31);

@@ -27,6 +27,7 @@ inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
 // Lane i is the sum of a[i].
 inline Vec sum_each(const Vec (&a)[16]) {
   Vec four[4];
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const Vec* v = a + 4 * i;
     const Vec ab = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]);
@@ -42,6 +43,7 @@ inline Vec sum_each(const Vec (&a)[16]) {
 // Rows become columns.
 inline void transpose(Vec (&a)[16]) {
   __m512d pairs[16];
+#pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
     const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[i], a[i + 1]));
     const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[i], a[i + 1]));
@@ -50,6 +52,7 @@ inline void transpose(Vec (&a)[16]) {
     pairs[i] = _mm512_unpacklo_pd(low01, low23), pairs[i + 1] = _mm512_unpackhi_pd(low01, low23);
     pairs[i + 2] = _mm512_unpacklo_pd(high01, high23), pairs[i + 3] = _mm512_unpackhi_pd(high01, high23);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {  // Quarter q of pairs[i + 4 * j] holds columns 4 * q + i of rows 4 * j and on.
     const Vec r0 = _mm512_castpd_ps(pairs[i]), r1 = _mm512_castpd_ps(pairs[i + 4]);
     const Vec r2 = _mm512_castpd_ps(pairs[i + 8]), r3 = _mm512_castpd_ps(pairs[i + 12]);
