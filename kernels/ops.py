@@ -31,7 +31,7 @@ def _define(name: str, schema: str) -> None:
     for op, kernel in ((name, _first_call(name, in_torch)), (f"{name}_torch", in_torch)):
         _library.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(op, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"hf_paged::{op}", _empty_output if schema.endswith("Tensor") else _no_output)
+        torch.library.register_fake(f"hf_paged::{op}", _FAKES[name])
 
 
 def _first_call(name: str, in_torch):
@@ -50,11 +50,20 @@ def _no_output(*arguments) -> None:
     return None
 
 
-def _empty_output(query, *arguments) -> torch.Tensor:
-    value_cache = next(x for x in arguments[1:] if x.dim() == 4 and x is not arguments[0])
+def _attention_output(query, key_cache, value_cache, *arguments) -> torch.Tensor:
     return query.new_empty(*query.shape[:2], value_cache.shape[3])
 
 
+def _write_and_attend_output(query, key, value, *arguments) -> torch.Tensor:
+    return query.new_empty(*query.shape[:2], value.shape[2])
+
+
+_FAKES = {
+    "write_kv": _no_output,
+    "copy_blocks": _no_output,
+    "paged_attention": _attention_output,
+    "write_and_attend": _write_and_attend_output,
+}
 for _name, _schema in _SCHEMAS.items():
     _define(_name, _schema)
 _write_kv = torch.ops.hf_paged.write_kv.default

@@ -12,12 +12,14 @@ struct Pack {
   using Mul = FloatMul;
   static int depth(int n) { return n; }  // Words that n summed numbers take; n is a multiple of kPad.
 
+  // Zeros up to the padded size: what stands there is multiplied as well.
   static void row(const T* from, int dim, float* to) {
-    for (int d = 0; d < dim; d += kPairLanes) {
-      const Pair pair = load_pair(from + d, dim - d < kPairLanes ? dim - d : kPairLanes);
-      store(to + d, pair.a), store(to + d + kLanes, pair.b);
-    }
+    int d = 0;
+    for (; d + kPairLanes <= dim; d += kPairLanes) keep(to + d, load_pair(from + d));
+    if (d < dim) keep(to + d, load_pair(from + d, dim - d)), d += kPairLanes;
+    for (; d < padded(dim); d += kPairLanes) keep(to + d, {splat(0), splat(0)});
   }
+  static void keep(float* to, Pair pair) { store(to, pair.a), store(to + kLanes, pair.b); }
   // values [kTileKeys, stride]; null stands for a row of zeros.
   static void values(const T* const* from, int dim, int stride, float* to) {
     for (int t = 0; t < kTileKeys; ++t, to += stride) {
