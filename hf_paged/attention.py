@@ -11,12 +11,17 @@ from hf_paged.kernels import ops
 from . import binding
 from .errors import UnsupportedError
 from .handle import PagedMask, PagedStates
+from .kv_pool import KVPool
+from .step import Reads
+from .storage import KVStorage
+from .stored import StoredStates, stored_obstacle, stored_reads
 
 # Every argument that a model of transformers 5.23 hands to its attention function and that the paths
 # below, or the sdpa and eager functions they call, take into account or may ignore as those do.
 _KNOWN_ARGUMENTS = {
     "is_causal", "sliding_window", "position_bias", "output_attentions", "s_aux", "sinks", "softcap",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "deterministic",
+    "indices", "block_indices",
 }  # fmt: skip
 
 # Flags of a decoder layer that some models hand to their attention with every other keyword.
@@ -57,16 +62,32 @@ def paged_attention_forward(
         If the model passes an attention argument that is not known.
     """
     _check_arguments(module, kwargs)
+    if isinstance(key, StoredStates) or isinstance(value, StoredStates):
+        return _attend_stored(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if not isinstance(key, PagedStates) and not isinstance(value, PagedStates):
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     obstacle = _obstacle(query, key, value, attention_mask, dropout, kwargs)
     if obstacle is not None:
         key, value = (x.dense(obstacle) if isinstance(x, PagedStates) else x for x in (key, value))
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if key.view.step.start == 0:
+    if key.pages.step.start == 0:
         # Nothing lies in the pages that the new states do not hold: read these, as sdpa does.
         return _dense(module, query, key.fresh, value.fresh, attention_mask, dropout, scaling, kwargs)
-    return _read_pages(query, key, attention_mask, scaling, kwargs), None
+    view = key.pages
+    view.check()
+    storage, window = view.rows.pool.layers[view.layer], attention_mask.pattern.window
+    return _read_pages(query, view.sequences.pool, storage, view.step.reads, window, scaling, kwargs), None
+
+
+def _attend_stored(module, query, key, value, mask, dropout, scaling, kwargs):
+    """Attention over all that a layer holds, such as cross-attention after its first step."""
+    obstacle = stored_obstacle(module, query, key, value, mask, kwargs) or _general_obstacle(query, dropout, kwargs)
+    if obstacle is not None:
+        key, value = (x.dense(obstacle) if isinstance(x, StoredStates) else x for x in (key, value))
+        return _dense(module, query, key, value, mask, dropout, scaling, kwargs)
+    key.check()
+    storage, reads = key.rows.pool.layers[key.layer.index], stored_reads(key.layer, query.shape[2], mask)
+    return _read_pages(query, key.layer.sequences.pool, storage, reads, None, scaling, kwargs), None
 
 
 def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
@@ -86,11 +107,11 @@ def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
 
 def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:
     """Why this call cannot read the pages; None if it can."""
-    if not (isinstance(key, PagedStates) and isinstance(value, PagedStates) and key.view is value.view):
+    if not (isinstance(key, PagedStates) and isinstance(value, PagedStates) and key.pages is value.pages):
         return "keys and values come from different places"
     if not isinstance(mask, PagedMask):
         return "attention without a mask" if mask is None else "a custom attention mask"
-    view, step = key.view, key.view.step
+    view, step = key.pages, key.pages.step
     if mask.shape[2:] != (step.end - step.start, key.shape[2]) or mask.offset != step.end - key.shape[2]:
         return "the mask belongs to another layer's window"
     if query.shape[0] != key.shape[0] or query.shape[2] != step.end - step.start:
@@ -101,6 +122,15 @@ def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:
         return "the mask belongs to another layer's window"
     if kwargs.get("position_bias") is not None:
         return "position bias"
+    return _general_obstacle(query, dropout, kwargs) or (
+        mask.obstacle or ("padding between tokens" if step.has_inner_padding else None)
+    )
+
+
+def _general_obstacle(query, dropout, kwargs) -> str | None:
+    """What no kernel over pages computes, whatever the keys and the mask are."""
+    if kwargs.get("indices") is not None or kwargs.get("block_indices") is not None:
+        return "an indexer chooses the tokens to see"
     if _wants_weights(kwargs):
         return "output_attentions"
     if dropout:
@@ -109,7 +139,7 @@ def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:
         return "gradients"
     if not _says_all_in_arguments():
         return "the model has only an eager attention of its own"
-    return mask.obstacle or ("padding between tokens" if step.has_inner_padding else None)
+    return None
 
 
 def _wants_weights(kwargs: dict) -> bool:
@@ -123,10 +153,7 @@ def _says_all_in_arguments() -> bool:
     return call is not None and (call.model._supports_sdpa or call.model._supports_flash_attn)
 
 
-def _read_pages(query, key: PagedStates, mask: PagedMask, scaling, kwargs) -> torch.Tensor:
-    view = key.view
-    view.check()
-    storage, reads = view.rows.pool.layers[view.layer], view.step.reads
+def _read_pages(query, pool: KVPool, storage: KVStorage, reads: Reads, window, scaling, kwargs) -> torch.Tensor:
     batch, num_heads, positions, head_dim = query.shape
     tokens = query.transpose(1, 2).reshape(batch * positions, num_heads, head_dim)
     if reads.query_index is not None:
@@ -140,11 +167,11 @@ def _read_pages(query, key: PagedStates, mask: PagedMask, scaling, kwargs) -> to
         reads.context_lens,
         reads.cu_seqlens_q,
         head_dim**-0.5 if scaling is None else scaling,
-        mask.pattern.window,
+        window,
         kwargs.get("softcap"),
         sinks,
     )
-    view.sequences.pool.page_reads += 1
+    pool.page_reads += 1
     if reads.query_index is not None:
         packed, out = out, out.new_zeros(batch * positions, num_heads, out.shape[-1])
         out.index_copy_(0, reads.query_index, packed)
@@ -153,6 +180,7 @@ def _read_pages(query, key: PagedStates, mask: PagedMask, scaling, kwargs) -> to
 
 def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over dense tensors, by the function the model would use without us."""
+    mask = _chosen_by_indexer(module, query, key.shape[2], mask, kwargs)
     call = binding.current_call()
     fused = call is None or call.model._supports_sdpa
     extras = (kwargs.get(name) for name in ("softcap", "s_aux", "sinks"))
@@ -164,6 +192,26 @@ def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[t
     mask = _additive(module, query, key, mask, kwargs)
     key, value = key.contiguous(), value.contiguous()  # As they come out of a dense cache.
     return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _chosen_by_indexer(module, query, positions, mask, kwargs) -> torch.Tensor | None:
+    """The mask without the tokens that the model's indexer did not choose.
+
+    Models with an indexer prune the mask themselves for implementations named "eager" or "sdpa", and hand
+    what was chosen to any other. Takes these arguments out of `kwargs`.
+    """
+    chosen, chosen_blocks = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
+    if chosen is None and chosen_blocks is None:
+        return mask
+    mask = mask.dense("an indexer chooses the tokens to see") if isinstance(mask, PagedMask) else mask
+    if chosen_blocks is not None:
+        at = kwargs.get("position_ids")
+        at = torch.arange(positions - query.shape[2], positions, device=query.device) if at is None else at
+        at = at.view(-1, query.shape[2]).expand(len(query), -1)
+        return module.indexer.build_block_mask(chosen_blocks, mask, positions, query.dtype, query.device, at)
+    visible = torch.zeros(len(query), query.shape[2], positions, dtype=torch.bool, device=query.device)
+    visible = visible.scatter(-1, chosen.long(), True).unsqueeze(1)  # [batch, 1, queries, positions]
+    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
 
 
 def _eager_function(module: torch.nn.Module):

@@ -53,6 +53,11 @@ def current_call() -> Call | None:
     return _thread.calls[-1] if _thread.calls else None
 
 
+def argument(name: str) -> Any:
+    """What the models that run on this thread were called with as `name`; None if none of them was."""
+    return next((call.inputs[name] for call in reversed(_thread.calls) if call.inputs.get(name) is not None), None)
+
+
 def request_mask(sequences: Sequences, layer: int, sizes: tuple[int, int, int]) -> None:
     """Announce to the mask function, on this thread, which cache its next mask is for."""
     _thread.mask_request = MaskRequest(weakref.ref(sequences), layer, sizes)
@@ -116,6 +121,12 @@ def pools_under(model: torch.nn.Module) -> list[KVPool]:
     """Every pool of `model` and of the models inside it (the decoder owns the pool)."""
     with _registry_lock:
         return [_pools[module] for module in _submodules(model) if module in _pools]
+
+
+def implementation_of(model: torch.nn.Module) -> str:
+    """The attention implementation of the decoder in `model`, as its config names it now."""
+    models = (module for module in _submodules(model) if isinstance(module, PreTrainedModel))
+    return next((module.config.get_text_config(decoder=True)._attn_implementation for module in models), "none")
 
 
 def forget_pools(model: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ import psutil
 import torch
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_DEFAULT_SHARE = 0.25
+DEFAULT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PagedConfig:
     def budget_bytes(self, device: torch.device) -> int:
         """The budget in bytes for a pool that is made now on `device`."""
         stated = parse_bytes(self.memory_budget)
-        return stated if stated is not None else int(available_memory(device) * _DEFAULT_SHARE)
+        return stated if stated is not None else int(available_memory(device) * DEFAULT_SHARE)
 
 
 def parse_bytes(amount: int | str | None) -> int | None:

@@ -2,7 +2,7 @@
 
 from .block_table import BlockTable
 from .kv_pool import GroupPool
-from .step import Step
+from .step import Reads, Step
 
 
 class GroupRows:
@@ -13,6 +13,7 @@ class GroupRows:
         self.tables = [BlockTable(pool.blocks) for _ in range(batch_size)]
         self.lengths: dict[int, int] = {}  # layer index -> positions it has seen
         self.step: Step | None = None
+        self.stored_reads: tuple[tuple, Reads] | None = None  # Of cross-attention: what it is for, and it.
         self.version = 0  # Changes so far; a handle from before the last one is stale.
 
     @property

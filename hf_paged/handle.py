@@ -6,6 +6,7 @@ any other operation that touches them gets the dense tensor, so a model that doe
 keys, values or masks is still right.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,13 +63,13 @@ class PagedStates(LazyTensor):
 
     Attributes
     ----------
-    view : PageView
+    pages : PageView
         Shared by the keys and the values of one update.
     fresh : torch.Tensor
         The states this update appended.
     """
 
-    view: PageView
+    pages: PageView
     fresh: torch.Tensor
     is_key: bool
 
@@ -78,19 +79,19 @@ class PagedStates(LazyTensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, (batch, heads, visible, dim), dtype=fresh.dtype, device=fresh.device
         )
-        self.view, self.fresh, self.is_key = view, fresh, is_key
+        self.pages, self.fresh, self.is_key = view, fresh, is_key
         return self
 
     def __repr__(self):
-        return f"PagedStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.view.layer})"
+        return f"PagedStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.pages.layer})"
 
     def dense(self, reason: str) -> torch.Tensor:
-        if self.view.step.start == 0:  # Nothing came before: the fresh states are all there is.
+        if self.pages.step.start == 0:  # Nothing came before: the fresh states are all there is.
             return self.fresh.contiguous()
-        self.view.check()
-        sequences, step = self.view.sequences, self.view.step
+        self.pages.check()
+        sequences, step = self.pages.sequences, self.pages.step
         sequences.pool.gathers[reason] += 1
-        return sequences.gather(self.view.layer, self.is_key, step.end - self.shape[2], step.end)
+        return sequences.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ class PagedMask(LazyTensor):
         Why the pages cannot serve it although the pattern is known.
     offset : int
         Position of the first column.
+    visible_lens : list of int or None
+        For each row the tokens from the front that all its queries see; None if that is not all there is to it.
     """
 
     @staticmethod
@@ -125,9 +128,11 @@ class PagedMask(LazyTensor):
         pattern: MaskPattern | None,
         obstacle: str | None,
         offset: int,
+        visible_lens: list[int] | None = None,
     ) -> "PagedMask":
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._make, self.pattern, self.obstacle, self.offset = make, pattern, obstacle, offset
+        self._make, self.pattern, self.obstacle, self.offset = functools.cache(make), pattern, obstacle, offset
+        self.visible_lens = visible_lens
         return self
 
     def __repr__(self):

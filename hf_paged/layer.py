@@ -8,6 +8,7 @@ from . import binding
 from .handle import PagedStates, PageView
 from .kv_pool import GroupKey
 from .sequences import Sequences
+from .stored import read_handle
 from .twins import same_rows
 
 
@@ -49,7 +50,9 @@ class PagedLayerMixin:
 
     def _read(self, which: int) -> torch.Tensor | None:
         if not self.__dict__.get("is_dense", True) and self.sequences.length(self.index) > 0:
-            return self._gather(which, "the cache's keys or values are read")
+            held = self.sequences.held(self.index)
+            handle = read_handle(self, which == 0) if held is None else None
+            return self._gather(which, "the cache's keys or values are read") if handle is None else handle
         return self.__dict__.get("_dense", (None, None))[which]
 
     def _assign(self, which: int, states: torch.Tensor | None) -> None:
@@ -152,6 +155,8 @@ class PagedLayerMixin:
             return "gradients flow through the cache"
         if key.is_meta or key.shape[:3] != value.shape[:3]:
             return "keys and values differ in more than their head size"
+        if self.sequences.length(self.index) == 0 and not self.sequences.admits(key.shape[2]):
+            return "the layer holds other positions than its siblings"
         held = self.sequences.held(self.index)
         if held is not None:
             return None if held[0].dtype == key.dtype and held[0].device == key.device else "the dtype changes"
@@ -175,10 +180,12 @@ class PagedLayerMixin:
             sequences.twins = self._find_twins(key)
 
     def _find_twins(self, key: torch.Tensor) -> list[int] | None:
+        if key.shape[2] == 1:
+            return None
         call = binding.current_call()
         ids = None if call is None else call.inputs.get("input_ids", call.inputs.get(0))
-        if not isinstance(ids, torch.Tensor) or ids.shape != (key.shape[0], key.shape[2]) or ids.shape[1] == 1:
-            return None
+        if not isinstance(ids, torch.Tensor) or ids.shape != (key.shape[0], key.shape[2]):
+            ids = key[:, 0, :, 0]  # Not made from tokens, or from an encoder's: told apart by the states.
         return same_rows(ids, self.sequences.padding.valid_in(0, ids.shape[1]))
 
     def _visible(self, length: int) -> int:

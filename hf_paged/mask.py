@@ -9,6 +9,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 
 from . import binding
 from .handle import MaskPattern, PagedMask
+from .stored import visible_lens
 
 
 def paged_mask(
@@ -56,15 +57,23 @@ def paged_mask(
 
     if torch.compiler.is_compiling():
         return make(True)
+    lens = visible_lens(mask_function, attention_mask)
+    if lens is not None:
+        shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if fused else dtype
+        return PagedMask(shape, dtype, device, make, None, "the attention pattern is not causal", kv_offset, lens)
+    # Where few logits are wanted, some models (gemma4) attend with the last queries only, unless the
+    # implementation is named "sdpa": without a mask these would count from the first key.
+    kept = binding.argument("logits_to_keep")
+    may_skip = not (isinstance(kept, int) and kept > 0)
     request = binding.take_mask_request((q_length, kv_length, kv_offset))
     if request is None:
-        return make(True)
+        return make(may_skip)
     sequences, layer = request
     if q_offset != sequences.length(layer):
-        return make(True)
+        return make(may_skip)
     obstacle = sequences.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
     if sequences.deferred:
-        return make(True)
+        return make(may_skip)
     pattern = causal_pattern(mask_function)
     if pattern is not None and pattern.window is not None and not sequences.padding.left:
         obstacle = obstacle or "padding inside a row changes distances in the sliding window"

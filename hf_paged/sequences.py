@@ -75,6 +75,13 @@ class Sequences:
     def tables_in(self, key: GroupKey) -> list[BlockTable]:
         return self.groups[key].tables if key in self.groups else []
 
+    def admits(self, positions: int) -> bool:
+        """Whether a layer may begin with that many: cross-attention in a text's own cache counts others."""
+        told = self.padding.valid
+        lengths = {self._held[layer][1].shape[2] for layer in self._held}
+        lengths = lengths.union(*(rows.lengths.values() for rows in self.groups.values())) - {0}
+        return lengths <= {positions} and (told is None or told.shape[1] == positions)
+
     def hold(self, layer: int, window: int | None, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep a layer's first states as they are; `store_held` stores them once somebody comes back."""
         self._held[layer] = (window, key, value)
@@ -188,7 +195,7 @@ class Sequences:
 
     def truncate(self, layer: int, window: int | None, removed: int) -> None:
         """Forget the last `removed` positions of one layer; blocks go with the last layer that forgets them."""
-        rows = self._rows_of(layer)
+        rows = self.group_rows(layer)
         with self.pool.lock:
             rows.version += 1
             rows.step = None
@@ -241,7 +248,7 @@ class Sequences:
         RuntimeError
             If some of these positions left the window.
         """
-        rows = self._rows_of(layer)
+        rows = self.group_rows(layer)
         storage = rows.pool.layers[layer]
         cache = storage.key_cache if is_key else storage.value_cache
         dense = cache.new_zeros(self.batch_size, cache.shape[1], end - start, cache.shape[3])
@@ -287,5 +294,6 @@ class Sequences:
                 return rows.lengths[layer]
         return 0
 
-    def _rows_of(self, layer: int) -> GroupRows:
+    def group_rows(self, layer: int) -> GroupRows:
+        """The rows of the attention group in which layer `layer` is stored."""
         return next(rows for rows in self.groups.values() if layer in rows.lengths)

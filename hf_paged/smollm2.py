@@ -4,11 +4,24 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import PagedError
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_config() -> PreTrainedConfig:
+    """The model's config, without its weights."""
+    return AutoConfig.from_pretrained(_folder(), gguf_file=_FILE)
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:

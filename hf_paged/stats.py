@@ -26,6 +26,9 @@ class Stats:
         Attention calls that read keys and values through block tables.
     gathers : dict of str to int
         Times that keys or values were copied out of the pages into a dense tensor, by reason.
+    implementation : str
+        The model's attention implementation now. Some models change it themselves: Whisper goes to "eager" for
+        word timestamps, and stays there until ``model.set_attn_implementation("paged")``.
     """
 
     total_blocks: int
@@ -37,6 +40,7 @@ class Stats:
     waste: float
     page_reads: int
     gathers: dict[str, int]
+    implementation: str
 
 
 def stats(model: torch.nn.Module) -> Stats:
@@ -65,7 +69,7 @@ def stats(model: torch.nn.Module) -> Stats:
                 gathers[reason] = gathers.get(reason, 0) + count
     block_size = pools[0].config.block_size if pools else binding.config_of(model).block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
-    return Stats(total, used, cached, free, block_size, tokens, waste, reads, gathers)
+    return Stats(total, used, cached, free, block_size, tokens, waste, reads, gathers, binding.implementation_of(model))
 
 
 def _tokens_stored(pool: KVPool, key: GroupKey) -> int:

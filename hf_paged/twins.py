@@ -19,7 +19,7 @@ def same_rows(input_ids: torch.Tensor, valid: torch.Tensor | None) -> list[int] 
     Parameters
     ----------
     input_ids : torch.Tensor
-        ``[batch, positions]``
+        ``[batch, positions]``: tokens, or any sign by which positions with other states differ.
     valid : torch.Tensor or None
         ``[batch, positions]`` bool, False at padding.
 

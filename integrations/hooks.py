@@ -2,7 +2,8 @@
 
 Three places are touched, and only for models and caches whose attention implementation is "paged":
 the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
-``PreTrainedModel.get_correct_attn_implementation`` (the model's forwards are kept on a stack).
+``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that
+can, the forwards are kept on a stack).
 """
 
 import functools
@@ -18,6 +19,8 @@ from hf_paged.attention import paged_attention_forward
 from hf_paged.cache import page_layers
 from hf_paged.errors import PagedError
 from hf_paged.mask import paged_mask
+
+from .refusals import settle
 
 NAME = "paged"
 TESTED_TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
@@ -82,16 +85,14 @@ def _check_transformers() -> None:
 
 
 def _wrap(owner: type, method: str, after) -> None:
-    """Let ``after(instance, result, *args, **kwargs)`` run whenever ``owner.method`` has run."""
+    """Let ``after(instance, result, *args, **kwargs)`` decide what ``owner.method`` returns."""
     original = owner.__dict__[method]
     if hasattr(original, _WRAPPED):
         return
 
     @functools.wraps(original)
     def wrapper(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
-        after(self, result, *args, **kwargs)
-        return result
+        return after(self, original(self, *args, **kwargs), *args, **kwargs)
 
     setattr(wrapper, _WRAPPED, original)
     setattr(owner, method, wrapper)
@@ -106,8 +107,11 @@ def _page_new_cache(
         page_layers(cache)
 
 
-def _track_paged_model(model: PreTrainedModel, implementation: str, *args, **kwargs) -> None:
+def _track_paged_model(model: PreTrainedModel, implementation: str, *args, **kwargs) -> str:
+    if implementation == NAME:
+        implementation = settle(model, NAME)
     # One check serves all the models that share this config: a base model inside its ForCausalLM.
     for module in model.modules():
         if module is model or (isinstance(module, PreTrainedModel) and module.config is model.config):
             (binding.track if implementation == NAME else binding.untrack)(module)
+    return implementation

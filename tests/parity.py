@@ -1,34 +1,17 @@
 """What "equal to dense" means, in one place."""
 
-import copy
-
 import torch
 
 import hf_paged
-
-MARGIN = 1e-5
+from hf_paged.evals.equality import differences
 
 
 def assert_rows_equal(dense_model, inputs, dense: torch.Tensor, paged: torch.Tensor) -> None:
     """Tokens are equal row by row; a row may differ only where float64 cannot tell the top two apart."""
-    assert dense.shape == paged.shape, (dense, paged)
-    for row in (dense != paged).any(1).nonzero().flatten().tolist():
-        first = int((dense[row] != paged[row]).nonzero()[0])
-        margin = _margin(dense_model, inputs, dense, row, first)
-        print(f"row {row} differs at {first}: float64 top-2 margin {margin:.2e}")
-        assert margin < MARGIN, f"row {row}: dense {dense[row].tolist()} paged {paged[row].tolist()}"
-
-
-def _margin(model, inputs, dense, row, first) -> float:
-    exact = copy.deepcopy(model).double()
-    source = row * len(inputs["input_ids"]) // len(dense)
-    mask = torch.ones(1, first, dtype=torch.long)
-    given = inputs["attention_mask"][source]
-    mask[0, : len(given)] = given[:first]
-    with torch.no_grad():
-        logits = exact(dense[row : row + 1, :first], attention_mask=mask, use_cache=False).logits[0, -1]
-    top = logits.topk(2).values
-    return float(top[0] - top[1])
+    for difference in differences(dense_model, inputs, dense, paged):
+        print(difference)
+        rows = f"dense {dense[difference.row].tolist()} paged {paged[difference.row].tolist()}"
+        assert difference.is_tie, f"{difference}; {rows}"
 
 
 class PageReads:

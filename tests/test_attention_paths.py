@@ -1,6 +1,8 @@
 """What pages cannot serve goes dense and stays right; what nobody knows is refused."""
 
 import gc
+import inspect
+import re
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from transformers import DynamicCache, masking_utils
 import hf_paged
 from hf_paged import binding
 from hf_paged.attention import paged_attention_forward
-from hf_paged.handle import MaskPattern
+from hf_paged.handle import MaskPattern, PagedMask, PagedStates
 from hf_paged.mask import causal_pattern
+from hf_paged.stored import StoredStates
 
 every_model = pytest.mark.parametrize("models", zoo.NAMES, indirect=True)
 
@@ -177,8 +180,8 @@ def test_writing_into_returned_keys_is_refused():
 def test_unknown_attention_arguments_are_refused_by_name():
     module = torch.nn.Module()
     states = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(hf_paged.UnsupportedError, match='passes block_indices .* load the model with "sdpa"'):
-        paged_attention_forward(module, states, states, states, None, block_indices=torch.zeros(1))
+    with pytest.raises(hf_paged.UnsupportedError, match='passes tree_mask .* load the model with "sdpa"'):
+        paged_attention_forward(module, states, states, states, None, tree_mask=torch.zeros(1))
 
 
 def test_arguments_that_are_none_are_no_arguments():
@@ -254,23 +257,6 @@ def test_layers_that_failed_halfway_do_not_poison_the_next_call():
     assert torch.equal(dense.generate(ids, max_new_tokens=8), paged.generate(ids, max_new_tokens=8))
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
-def test_encoder_decoders(name, options):
-    """Self-attention and cross-attention both live in paged caches; what pages cannot serve is gathered."""
-    inputs = zoo.prompts([11, 7])
-    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
-    models = [zoo.build_encoder_decoder(name, implementation) for implementation in ("sdpa", "paged")]
-    outputs = []
-    for model in models:
-        torch.manual_seed(0)
-        outputs.append(model.generate(**inputs, max_new_tokens=14, **options))
-    assert torch.equal(*outputs)
-    stats = hf_paged.stats(models[1])
-    assert stats.gathers and stats.used_blocks == 0
-    assert name == "t5" or stats.page_reads > 0  # T5 adds a position bias in every layer.
-
-
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
 def test_a_model_with_attention_of_its_own(options):
     """Bloom knows eager attention only, adds its masks to scores, and takes views of its keys."""
@@ -294,3 +280,10 @@ def test_a_compiled_forward_is_right():
     del paged
     torch._dynamo.reset()
     gc.collect()  # Dynamo keeps the frames it traced in reference cycles, and with them the last cache.
+
+
+@pytest.mark.parametrize("kind", [PagedStates, PagedMask, StoredStates])
+def test_no_attribute_of_a_handle_hides_a_tensor_method(kind):
+    """A model may call any method of a tensor on its keys: ``key.view(...)`` must stay that."""
+    ours = set(vars(kind)) | set(re.findall(r"self\.(\w+)[, ].*=", inspect.getsource(kind.__new__)))
+    assert not {name for name in ours if hasattr(torch.Tensor, name) and not name.startswith("__")}

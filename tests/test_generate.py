@@ -53,11 +53,12 @@ def test_assisted(models, lookup):
     assistant = zoo.build(dense.config.model_type, "paged")
     with torch.no_grad():  # An assistant that is right most of the time, so that tokens are taken and refused.
         next(iter(assistant.parameters())).add_(0.02)
-    expected = dense.generate(**inputs, assistant_model=assistant, max_new_tokens=24)
+    lengths = {"max_new_tokens": 24, "min_new_tokens": 24}
+    expected = dense.generate(**inputs, assistant_model=assistant, **lengths)
     with PageReads(paged):
-        got = paged.generate(**inputs, assistant_model=assistant, max_new_tokens=24)
+        got = paged.generate(**inputs, assistant_model=assistant, **lengths)
     assert_rows_equal(dense, inputs, expected, got)
-    assert_rows_equal(dense, inputs, dense.generate(**inputs, max_new_tokens=24), got)
+    assert_rows_equal(dense, inputs, dense.generate(**inputs, **lengths), got)
 
 
 @every_model

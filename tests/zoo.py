@@ -18,6 +18,7 @@ _COMMON = {
     "max_position_embeddings": 256,
     # Large weights: with the default 0.02 attention is nearly uniform, and a wrong one goes unseen.
     "initializer_range": 0.4,
+    "tie_word_embeddings": False,  # Tied, a tiny model repeats its last token whatever it attends to.
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

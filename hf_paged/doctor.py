@@ -1,0 +1,139 @@
+"""``hf-paged doctor``: what this machine offers, what is used for what, and whether "paged" works here."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+import torch
+
+from . import __version__
+from .config import DEFAULT_SHARE, PagedConfig
+from .errors import PagedError
+from .integrations.hooks import NAME, TESTED_TRANSFORMERS, enable
+from .machine import Compiler, find_compiler, gpu_driver, gpus, vector_units
+from .plan_report import size
+from .selfcheck import check_paged
+
+Line = tuple[str, str]  # A label and what there is to say.
+_TESTED = ",".join(sorted(map(str, TESTED_TRANSFORMERS), reverse=True))
+_INSTALL_COMPILER = "install one: apt install g++, dnf install gcc-c++, or xcode-select --install"
+_AFTER_A_FAILED_CHECK = (
+    'use attn_implementation="sdpa"; install the tested versions (pip install -c constraints.txt .), '
+    "and report this output if that does not help"
+)
+
+
+def run_doctor() -> bool:
+    """Print the report.
+
+    Returns
+    -------
+    bool
+        Whether ``attn_implementation="paged"`` works here.
+    """
+    compiler, driver, gpu_lines = find_compiler(), gpu_driver(), gpus()
+    _print("Versions", _versions())
+    _print("Processor", _processor())
+    _print("Compiler", _compiler(compiler))
+    _print("GPU", _gpu(gpu_lines, driver))
+    _print("What is used", kernel_state(bool(gpu_lines)))
+    _print("Defaults on this machine", _defaults())
+    try:
+        enable()
+    except PagedError as error:
+        _print("Check", [("a tiny llama", "not run")])
+        print(f'\nattn_implementation="{NAME}" cannot work here: {error}.')
+        print(f"In a fresh environment: pip install 'transformers{_TESTED}'")
+        return False
+    try:
+        counted = check_paged()
+    except Exception as error:  # Whatever goes wrong in there, the report must say it.
+        _print("Check", [("a tiny llama", f"failed: {str(error) or type(error).__name__}")])
+        print(f'\nattn_implementation="{NAME}" does not work here: {_AFTER_A_FAILED_CHECK}.')
+        return False
+    gathers = sum(counted.gathers.values())
+    passed = f"same tokens dense and paged; {counted.page_reads} page reads, {gathers} gathers, every block returned"
+    _print("Check", [("a tiny llama", passed)])
+    print(f'\nattn_implementation="{NAME}" works here.')
+    return True
+
+
+def kernel_state(has_gpu: bool) -> list[Line]:
+    """Which code attends on which device, and what is there but not used."""
+    gpu = "the CPU's plain torch code, never run on a GPU so far" if has_gpu else "nothing: torch sees no GPU"
+    return [
+        ("CPU attention", "plain torch: gathers the blocks of a layer, then SDPA; saves memory, not time"),
+        ("GPU attention", gpu),
+        ("C++ compiler", "not used: this version has no C++ kernels"),
+        ("triton", "not used: this version has no GPU kernels"),
+    ]
+
+
+def _print(title: str, lines: list[Line]) -> None:
+    print(title)
+    for label, text in lines:
+        print(f"  {label:<16}{text}")
+
+
+def _versions() -> list[Line]:
+    found = _version("transformers")
+    is_tested = TESTED_TRANSFORMERS.contains(found, prereleases=True)
+    return [
+        ("hf_paged", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("transformers", f"{found} ({'tested' if is_tested else 'not tested'}: {_TESTED})"),
+        ("accelerate", _version("accelerate")),
+        ("triton", _version("triton")),
+    ]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> list[Line]:
+    about, units = torch.cpu.get_capabilities(), vector_units()
+    cores = psutil.cpu_count(logical=False) or "number unknown"
+    has = ", ".join(f"{title} {'yes' if present else 'no'}" for title, present in units.items()) or "none known"
+    memory = psutil.virtual_memory()
+    return [
+        ("name", f"{about.get('cpu_name', 'unknown')} ({platform.machine()})"),
+        ("cores", f"{cores}; {psutil.cpu_count()} logical; torch uses {torch.get_num_threads()} threads"),
+        ("vector units", f"{has}; torch's own kernels use {torch.backends.cpu.get_cpu_capability()}"),
+        ("memory", f"{size(memory.available)} available of {size(memory.total)}"),
+    ]
+
+
+def _compiler(found: Compiler | None) -> list[Line]:
+    if found is not None:
+        return [("C++", found.version)]
+    stated = os.environ.get("CXX", "").strip()
+    if stated:
+        return [("C++", f"$CXX is {stated}, which does not run: correct it, or unset it")]
+    return [("C++", f"none found (c++, g++, clang++): {_INSTALL_COMPILER}")]
+
+
+def _gpu(lines: list[str], driver: str | None) -> list[Line]:
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    if lines:
+        about = [(f"cuda:{index}", line) for index, line in enumerate(lines)]
+        return [*about, ("torch", f"built with {build}"), ("driver", driver or "version unknown")]
+    if torch.version.cuda is None and torch.version.hip is None:
+        why = "none that torch can use: this torch is built for the CPU alone"
+    else:
+        why = f"none found, though torch is built with {build}"
+    return [("device", why), ("driver", f"NVIDIA {driver}" if driver else "no NVIDIA driver found")]
+
+
+def _defaults() -> list[Line]:
+    config = PagedConfig()
+    budget = config.budget_bytes(torch.device("cpu"))
+    return [
+        ("block size", f"{config.block_size} tokens"),
+        ("memory budget", f"{budget:,} bytes ({size(budget)}): {DEFAULT_SHARE:.0%} of what is available now"),
+    ]
