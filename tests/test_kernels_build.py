@@ -46,7 +46,9 @@ def run(code: str, **environment) -> subprocess.CompletedProcess:
 
 def broken_compiler(folder: Path) -> str:
     script = folder / "broken-c++"
-    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "one.cpp:1: error: this compiler is broken" >&2\nexit 1\n')
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "one.cpp:1: error: this compiler is broken" >&2\nexit 1\n'
+    )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return str(script)
 
@@ -129,9 +131,8 @@ def test_native_kernels_can_be_turned_off():
     assert done.stdout.startswith("False None") and not done.stderr.count("Warning: hf_paged")
 
 
-@pytest.mark.parametrize("isa", native.isas() if native.load() else ())
-def test_an_instruction_set_can_be_forced(isa):
-    assert run(USE, HF_PAGED_CPU_ISA=isa).stdout.split()[:2] == ["True", isa]
+def test_an_instruction_set_can_be_forced():
+    assert run(USE, HF_PAGED_CPU_ISA="baseline").stdout.split()[:2] == ["True", "baseline"]
 
 
 def test_an_unknown_instruction_set_is_named():
