@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from hf_paged.kernels.cpu.build import BuildError, build_kernels, find_compiler
+
 from .config import PagedConfig
 from .demo import run_demo
 from .doctor import run_doctor
@@ -15,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ImportError, PagedError, ValueError) as error:
+    except (BuildError, ImportError, PagedError, ValueError) as error:
         print(f"hf-paged: {error}", file=sys.stderr)
         return 1
 
@@ -42,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", choices=DTYPES, help="of weights and KV (default: the one in the model's config)")
     plan.add_argument("--memory-budget", metavar="SIZE", help='such as "2GiB" (default: as in PagedConfig)')
     plan.set_defaults(run=_plan)
+
+    build = commands.add_parser("build", help="compile the native CPU kernels now instead of at their first use")
+    build.set_defaults(run=_build)
     return parser
 
 
@@ -63,6 +68,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     config = PagedConfig(arguments.block_size, arguments.memory_budget)
     run_plan(arguments.model, arguments.batch, arguments.context, config, arguments.dtype)
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    print(f"compiled: {build_kernels(find_compiler())}")
     return 0
 
 

@@ -74,6 +74,12 @@ def paged_attention(
     return out
 
 
+def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *attention) -> torch.Tensor:
+    """See `ops.write_and_attend`."""
+    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    return paged_attention(query, key_cache, value_cache, *attention)
+
+
 def _uniform(query, key_cache, value_cache, block_tables, context_lens, lens, scale, window, softcap, sinks):
     """`paged_attention` where every row has the same number of queries."""
     num_rows, num_heads, num_kv_heads = len(lens), query.shape[1], key_cache.shape[1]
@@ -84,9 +90,12 @@ def _uniform(query, key_cache, value_cache, block_tables, context_lens, lens, sc
     tables = block_tables[:, : -(-max_len // block_size)]
     key, value = (states[:, :, :max_len] for states in gather_context((key_cache, value_cache), tables))
     for row, length in enumerate(lens):
-        if length < max_len:  # A masked NaN is still NaN times zero: slots past the context must be finite.
-            key[row, :, length:] = 0
-            value[row, :, length:] = 0
+        # A masked NaN is still NaN times zero: what no query of the row sees must be finite.
+        first = 0 if window is None else max(0, length - num_queries - window + 1)
+        for unseen in (slice(first), slice(length, max_len)):
+            if unseen.stop > (unseen.start or 0):
+                key[row, :, unseen] = 0
+                value[row, :, unseen] = 0
     # Queries of a group share their K/V head: stack them as queries instead of repeating K/V.
     query = query.view(num_rows, num_queries, num_kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
     query = query.reshape(num_rows, num_kv_heads, groups * num_queries, -1)

@@ -66,6 +66,12 @@ def paged_attention(
     return out
 
 
+def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *attention) -> torch.Tensor:
+    """See `ops.write_and_attend`."""
+    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    return paged_attention(query, key_cache, value_cache, *attention)
+
+
 def _row_tokens(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
     """The first `length` tokens of a row, [length, num_kv_heads, head_dim]."""
     _, num_kv_heads, block_size, head_dim = cache.shape

@@ -1,14 +1,14 @@
 """One matrix for every implementation of the op layer, against the float64 oracle; unused slots hold NaN."""
 
-import itertools
+import functools
 
 import pytest
 import torch
+from op_matrix import IMPLEMENTATIONS, assert_accurate, exact, hide_before_window, implementation, make_pages
 
-from hf_paged.kernels import gather_sdpa, ops, reference
+from hf_paged.kernels import reference
 
-IMPLEMENTATIONS = {"ops": ops, "gather_sdpa": gather_sdpa}
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (context, queries) of each row: decode, blocks' edges, prefill with and without a past, empty rows.
 BATCHES = {
     "decode": [(1, 1), (15, 1), (16, 1), (17, 1), (50, 1)],
@@ -16,78 +16,115 @@ BATCHES = {
     "prefill": [(33, 33), (33, 33)],
     "chunk": [(37, 5), (5, 5), (20, 5)],
     "mixed": [(1, 1), (40, 9), (0, 0), (17, 17), (31, 1)],
-    "empty_row": [(0, 1), (9, 1)],
+    "empty_row": [(0, 1), (9, 1), (0, 3), (2, 4)],
+    "no_rows": [],
 }
-HEADS = [(4, 4), (8, 2), (5, 1)]
+HEADS = [(4, 4), (8, 2), (5, 1), (9, 3)]
 OPTIONS = [{}, {"window": 7}, {"softcap": 0.5}, {"sinks": True}, {"window": 5, "softcap": 2.0, "sinks": True}]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    return IMPLEMENTATIONS[request.param]
+def kernels(request):
+    with implementation(request.param) as module:
+        yield module
 
 
-def make_pages(batch, heads, block_size, dtype, key_dim=16, value_dim=16):
-    """Pages with the rows' blocks in random order and NaN in every slot without a token."""
-    generator = torch.Generator().manual_seed(0)
-    num_heads, num_kv_heads = heads
-    blocks = [-(-context // block_size) for context, _ in batch]
-    order = (torch.randperm(sum(blocks) + 3, generator=generator)).tolist()
-    shape = (len(order), num_kv_heads, block_size)
-    caches = [torch.full((*shape, dim), float("nan"), dtype=dtype) for dim in (key_dim, value_dim)]
-    tables = torch.full((len(batch), max(blocks)), order[-1])
-    for row, (context, _) in enumerate(batch):
-        for index in range(blocks[row]):
-            tables[row, index] = block = order.pop()
-            filled = min(block_size, context - index * block_size)
-            for cache in caches:
-                values = torch.randn(num_kv_heads, filled, cache.shape[3], generator=generator)
-                cache[block, :, :filled] = values.to(dtype)
-    counts = torch.tensor([0] + [queries for _, queries in batch])
-    query = torch.randn(int(counts.sum()), num_heads, key_dim, generator=generator).to(dtype)
-    contexts = torch.tensor([context for context, _ in batch])
-    sinks = torch.randn(num_heads, generator=generator)
-    return (query, *caches, tables, contexts, counts.cumsum(0)), sinks
-
-
-def check(implementation, arguments, sink_scores, dtype, **options):
+@functools.cache
+def case(batch, heads, block_size, dtype, dims, scale, options):
+    """Arguments, options and the exact answer, once for all implementations."""
+    arguments, sinks = make_pages(batch, heads, block_size, dtype, *dims)
+    options = dict(options)
     if "sinks" in options:
-        options["sinks"] = sink_scores
-    query, keys, values, *rows = arguments
-    got = implementation.paged_attention(*arguments, 0.3, **options)
-    exact = reference.paged_attention(query.double(), keys.double(), values.double(), *rows, 0.3, **options)
-    assert got.dtype == dtype and not got.isnan().any()
-    torch.testing.assert_close(
-        got.double(), exact, atol=TOLERANCE[dtype], rtol=1e-2 if dtype != torch.float32 else 2e-6
-    )
+        options["sinks"] = sinks
+    if "window" in options:
+        hide_before_window(arguments, options["window"])
+    return arguments, options, exact(arguments, scale, **options)
+
+
+def check(kernels, batch, heads, block_size=16, dtype=torch.float32, dims=(16, 16), scale=0.3, options=None):
+    key = tuple(batch), heads, block_size, dtype, dims, scale, tuple((options or {}).items())
+    arguments, options, expected = case(*key)
+    got = kernels.paged_attention(*arguments, scale, **options)
+    assert got.dtype == dtype
+    assert_accurate(got, expected)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_paged_attention(implementation, batch, options, heads):
-    arguments, sinks = make_pages(BATCHES[batch], heads, 16, torch.float32)
-    check(implementation, arguments, sinks, torch.float32, **options)
+def test_paged_attention(kernels, batch, options):
+    for heads in HEADS:
+        check(kernels, BATCHES[batch], heads, options=options)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("block_size", [4, 32])
-@pytest.mark.parametrize("dims", [(16, 16), (24, 8)], ids=str)
-def test_dtypes_blocks_and_head_sizes(implementation, dtype, block_size, dims):
-    for batch, options in itertools.product(("decode", "mixed"), OPTIONS):
-        arguments, sinks = make_pages(BATCHES[batch], (4, 2), block_size, dtype, *dims)
-        check(implementation, arguments, sinks, dtype, **options)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dims", [(16, 16), (64, 64), (24, 8), (20, 40), (80, 80), (96, 5), (1, 1), (256, 256)], ids=str
+)
+def test_dtypes_and_head_sizes(kernels, dtype, dims):
+    for batch in ("decode", "mixed"):
+        for options in ({}, OPTIONS[-1]):
+            check(kernels, BATCHES[batch], (6, 2), 16, dtype, dims, dims[0] ** -0.5, options)
 
 
-@pytest.mark.parametrize("peak", range(0, 20))
-def test_every_slot_can_be_the_peak(implementation, peak):
+@pytest.mark.parametrize("block_size", [4, 16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_block_sizes(kernels, block_size, dtype):
+    """Contexts that end just before, at and just after the end of a block."""
+    edges = [(context, 1) for context in (1, block_size - 1, block_size, block_size + 1, 2 * block_size + 3)]
+    for batch in (edges, [(2 * block_size + 1, block_size + 2), (block_size, 2)]):
+        check(kernels, batch, (6, 2), block_size, dtype, (32, 32))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (7, 1), (8, 1), (17, 1), (71, 1), (200, 1), (32, 8)], ids=str)
+def test_groups_of_any_size(kernels, heads):
+    for dtype in DTYPES[:2]:
+        check(kernels, [(40, 1), (21, 3)], heads, 16, dtype, (32, 32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows_are_split(kernels, dtype):
+    """Contexts of several chunks, which different threads may take, with and without a window."""
+    batch = [(1700, 1), (3, 1), (1024, 1), (1025, 1)]
+    for options in ({}, {"sinks": True}, {"window": 1100}):
+        check(kernels, batch, (6, 2), 16, dtype, (64, 64), 0.125, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_prefill(kernels, dtype):
+    """More queries than a tile holds, over several tiles of keys."""
+    for options in ({}, {"window": 100}):
+        check(kernels, [(300, 200), (130, 130)], (4, 2), 16, dtype, (64, 64), 0.125, options)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_slot_can_be_the_peak(kernels, dtype, queries):
     """Attention peaked at one token: a dropped or repeated slot changes the answer wholly."""
-    arguments, sinks = make_pages([(20, 1)], (2, 1), 4, torch.float32)
-    query, keys, values, tables, *rest = arguments
-    block, offset = int(tables[0, peak // 4]), peak % 4
-    keys[block, 0, offset] = 40 * query[0, 0]
-    got = implementation.paged_attention(*arguments, 1.0)
-    torch.testing.assert_close(got[0, 0], values[block, 0, offset])
+    context, block_size = 83, 16
+    arguments, _ = make_pages([(context, queries)], (2, 1), block_size, dtype, 32, 32)
+    query, keys, values, tables, *_ = arguments
+    query[:] = query[0, 0]
+    for peak in range(context - queries + 1):
+        block, offset = int(tables[0, peak // block_size]), peak % block_size
+        before = keys[block, 0, offset].clone()
+        keys[block, 0, offset] = 4 * query[0, 0]
+        got = kernels.paged_attention(*arguments, 1.0)
+        keys[block, 0, offset] = before
+        torch.testing.assert_close(got, values[block, 0, offset].expand_as(got))
+
+
+def test_scores_beyond_the_range_of_exp(kernels):
+    """Far apart scores: what is far below the maximum weighs nothing, and nothing overflows."""
+    arguments, _ = make_pages([(70, 1), (70, 4)], (2, 1), 16, torch.float32, 16, 16)
+    arguments[0][:] *= 100
+    assert_accurate(kernels.paged_attention(*arguments, 1.0), exact(arguments, 1.0))
+
+
+def test_query_strides_do_not_matter(kernels):
+    for batch in (BATCHES["decode"], BATCHES["mixed"]):
+        (query, *rest), _ = make_pages(batch, (4, 2), 16, torch.float32)
+        strided = query.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        assert_accurate(kernels.paged_attention(strided, *rest, 0.3), exact((query, *rest), 0.3))
 
 
 def test_the_oracle_is_plain_attention():
@@ -100,30 +137,61 @@ def test_the_oracle_is_plain_attention():
     torch.testing.assert_close(got, expected[0].transpose(0, 1))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_write_kv(implementation, dtype):
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_write_kv(kernels, dtype):
     states = [torch.randn(9, 3, dim, dtype=dtype) for dim in (16, 8)]
     slots = torch.randperm(5 * 4)[:9]
     written, expected = [], []
-    for target, module in ((written, implementation), (expected, reference)):
+    for target, module in ((written, kernels), (expected, reference)):
         target.extend(torch.full((5, 3, 4, dim), float("nan"), dtype=dtype) for dim in (16, 8))
         module.write_kv(*states, *target, slots)
     for a, b in zip(written, expected):
         torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True)
 
 
-def test_write_kv_takes_any_strides(implementation):
-    states = [torch.randn(3, 9, 16).transpose(0, 1) for _ in range(2)]
-    caches = [torch.zeros(5, 3, 4, 16) for _ in range(4)]
-    slots = torch.arange(9)
-    implementation.write_kv(*states, *caches[:2], slots)
+def test_write_kv_takes_any_strides(kernels):
+    shapes = [torch.randn(3, 9, 16).transpose(0, 1), torch.randn(16, 3, 9).permute(2, 1, 0)]
+    for states in shapes:
+        caches = [torch.zeros(5, 3, 4, 16) for _ in range(4)]
+        kernels.write_kv(states, states, *caches[:2], torch.arange(9))
+        reference.write_kv(states, states, *caches[2:], torch.arange(9))
+        assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
+
+
+def test_many_tokens_are_written(kernels):
+    """Enough bytes for several threads."""
+    states = torch.randn(2, 1024, 3, 64)
+    caches = [torch.zeros(80, 3, 16, 64) for _ in range(4)]
+    slots = torch.randperm(80 * 16)[:1024]
+    kernels.write_kv(*states, *caches[:2], slots)
     reference.write_kv(*states, *caches[2:], slots)
     assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
 
 
-def test_copy_blocks(implementation):
-    caches = [torch.randn(6, 2, 4, 8) for _ in range(2)]
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("copies", [[(1, 4), (1, 5), (0, 3)], []], ids=str)
+def test_copy_blocks(kernels, dtype, copies):
+    caches = [torch.randn(6, 2, 4, dim).to(dtype) for dim in (8, 4)]
     before = [cache.clone() for cache in caches]
-    implementation.copy_blocks(*caches, torch.tensor([1, 1, 0]), torch.tensor([4, 5, 3]))
+    source, destination = torch.tensor(copies, dtype=torch.long).view(-1, 2).unbind(1)
+    kernels.copy_blocks(*caches, source, destination)
     for cache, old in zip(caches, before):
-        assert torch.equal(cache[[4, 5, 3]], old[[1, 1, 0]]) and torch.equal(cache[:3], old[:3])
+        assert torch.equal(cache[destination], old[source]) and torch.equal(cache[:3], old[:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_write_and_attend(kernels, dtype):
+    """The new tokens are written first: every query sees its own."""
+    arguments, _ = make_pages([(20, 1), (18, 3)], (4, 2), 16, dtype, 32, 24)
+    query, keys, values, tables, contexts, starts = arguments
+    new = [torch.randn(4, 2, dim).to(dtype) for dim in (32, 24)]
+    slots = torch.tensor([int(tables[0, 1]) * 16 + 3, *(int(tables[1, t // 16]) * 16 + t % 16 for t in (15, 16, 17))])
+    for cache in (keys, values):
+        for slot in slots.tolist():
+            cache[slot // 16, :, slot % 16] = float("nan")
+    expected_caches = [cache.clone() for cache in (keys, values)]
+    reference.write_kv(*new, *expected_caches, slots)
+    expected = exact((query, *expected_caches, tables, contexts, starts), 0.3)
+    got = kernels.write_and_attend(query, *new, keys, values, slots, tables, contexts, starts, 0.3)
+    assert_accurate(got, expected)
+    torch.testing.assert_close([keys, values], expected_caches, atol=0, rtol=0, equal_nan=True)

@@ -1,0 +1,102 @@
+"""What only the C++ kernels promise: the same result from any threads, errors for wrong rows, real custom ops."""
+
+import pytest
+import torch
+from op_matrix import ISAS, implementation, make_pages
+
+from hf_paged.kernels import gather_sdpa, ops
+from hf_paged.kernels.cpu import native
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_the_kernels_are_compiled_here():
+    """Without a compiler the matrix would test torch alone and still be green."""
+    assert native.state().available, native.state().reason
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_do_not_depend_on_threads_or_batch(threads, isa, dtype):
+    batch = [(1300, 1), (700, 260), (5, 1), (40, 7)]
+    (query, *rest), _ = make_pages(batch, (6, 2), 16, dtype, 64, 64)
+    with implementation(isa):
+        results = []
+        for count in (1, 2, 3, 8):
+            threads(count)
+            results.append(ops.paged_attention(query, *rest, 0.125))
+        keys, values, tables, contexts, starts = rest
+        alone = [
+            ops.paged_attention(
+                query[starts[row] : starts[row + 1]], keys, values, tables[row : row + 1], contexts[row : row + 1],
+                torch.stack([starts[0], starts[row + 1] - starts[row]]), 0.125,
+            )
+            for row in range(len(batch))
+        ]  # fmt: skip
+    assert all(torch.equal(result, results[0]) for result in [*results[1:], torch.cat(alone)])
+
+
+@pytest.mark.parametrize("dim, dtype", [(16, torch.float64), (320, torch.float32)], ids=str)
+def test_what_the_kernels_do_not_serve_runs_in_torch(dim, dtype):
+    arguments, _ = make_pages([(20, 1), (9, 3)], (4, 2), 16, dtype, dim, dim)
+    assert torch.equal(ops.paged_attention(*arguments, 0.3), gather_sdpa.paged_attention(*arguments, 0.3))
+
+
+def test_ids_out_of_range_are_refused():
+    """A wrong id must not read or write memory that is not the pool's."""
+    (query, keys, values, tables, contexts, starts), _ = make_pages([(20, 1)], (4, 2), 16, torch.float32)
+    with pytest.raises(RuntimeError, match="block 99 is not below"):
+        ops.paged_attention(query, keys, values, torch.full_like(tables, 99), contexts, starts, 0.3)
+    with pytest.raises(RuntimeError, match="its block table holds"):
+        ops.paged_attention(query, keys, values, tables, contexts + 100, starts, 0.3)
+    with pytest.raises(RuntimeError, match="cu_seqlens_q"):
+        ops.paged_attention(query, keys, values, tables, contexts, starts + 1, 0.3)
+    states = torch.zeros(1, 2, 16)
+    with pytest.raises(RuntimeError, match="slot -1 is not below"):
+        ops.write_kv(states, states, keys, values, torch.tensor([-1]))
+    with pytest.raises(RuntimeError, match="destination block 99"):
+        ops.copy_blocks(keys, values, torch.tensor([0]), torch.tensor([99]))
+
+
+def samples():
+    """Arguments of every op."""
+    arguments, sinks = make_pages([(20, 1), (9, 3)], (4, 2), 16, torch.float32, 16, 8)
+    arguments = [x.nan_to_num() if x.is_floating_point() else x for x in arguments]
+    query, keys, values, *rows = arguments
+    states, slots = [torch.randn(4, 2, dim) for dim in (16, 8)], torch.tensor([1, 2, 5, 17])
+    return {
+        "write_kv": (*states, keys, values, slots),
+        "copy_blocks": (keys, values, torch.tensor([0, 1]), torch.tensor([3, 4])),
+        "paged_attention": (query, keys, values, *rows, 0.3, 7, 2.0, sinks),
+        "write_and_attend": (query, *states, keys, values, slots, *rows, 0.3),
+    }
+
+
+@pytest.mark.parametrize("suffix", ["", "_torch"])
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(name, suffix):
+    torch.library.opcheck(getattr(torch.ops.hf_paged, name + suffix).default, samples()[name])
+
+
+@pytest.mark.parametrize("name", samples())
+def test_ops_mutate_what_their_schema_says_and_nothing_else(name):
+    schema = getattr(torch.ops.hf_paged, name).default._schema
+    arguments = samples()[name]
+    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    getattr(ops, name)(*arguments)
+    for declared, now, then in zip(schema.arguments, arguments, before):
+        if isinstance(now, torch.Tensor):
+            assert torch.equal(now, then) is not (declared.alias_info is not None and declared.alias_info.is_write)
+
+
+def test_the_ops_compile_whole():
+    query, *rest = samples()["paged_attention"]
+    compiled = torch.compile(lambda query: ops.paged_attention(query, *rest) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(query), ops.paged_attention(query, *rest) * 2)
