@@ -36,7 +36,10 @@ void in_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
 void put(char* to, Dtype dtype, float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
-  const uint16_t half = dtype == Dtype::kBFloat16 ? bits >> 16 : std::isnan(value) ? 0x7e00 : value < 0 ? 0xb800 : 0x3800;
+  const uint16_t half = dtype == Dtype::kBFloat16 ? bits >> 16
+                        : std::isnan(value)       ? 0x7e00
+                        : value < 0               ? 0xb800
+                                                  : 0x3800;
   dtype == Dtype::kFloat32 ? memcpy(to, &value, 4) : memcpy(to, &half, 2);
 }
 
@@ -74,8 +77,13 @@ bool run(const Case& c, Dtype dtype) {
       const int64_t slot = block * c.block_size + token % c.block_size;
       std::vector<Write> writes;
       for (int i = 0; i < 2; ++i)
-        writes.push_back({states[i].data(), {0, token_words[i], 1}, caches[i].data(), c.num_kv_heads, c.block_size,
-                          token_words[i], size});
+        writes.push_back({states[i].data(),
+                          {0, token_words[i], 1},
+                          caches[i].data(),
+                          c.num_kv_heads,
+                          c.block_size,
+                          token_words[i],
+                          size});
       write_tokens(writes.data(), 2, &slot, 1, in_threads);
     }
   const int64_t tokens = starts.back();
@@ -83,12 +91,24 @@ bool run(const Case& c, Dtype dtype) {
   for (size_t at = 0; at < query.size(); at += size) put(&query[at], dtype, at / size % 5 ? 0.5f : -0.5f);
   const std::vector<float> sinks(c.num_heads, 0.25f);
   const int64_t key_head = int64_t(c.block_size) * c.key_dim, value_head = int64_t(c.block_size) * c.value_dim;
-  const Attention attention{
-      dtype, query.data(), {c.num_heads * c.key_dim, c.key_dim, 1}, out.data(),
-      {caches[0].data(), c.num_kv_heads * key_head, key_head, c.key_dim},
-      {caches[1].data(), c.num_kv_heads * value_head, value_head, c.value_dim},
-      tables.data(), width, lens.data(), starts.data(), int64_t(c.rows.size()), c.num_heads, c.num_kv_heads, c.block_size,
-      0.3f, c.window, c.softcap ? 2.0f : 0.0f, c.sinks ? sinks.data() : nullptr};
+  const Attention attention{dtype,
+                            query.data(),
+                            {c.num_heads * c.key_dim, c.key_dim, 1},
+                            out.data(),
+                            {caches[0].data(), c.num_kv_heads * key_head, key_head, c.key_dim},
+                            {caches[1].data(), c.num_kv_heads * value_head, value_head, c.value_dim},
+                            tables.data(),
+                            width,
+                            lens.data(),
+                            starts.data(),
+                            int64_t(c.rows.size()),
+                            c.num_heads,
+                            c.num_kv_heads,
+                            c.block_size,
+                            0.3f,
+                            c.window,
+                            c.softcap ? 2.0f : 0.0f,
+                            c.sinks ? sinks.data() : nullptr};
   attend(attention, work_in_use()[int(dtype)], 2, in_threads);
   for (size_t at = 0; at < out.size(); at += size)
     if (is_nan(&out[at], dtype)) return false;
