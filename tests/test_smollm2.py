@@ -1,5 +1,7 @@
 """A real model: SmolLM2-135M-Instruct, float32, left-padded ragged batches."""
 
+import copy
+
 import pytest
 import torch
 from parity import PageReads, assert_rows_equal
@@ -63,21 +65,29 @@ def test_stop_strings(smollm2):
     assert torch.equal(expected, got) and "Paris" in tokenizer.decode(got[0])
 
 
-def test_bfloat16_logits_are_close():
-    """In bf16 rows may differ with the order of sums in every engine: logits are compared, teacher-forced."""
+def test_bfloat16_logits_are_as_good_as_those_of_sdpa():
+    """In bf16 every engine rounds otherwise: distance to the float32 logits is compared, teacher-forced."""
     model = load_model("sdpa", torch.bfloat16)
     ids = torch.randint(100, 4000, (2, 12), generator=torch.Generator().manual_seed(0))
-    logits = []
+    exact = _logits(copy.deepcopy(model).float(), ids)
+    divergence = {}
     for implementation in ("sdpa", "paged"):
         model.set_attn_implementation(implementation)
-        with torch.no_grad():
-            cache, rows = None, []
-            for piece in (ids[:, :8], *ids[:, 8:].split(1, dim=1)):
-                output = model(piece, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                rows.append(output.logits[:, -1].float())
-        logits.append(torch.stack(rows).log_softmax(-1))
-        del cache, output
+        logits = _logits(model, ids)
+        divergence[implementation] = torch.nn.functional.kl_div(logits, exact, log_target=True, reduction="none").sum(
+            -1
+        )
     assert hf_paged.stats(model).page_reads > 0
-    divergence = torch.nn.functional.kl_div(logits[1], logits[0], log_target=True, reduction="none").sum(-1)
-    assert divergence.max() < 5e-3
+    assert divergence["paged"].mean() < 1.5 * divergence["sdpa"].mean()
+    assert divergence["paged"].max() < 2e-2
+
+
+def _logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities after a prompt of 8 tokens and after each further one, [pieces, batch, vocabulary]."""
+    cache, rows = None, []
+    with torch.no_grad():
+        for piece in (ids[:, :8], *ids[:, 8:].split(1, dim=1)):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            rows.append(output.logits[:, -1].float())
+    return torch.stack(rows).log_softmax(-1)

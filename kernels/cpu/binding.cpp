@@ -33,10 +33,14 @@ bool is_contiguous_int64(const Tensor& tensor) {
 
 std::optional<Dtype> native_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: return std::nullopt;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -56,7 +60,8 @@ std::array<StableIValue, sizeof...(Arguments)> call_torch(const char* name, cons
 void check_caches(const Tensor& key_cache, const Tensor& value_cache) {
   STD_TORCH_CHECK(key_cache.dim() == 4 && value_cache.dim() == 4, "a cache has 4 dimensions");
   for (int dim = 0; dim < 3; ++dim)
-    STD_TORCH_CHECK(key_cache.size(dim) == value_cache.size(dim), "key_cache and value_cache differ in more than head size");
+    STD_TORCH_CHECK(key_cache.size(dim) == value_cache.size(dim),
+                    "key_cache and value_cache differ in more than head size");
 }
 
 hf_paged::Write write_of(const Tensor& states, const Tensor& cache, int64_t num_tokens) {
@@ -66,10 +71,14 @@ hf_paged::Write write_of(const Tensor& states, const Tensor& cache, int64_t num_
   return {static_cast<const char*>(states.const_data_ptr()),
           {states.stride(0), states.stride(1), states.stride(2)},
           static_cast<char*>(cache.mutable_data_ptr()),
-          cache.size(1), cache.size(2), cache.size(3), int64_t(cache.element_size())};
+          cache.size(1),
+          cache.size(2),
+          cache.size(3),
+          int64_t(cache.element_size())};
 }
 
-bool can_write(const Tensor& key, const Tensor& value, const Tensor& key_cache, const Tensor& value_cache, const Tensor& slots) {
+bool can_write(const Tensor& key, const Tensor& value, const Tensor& key_cache, const Tensor& value_cache,
+               const Tensor& slots) {
   return key.scalar_type() == key_cache.scalar_type() && value.scalar_type() == value_cache.scalar_type() &&
          key_cache.is_contiguous() && value_cache.is_contiguous() && is_contiguous_int64(slots);
 }
@@ -125,9 +134,14 @@ bool can_attend(const Tensor& query, const Tensor& key_cache, const Tensor& valu
 std::vector<float> as_floats(const Tensor& sinks) {
   std::vector<float> floats(sinks.numel());
   for (size_t i = 0; i < floats.size(); ++i) switch (sinks.scalar_type()) {
-      case ScalarType::Float: floats[i] = sinks.const_data_ptr<float>()[i]; break;
-      case ScalarType::BFloat16: floats[i] = static_cast<const c10::BFloat16*>(sinks.const_data_ptr())[i]; break;
-      default: floats[i] = static_cast<const c10::Half*>(sinks.const_data_ptr())[i];
+      case ScalarType::Float:
+        floats[i] = sinks.const_data_ptr<float>()[i];
+        break;
+      case ScalarType::BFloat16:
+        floats[i] = static_cast<const c10::BFloat16*>(sinks.const_data_ptr())[i];
+        break;
+      default:
+        floats[i] = static_cast<const c10::Half*>(sinks.const_data_ptr())[i];
     }
   return floats;
 }
@@ -142,8 +156,8 @@ void check_rows(const Attention& a, int64_t num_tokens, int64_t num_blocks) {
   for (int64_t row = 0; row < a.num_rows; ++row) {
     STD_TORCH_CHECK(a.cu_seqlens_q[row] <= a.cu_seqlens_q[row + 1], "cu_seqlens_q falls after row ", row);
     const int64_t blocks = (a.context_lens[row] + a.block_size - 1) / a.block_size;
-    STD_TORCH_CHECK(blocks <= a.table_stride, "row ", row, " has ", a.context_lens[row], " tokens, its block table holds ",
-                    a.table_stride, " blocks");
+    STD_TORCH_CHECK(blocks <= a.table_stride, "row ", row, " has ", a.context_lens[row],
+                    " tokens, its block table holds ", a.table_stride, " blocks");
     check_ids(a.block_tables + row * a.table_stride, blocks, num_blocks, "block");
   }
 }
@@ -152,8 +166,8 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tenso
                        Tensor cu_seqlens_q, double scale, std::optional<int64_t> window, std::optional<double> softcap,
                        std::optional<Tensor> sinks) {
   if (!can_attend(query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, sinks)) {
-    auto stack = call_torch("hf_paged::paged_attention_torch", query, key_cache, value_cache, block_tables, context_lens,
-                            cu_seqlens_q, scale, window, softcap, sinks);
+    auto stack = call_torch("hf_paged::paged_attention_torch", query, key_cache, value_cache, block_tables,
+                            context_lens, cu_seqlens_q, scale, window, softcap, sinks);
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   check_caches(key_cache, value_cache);
@@ -172,22 +186,37 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tenso
       aoti_torch_empty_strided(3, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);
   const std::vector<float> sink_scores = sinks ? as_floats(*sinks) : std::vector<float>();
-  const Attention attention{
-      *native_dtype(query), query.const_data_ptr(), {query.stride(0), query.stride(1), query.stride(2)},
-      out.mutable_data_ptr(), pages_of(key_cache), pages_of(value_cache), block_tables.const_data_ptr<int64_t>(),
-      block_tables.size(1), context_lens.const_data_ptr<int64_t>(), cu_seqlens_q.const_data_ptr<int64_t>(), num_rows,
-      int(num_heads), int(num_kv_heads), int(key_cache.size(2)), float(scale), window.value_or(INT64_MAX),
-      float(softcap.value_or(0)), sinks ? sink_scores.data() : nullptr};
+  const Attention attention{*native_dtype(query),
+                            query.const_data_ptr(),
+                            {query.stride(0), query.stride(1), query.stride(2)},
+                            out.mutable_data_ptr(),
+                            pages_of(key_cache),
+                            pages_of(value_cache),
+                            block_tables.const_data_ptr<int64_t>(),
+                            block_tables.size(1),
+                            context_lens.const_data_ptr<int64_t>(),
+                            cu_seqlens_q.const_data_ptr<int64_t>(),
+                            num_rows,
+                            int(num_heads),
+                            int(num_kv_heads),
+                            int(key_cache.size(2)),
+                            float(scale),
+                            window.value_or(INT64_MAX),
+                            float(softcap.value_or(0)),
+                            sinks ? sink_scores.data() : nullptr};
   check_rows(attention, num_tokens, key_cache.size(0));
-  hf_paged::attend(attention, hf_paged::work_in_use()[int(attention.dtype)], int(torch::stable::get_num_threads()), parallel);
+  hf_paged::attend(attention, hf_paged::work_in_use()[int(attention.dtype)], int(torch::stable::get_num_threads()),
+                   parallel);
   return out;
 }
 
-Tensor write_and_attend(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping,
-                        Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q, double scale,
-                        std::optional<int64_t> window, std::optional<double> softcap, std::optional<Tensor> sinks) {
+Tensor write_and_attend(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
+                        Tensor slot_mapping, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q,
+                        double scale, std::optional<int64_t> window, std::optional<double> softcap,
+                        std::optional<Tensor> sinks) {
   write_kv(key, value, key_cache, value_cache, slot_mapping);
-  return paged_attention(query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks);
+  return paged_attention(query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, scale, window,
+                         softcap, sinks);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_paged, CPU, library) {

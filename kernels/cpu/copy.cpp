@@ -36,7 +36,8 @@ void write_token(const Write& w, int64_t token, int64_t slot) {
 
 void write_tokens(const Write* writes, int count, const int64_t* slots, int64_t num_tokens, Parallel parallel) {
   int64_t bytes = 0;
-  for (int i = 0; i < count; ++i) bytes += num_tokens * writes[i].num_kv_heads * writes[i].head_dim * writes[i].element_size;
+  for (int i = 0; i < count; ++i)
+    bytes += num_tokens * writes[i].num_kv_heads * writes[i].head_dim * writes[i].element_size;
   share(num_tokens, bytes, parallel, [&](int64_t token) {
     for (int i = 0; i < count; ++i) write_token(writes[i], token, slots[token]);
   });

@@ -14,8 +14,8 @@ namespace HF_PAGED_ISA {
 // acc[h] = acc[h] * factors[h] + weights[h] . values, for kHeads heads and kPairs pairs of value elements from d.
 // `count`: elements of the last pair. Prefetches the same elements of the values of `ahead` if kPrefetch.
 template <class T, int kHeads, int kPairs, bool kPrefetch>
-inline void add_values(const T* const* values, const T* const* ahead, int d, int tokens, int count, const float* weights,
-                       const float* factors, float* acc, int stride) {
+inline void add_values(const T* const* values, const T* const* ahead, int d, int tokens, int count,
+                       const float* weights, const float* factors, float* acc, int stride) {
   Vec sums[kHeads][2 * kPairs];
 #pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h)
@@ -49,7 +49,11 @@ template <class T>
 class Decoder {
  public:
   Decoder(const Attention& a, Plan& plan, float* scratch)
-      : a_(a), plan_(plan), group_(a.group()), key_stride_(padded(a.keys.head_dim)), stride_(padded(a.values.head_dim)) {
+      : a_(a),
+        plan_(plan),
+        group_(a.group()),
+        key_stride_(padded(a.keys.head_dim)),
+        stride_(padded(a.values.head_dim)) {
     queries_ = (Query*)scratch, scratch += group_ * key_stride_;
     scores_ = scratch, scratch += group_ * kMaxTile;
     acc_ = scratch, scratch += group_ * stride_;
@@ -102,8 +106,9 @@ class Decoder {
     constexpr int kTokens = kLanes / kHeads;
     const Query* queries = queries_ + head * key_stride_;
     for (int t = 0; t < tile.tokens; t += kTokens) {
-      const Vec scores = head == 0 ? scores_of<T, kHeads, true>(tile.keys + t, ahead.keys + t, queries, key_stride_, a_.keys.head_dim)
-                                   : scores_of<T, kHeads, false>(tile.keys + t, nullptr, queries, key_stride_, a_.keys.head_dim);
+      const Vec scores =
+          head == 0 ? scores_of<T, kHeads, true>(tile.keys + t, ahead.keys + t, queries, key_stride_, a_.keys.head_dim)
+                    : scores_of<T, kHeads, false>(tile.keys + t, nullptr, queries, key_stride_, a_.keys.head_dim);
       float lanes[kLanes];
       store(lanes, scores);
       for (int h = 0; h < kHeads; ++h)
@@ -160,8 +165,9 @@ class Decoder {
     const int dim = a_.values.head_dim;
     int d = 0;
     for (; d + kPairs * kPairLanes <= dim; d += kPairs * kPairLanes)
-      add_values<T, kHeads, kPairs, kPrefetch>(tile.values, ahead.values, d, tile.tokens, kPairLanes, scores_ + head * kMaxTile,
-                                               factors_ + head, acc_ + head * stride_ + d, stride_);
+      add_values<T, kHeads, kPairs, kPrefetch>(tile.values, ahead.values, d, tile.tokens, kPairLanes,
+                                               scores_ + head * kMaxTile, factors_ + head, acc_ + head * stride_ + d,
+                                               stride_);
     for (; d < dim; d += kPairLanes)
       add_values<T, kHeads, 1, kPrefetch>(tile.values, ahead.values, d, tile.tokens, dim - d, scores_ + head * kMaxTile,
                                           factors_ + head, acc_ + head * stride_ + d, stride_);
@@ -171,8 +177,7 @@ class Decoder {
     const DecodeQuery& query = query_of(tile);
     const int head = tile.kv_head * group_;
     if (query.num_chunks == 1) {
-      for (int h = 0; h < group_; ++h)
-        finish<T>(a_, query.token, head + h, max_[h], sum_[h], acc_ + h * stride_);
+      for (int h = 0; h < group_; ++h) finish<T>(a_, query.token, head + h, max_[h], sum_[h], acc_ + h * stride_);
       return;
     }
     for (int h = 0; h < group_; ++h)
@@ -185,9 +190,9 @@ class Decoder {
   const Attention& a_;
   Plan& plan_;
   const int group_, key_stride_, stride_;
-  Query* queries_;  // [group, padded key_dim]
-  float* scores_;   // [group, kMaxTile]
-  float* acc_;      // [group, padded value_dim], in the order of pairs.
+  Query* queries_;                // [group, padded key_dim]
+  float* scores_;                 // [group, kMaxTile]
+  float* acc_;                    // [group, padded value_dim], in the order of pairs.
   float *max_, *sum_, *factors_;  // [group]
 };
 

@@ -68,7 +68,8 @@ class TileWalk {
       for (; offset < a_.block_size && t < tile.tokens; ++offset, ++t)
         tile.keys[t] = key + offset * key_dim, tile.values[t] = value + offset * value_dim;
     }
-    for (int t = tile.tokens; t < tile_tokens_; ++t) tile.keys[t] = tile.keys[t - 1], tile.values[t] = tile.values[t - 1];
+    for (int t = tile.tokens; t < tile_tokens_; ++t)
+      tile.keys[t] = tile.keys[t - 1], tile.values[t] = tile.values[t - 1];
   }
 
   const Attention& a_;

@@ -53,7 +53,8 @@ inline void prefetch(const void* p) {
 // Scores of kHeads queries over kLanes / kHeads tokens, [kHeads, kLanes / kHeads] in one vector. While at
 // it, brings the lines of `ahead`, as many other keys, near if kPrefetch.
 template <class T, int kHeads, bool kPrefetch>
-inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename Dot<T>::Query* queries, int stride, int dim) {
+inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename Dot<T>::Query* queries, int stride,
+                     int dim) {
   constexpr int kTokens = kLanes / kHeads, kStep = kTokens < 4 ? kTokens : 4;
   const int whole = dim / kPairLanes * kPairLanes;
   Vec sums[kLanes];
@@ -68,7 +69,8 @@ inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename
         const typename Dot<T>::Key key = Dot<T>::load_key(keys[t + i] + d);
         if (kPrefetch) prefetch<kPairLanes * sizeof(T)>(ahead[t + i] + d);
 #pragma GCC unroll 4
-        for (int h = 0; h < kHeads; ++h) part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + d, key);
+        for (int h = 0; h < kHeads; ++h)
+          part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + d, key);
       }
     }
     if (whole < dim)
@@ -77,7 +79,8 @@ inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename
         const typename Dot<T>::Key key = Dot<T>::load_key(keys[t + i] + whole, dim - whole);
         if (kPrefetch) prefetch<kPairLanes * sizeof(T)>(ahead[t + i] + whole);
 #pragma GCC unroll 4
-        for (int h = 0; h < kHeads; ++h) part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + whole, key);
+        for (int h = 0; h < kHeads; ++h)
+          part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + whole, key);
       }
 #pragma GCC unroll 16
     for (int i = 0; i < kHeads * kStep; ++i) sums[i / kStep * kTokens + t + i % kStep] = part[i];

@@ -53,7 +53,8 @@ inline float* partial_of(const Attention& a, Plan& plan, int64_t chunk, int head
   return plan.partials.get() + (chunk * a.num_heads + head) * partial_floats(a);
 }
 
-inline void keep_partial(const Attention& a, Plan& plan, int64_t chunk, int head, float max, float sum, const float* acc) {
+inline void keep_partial(const Attention& a, Plan& plan, int64_t chunk, int head, float max, float sum,
+                         const float* acc) {
   float* partial = partial_of(a, plan, chunk, head);
   partial[0] = max, partial[1] = sum;
   memcpy(partial + 2, acc, padded(a.values.head_dim) * sizeof(float));

@@ -22,8 +22,8 @@ struct PairMul {
 #endif
 
 template <class Mul, int kVecs, bool kAdd>
-inline void multiply_block(const float* a, int a_stride, const float* b, int b_stride, int depth, float* c, int c_stride,
-                           const float* factors) {
+inline void multiply_block(const float* a, int a_stride, const float* b, int b_stride, int depth, float* c,
+                           int c_stride, const float* factors) {
   Vec sums[kBlockRows][kVecs];
 #pragma GCC unroll 6
   for (int i = 0; i < kBlockRows; ++i)
@@ -47,13 +47,13 @@ inline void multiply_block(const float* a, int a_stride, const float* b, int b_s
 
 // c = a . b, or factors[row] * c + a . b if kAdd. `rows` is a multiple of kBlockRows, `columns` of kLanes.
 template <class Mul, bool kAdd>
-inline void multiply(const float* a, int a_stride, const float* b, int b_stride, int rows, int columns, int depth, float* c,
-                     int c_stride, const float* factors) {
+inline void multiply(const float* a, int a_stride, const float* b, int b_stride, int rows, int columns, int depth,
+                     float* c, int c_stride, const float* factors) {
   int j = 0;
   for (; j + kBlockVecs * kLanes <= columns; j += kBlockVecs * kLanes)
     for (int i = 0; i < rows; i += kBlockRows)
-      multiply_block<Mul, kBlockVecs, kAdd>(a + i * a_stride, a_stride, b + j, b_stride, depth, c + i * c_stride + j, c_stride,
-                                            factors + i);
+      multiply_block<Mul, kBlockVecs, kAdd>(a + i * a_stride, a_stride, b + j, b_stride, depth, c + i * c_stride + j,
+                                            c_stride, factors + i);
   for (; j < columns; j += kLanes)
     for (int i = 0; i < rows; i += kBlockRows)
       multiply_block<Mul, 1, kAdd>(a + i * a_stride, a_stride, b + j, b_stride, depth, c + i * c_stride + j, c_stride,

@@ -40,8 +40,8 @@ class Prefiller {
     for (start = start > 0 ? start : 0; start < end; start += kTileKeys) {
       const int tokens = int(end - start < kTileKeys ? end - start : kTileKeys);
       pack_tokens(tile.row, kv_head, start, tokens);
-      multiply<typename Pack<T>::Mul, false>(queries_, key_stride_, keys_, kTileKeys, padded_rows_, kTileKeys, key_stride_,
-                                             scores_, kTileKeys, factors_);
+      multiply<typename Pack<T>::Mul, false>(queries_, key_stride_, keys_, kTileKeys, padded_rows_, kTileKeys,
+                                             key_stride_, scores_, kTileKeys, factors_);
       weigh(tile, start, tokens);
       multiply<typename Pack<T>::Mul, true>(scores_, kTileKeys, values_, value_stride_, padded_rows_, value_stride_,
                                             Pack<T>::depth(kTileKeys), acc_, value_stride_, factors_);
@@ -115,12 +115,12 @@ class Prefiller {
   const int group_;
   int key_stride_, value_stride_;  // Words of a packed key, floats of a padded value.
   int rows_of_tile_, padded_rows_;
-  float* queries_;  // [rows, key_stride]; row = query * group + head of the group.
-  float* rows_;     // [kTileKeys, key_stride]
-  float* keys_;     // [key_stride, kTileKeys]
-  float* values_;   // [depth(kTileKeys), value_stride]
-  float* scores_;   // [rows, kTileKeys]; then the weights.
-  float* acc_;      // [rows, value_stride]
+  float* queries_;                // [rows, key_stride]; row = query * group + head of the group.
+  float* rows_;                   // [kTileKeys, key_stride]
+  float* keys_;                   // [key_stride, kTileKeys]
+  float* values_;                 // [depth(kTileKeys), value_stride]
+  float* scores_;                 // [rows, kTileKeys]; then the weights.
+  float* acc_;                    // [rows, value_stride]
   float *max_, *sum_, *factors_;  // [rows]
 };
 

@@ -45,7 +45,9 @@ inline Vec times_power_of_2(Vec p, Vec n) {
 }
 
 // Lane i is the sum of a[i].
-inline Vec sum_each(const Vec (&a)[4]) { return Vec{sum_lanes(a[0]), sum_lanes(a[1]), sum_lanes(a[2]), sum_lanes(a[3])}; }
+inline Vec sum_each(const Vec (&a)[4]) {
+  return Vec{sum_lanes(a[0]), sum_lanes(a[1]), sum_lanes(a[2]), sum_lanes(a[3])};
+}
 
 // Rows become columns.
 inline void transpose(Vec (&a)[4]) {
@@ -100,7 +102,8 @@ inline float16 narrow(float value) {
   return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13))};
 }
 inline Pair load_pair(const float16* p) {
-  return {Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}, Vec{widen(p[4]), widen(p[5]), widen(p[6]), widen(p[7])}};
+  return {Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])},
+          Vec{widen(p[4]), widen(p[5]), widen(p[6]), widen(p[7])}};
 }
 inline void store_pair(float16* p, Pair v) {
   for (int i = 0; i < 4; ++i) p[i] = narrow(v.a[i]), p[4 + i] = narrow(v.b[i]);

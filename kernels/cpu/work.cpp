@@ -27,7 +27,7 @@ void work(const Attention& a, Plan& plan, float* scratch) {
 
 }  // namespace HF_PAGED_ISA
 
-extern const Work HF_PAGED_JOIN(work_, HF_PAGED_ISA)[3] = {
-    HF_PAGED_ISA::work<float>, HF_PAGED_ISA::work<bfloat16>, HF_PAGED_ISA::work<float16>};
+extern const Work HF_PAGED_JOIN(work_, HF_PAGED_ISA)[3] = {HF_PAGED_ISA::work<float>, HF_PAGED_ISA::work<bfloat16>,
+                                                           HF_PAGED_ISA::work<float16>};
 
 }  // namespace hf_paged

@@ -1,0 +1,141 @@
+// Runs the kernels of every instruction set over edge cases in memory of exactly the right size, without torch.
+// Built with -fsanitize=address by test_kernels_sanitize.py. Exits with 1 if an output is NaN.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "copy.h"
+#include "isa.h"
+
+using namespace hf_paged;
+
+namespace {
+
+struct Row {
+  int64_t context, queries;
+};
+
+struct Case {
+  int num_heads, num_kv_heads, key_dim, value_dim, block_size;
+  std::vector<Row> rows;
+  int64_t window;
+  bool softcap, sinks;
+};
+
+void in_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < count; ++i) threads.emplace_back(body, context, i);
+  for (auto& thread : threads) thread.join();
+}
+
+// One element of each dtype: a small number, or NaN.
+void put(char* to, Dtype dtype, float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint16_t half = dtype == Dtype::kBFloat16 ? bits >> 16
+                        : std::isnan(value)       ? 0x7e00
+                        : value < 0               ? 0xb800
+                                                  : 0x3800;
+  dtype == Dtype::kFloat32 ? memcpy(to, &value, 4) : memcpy(to, &half, 2);
+}
+
+bool is_nan(const char* from, Dtype dtype) {
+  uint32_t bits = 0;
+  memcpy(&bits, from, dtype == Dtype::kFloat32 ? 4 : 2);
+  if (dtype == Dtype::kFloat16) return (bits & 0x7fff) > 0x7c00;
+  if (dtype == Dtype::kBFloat16) bits <<= 16;
+  return (bits & 0x7fffffff) > 0x7f800000;
+}
+
+bool run(const Case& c, Dtype dtype) {
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+  int64_t width = 0, blocks = 0;
+  std::vector<int64_t> lens, starts{0};
+  for (const Row& row : c.rows) {
+    const int64_t needed = (row.context + c.block_size - 1) / c.block_size;
+    width = needed > width ? needed : width, blocks += needed;
+    lens.push_back(row.context), starts.push_back(starts.back() + row.queries);
+  }
+  const int64_t token_words[2] = {c.key_dim, c.value_dim};
+  std::vector<char> caches[2], states[2];
+  for (int i = 0; i < 2; ++i) {
+    caches[i].resize(blocks * c.num_kv_heads * c.block_size * token_words[i] * size);
+    for (size_t at = 0; at < caches[i].size(); at += size) put(&caches[i][at], dtype, NAN);
+    states[i].resize(c.num_kv_heads * token_words[i] * size);
+    for (size_t at = 0; at < states[i].size(); at += size) put(&states[i][at], dtype, at / size % 3 ? 0.5f : -0.5f);
+  }
+  std::vector<int64_t> tables(c.rows.size() * width, 0);
+  int64_t next = blocks;
+  for (size_t row = 0; row < c.rows.size(); ++row)
+    for (int64_t token = 0; token < lens[row]; ++token) {
+      int64_t& block = tables[row * width + token / c.block_size];
+      if (token % c.block_size == 0) block = --next;
+      const int64_t slot = block * c.block_size + token % c.block_size;
+      std::vector<Write> writes;
+      for (int i = 0; i < 2; ++i)
+        writes.push_back({states[i].data(),
+                          {0, token_words[i], 1},
+                          caches[i].data(),
+                          c.num_kv_heads,
+                          c.block_size,
+                          token_words[i],
+                          size});
+      write_tokens(writes.data(), 2, &slot, 1, in_threads);
+    }
+  const int64_t tokens = starts.back();
+  std::vector<char> query(tokens * c.num_heads * c.key_dim * size), out(tokens * c.num_heads * c.value_dim * size);
+  for (size_t at = 0; at < query.size(); at += size) put(&query[at], dtype, at / size % 5 ? 0.5f : -0.5f);
+  const std::vector<float> sinks(c.num_heads, 0.25f);
+  const int64_t key_head = int64_t(c.block_size) * c.key_dim, value_head = int64_t(c.block_size) * c.value_dim;
+  const Attention attention{dtype,
+                            query.data(),
+                            {c.num_heads * c.key_dim, c.key_dim, 1},
+                            out.data(),
+                            {caches[0].data(), c.num_kv_heads * key_head, key_head, c.key_dim},
+                            {caches[1].data(), c.num_kv_heads * value_head, value_head, c.value_dim},
+                            tables.data(),
+                            width,
+                            lens.data(),
+                            starts.data(),
+                            int64_t(c.rows.size()),
+                            c.num_heads,
+                            c.num_kv_heads,
+                            c.block_size,
+                            0.3f,
+                            c.window,
+                            c.softcap ? 2.0f : 0.0f,
+                            c.sinks ? sinks.data() : nullptr};
+  attend(attention, work_in_use()[int(dtype)], 2, in_threads);
+  for (size_t at = 0; at < out.size(); at += size)
+    if (is_nan(&out[at], dtype)) return false;
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Row> decode{{1, 1}, {15, 1}, {16, 1}, {17, 1}, {0, 1}, {0, 0}, {1100, 1}};
+  const std::vector<Row> mixed{{5, 5}, {40, 7}, {300, 1}, {2, 4}, {70, 70}};
+  std::vector<Case> cases;
+  for (const auto& rows : {decode, mixed, std::vector<Row>{}})
+    for (int block_size : {4, 16})
+      for (const auto& dims : {std::pair<int, int>{64, 64}, {20, 40}, {1, 3}, {80, 96}, {256, 256}})
+        for (int64_t window : {INT64_MAX, int64_t(7)})
+          cases.push_back({6, 2, dims.first, dims.second, block_size, rows, window, window == 7, dims.first == 20});
+  cases.push_back({200, 1, 32, 32, 16, mixed, INT64_MAX, false, true});
+  std::istringstream isas(hf_paged_isas());
+  for (std::string isa; isas >> isa;) {
+    hf_paged_use_isa(isa.c_str());
+    for (size_t i = 0; i < cases.size(); ++i)
+      for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
+        if (!run(cases[i], dtype)) {
+          printf("NaN in case %zu, dtype %d, %s\n", i, int(dtype), isa.c_str());
+          return 1;
+        }
+    printf("%s: %zu cases\n", isa.c_str(), 3 * cases.size());
+  }
+}
