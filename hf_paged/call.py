@@ -101,19 +101,20 @@ class Call:
             self._open.discard(self._row_of[lost])
             self.failures.append(error)
 
-    def sample(self, requests: list[Request], logits: torch.Tensor) -> tuple[list[Request], list[Request]]:
-        """Choose the next token of some rows, and which of them are finished.
+    def sample(self, requests: list[Request], logits: torch.Tensor) -> list[tuple[Request, int | None]]:
+        """Choose the next token of some rows.
 
         Parameters
         ----------
         requests : list of Request
-            Their tokens are extended in place.
+            Not changed: the engine hands them their tokens, under its lock.
         logits : torch.Tensor
             ``[len(requests), vocab]``
 
         Returns
         -------
-        (going, finished) : lists of Request
+        list of (Request, token)
+            None for a row that is finished.
         """
         order = sorted(range(len(requests)), key=lambda index: self._row_of[requests[index]])
         requests = [requests[index] for index in order]
@@ -123,15 +124,12 @@ class Call:
         tokens = self._draw(rows, scores) if self._do_sample else scores.argmax(dim=-1)
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
-        self._append(rows, requests, tokens)
+        self._append(rows, tokens)
         finished = self._finished(rows, scores)
         self._open -= {row for row, is_over in zip(rows, finished) if is_over}
         if self._noise is not None and self._open:
             self._noise.forget_before(min(self._counts[row] for row in self._open))
-        parts = ([], [])
-        for request, is_over in zip(requests, finished):
-            parts[is_over].append(request)
-        return parts
+        return [(request, None if over else token) for request, token, over in zip(requests, tokens.tolist(), finished)]
 
     def _steps(self, rows: list[int]) -> dict[int, list[int]]:
         """Indices into `rows`, by logical step."""
@@ -174,13 +172,12 @@ class Call:
             tokens[indices] = (probabilities[indices] / noise).argmax(dim=-1)
         return tokens
 
-    def _append(self, rows: list[int], requests: list[Request], tokens: torch.Tensor) -> None:
+    def _append(self, rows: list[int], tokens: torch.Tensor) -> None:
         at = [self._width + self._counts[row] for row in rows]
         if max(at) >= self._ids.shape[1]:
             self._ids = torch.cat([self._ids, self._pads(self._ids.shape[1])], dim=1)
         self._ids[rows, at] = tokens
-        for row, request, token in zip(rows, requests, tokens.tolist()):
-            request.tokens.append(token)
+        for row in rows:
             self._counts[row] += 1
 
     def _finished(self, rows: list[int], scores: torch.Tensor) -> list[bool]:

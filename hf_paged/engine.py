@@ -93,7 +93,7 @@ class Engine:
             while not call.is_done:
                 delivery = self._next_logits(model, seat)
                 if delivery is not None:
-                    self._hand_back(seat, *call.sample(*delivery))
+                    self._hand_back(seat, call.sample(*delivery))
             return call.close()
         finally:
             self._leave(call)
@@ -134,13 +134,16 @@ class Engine:
         self._condition.wait(left)
         return True
 
-    def _hand_back(self, seat: _Seat, going: list[Request], finished: list[Request]) -> None:
-        """Take sampled rows back; the blocks of finished ones are free at once."""
+    def _hand_back(self, seat: _Seat, sampled: list[tuple[Request, int | None]]) -> None:
+        """Give sampled rows their tokens; the blocks of finished ones are free at once."""
         with self._condition, self.pool.lock:
             seat.is_sampling = False
-            for request in finished:
-                self._seats.pop(request, None)
-                self.scheduler.remove(request)
+            for request, token in sampled:
+                if token is None:
+                    self._seats.pop(request, None)
+                    self.scheduler.remove(request)
+                else:
+                    request.tokens.append(token)
             self._condition.notify_all()
 
     def _leave(self, call: Call) -> None:

@@ -43,6 +43,8 @@ def check_paged() -> Stats:
     counted = stats(model)
     if not torch.equal(dense, paged):
         raise PagedError("a tiny model generates other tokens from pages than from the dense cache")
+    if counted.fallbacks:
+        raise PagedError(f"a tiny model's rows could not be packed: {', '.join(counted.fallbacks)}")
     if not counted.page_reads:
         raise PagedError("a tiny model generated without reading any page")
     if counted.used_blocks:

@@ -94,6 +94,8 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> str | None:
     extra = [name for name in kwargs.keys() - _MODEL_ARGUMENTS if kwargs[name] is not None]
     if extra:
         return f"model inputs besides tokens: {', '.join(sorted(extra))}"
+    if "update" in vars(DynamicCache):
+        return "another library has changed DynamicCache.update"
     cache = kwargs.get("past_key_values")
     if type(cache) is not DynamicCache or not kwargs.get("use_cache"):
         return "no cache, or not transformers' DynamicCache"
@@ -161,6 +163,8 @@ def _make_engine(model: PreTrainedModel) -> Engine | str:
         packed = _try_step(model, engine, pools[0], int(ids))
     except (NotPackableError, OutOfBlocksError) as error:
         return str(error)
+    except Exception as error:  # Whatever a model makes of masks and caches that it does not expect.
+        return f"a packed step fails in this model ({type(error).__name__})"
     # A row that is packed beside another must not feel it.
     if not torch.allclose(packed, alone, rtol=0.05, atol=float(0.05 * alone.abs().max())):
         return "the model mixes the rows of a packed forward"

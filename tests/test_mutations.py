@@ -6,10 +6,16 @@ import zoo
 from parity import assert_generates_equal
 
 import hf_paged
-from hf_paged import attention, padding
+from hf_paged import attention, call, padding
+from hf_paged.integrations import generate
 
-_ARGUMENTS = ("query", "key_cache", "value_cache", "block_tables", "context_lens", "cu_seqlens_q", "scale")
+_READ = ("key_cache", "value_cache", "block_tables", "context_lens", "cu_seqlens_q", "scale")
 _OPTIONS = ("window", "softcap", "sinks")
+_ARGUMENTS = {
+    "paged_attention": ("query", *_READ, *_OPTIONS),
+    "write_and_attend": ("query", "key", "value", *_READ[:2], "slot_mapping", *_READ[2:], *_OPTIONS),
+}
+LOOPS = {"packed": {}, "rectangular": {"num_beams": 2}}
 
 
 def drop(name):
@@ -36,43 +42,60 @@ MUTATIONS = {
 }
 
 
-def check(name):
-    """A parity check as every other test makes it."""
-    hf_paged.configure(zoo.pair(name)[1], hf_paged.PagedConfig(block_size=4))
-    assert_generates_equal(zoo.pair(name), zoo.prompts([13, 6, 9]), max_new_tokens=24, min_new_tokens=24)
+def check(name, loop):
+    """A parity check as every other test makes it. Beams do not run packed."""
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, **LOOPS[loop]}
+    inputs = zoo.prompts([13, 6, 9])
+    inputs["input_ids"][inputs["attention_mask"] == 0] = 5  # The embedding of the usual pad is zero: it hides.
+    assert_generates_equal(zoo.pair(name), inputs, **options)
+
+
+@pytest.fixture(params=LOOPS)
+def loop(request):
+    for name in zoo.NAMES:
+        hf_paged.configure(zoo.pair(name)[1], hf_paged.PagedConfig(block_size=4))
+    return request.param
 
 
 @pytest.mark.parametrize("name, mutate", MUTATIONS.values(), ids=MUTATIONS)
-def test_a_wrong_kernel_call_is_seen(name, mutate, monkeypatch):
-    check(name)
-    paged_attention = attention.ops.paged_attention
-
-    def mutated(*args):
-        call = dict(zip(_ARGUMENTS + _OPTIONS, args, strict=True))
-        mutate(call)
-        return paged_attention(**call)
-
-    monkeypatch.setattr(attention.ops, "paged_attention", mutated)
+def test_a_wrong_kernel_call_is_seen(name, mutate, loop, monkeypatch):
+    check(name, loop)
+    for op, names in _ARGUMENTS.items():
+        monkeypatch.setattr(attention.ops, op, mutated(getattr(attention.ops, op), names, mutate))
     with pytest.raises(AssertionError):
-        check(name)
+        check(name, loop)
 
 
-def test_a_stored_pad_is_seen(monkeypatch):
-    check("llama")
-    record = padding.Padding.record
+def mutated(op, names, mutate):
+    def call(*args):
+        arguments = dict(zip(names, args, strict=True))
+        mutate(arguments)
+        return op(**arguments)
 
-    def with_one_pad(self, mask, *rest):
-        if mask is not None:
-            mask = mask.clone()
-            mask[torch.arange(len(mask)), (mask.int().argmax(1) - 1).clamp(min=0)] = True
-        return record(self, mask, *rest)
+    return call
 
-    monkeypatch.setattr(padding.Padding, "record", with_one_pad)
+
+def test_a_stored_pad_is_seen(loop, monkeypatch):
+    check("llama", loop)
+    record, init = padding.Padding.record, call.Call.__init__
+
+    def one_less(mask):
+        mask = mask.clone()
+        mask[torch.arange(len(mask)), (mask.int().argmax(1) - 1).clamp(min=0)] = True
+        return mask
+
+    monkeypatch.setattr(
+        padding.Padding,
+        "record",
+        lambda self, mask, *rest: record(self, mask if mask is None else one_less(mask), *rest),
+    )
+    monkeypatch.setattr(call.Call, "__init__", lambda self, ids, valid, *rest: init(self, ids, one_less(valid), *rest))
     with pytest.raises(AssertionError):
-        check("llama")
+        check("llama", loop)
 
 
-def test_plain_sdpa_in_disguise_is_seen(monkeypatch):
+def test_plain_sdpa_in_disguise_is_seen(loop, monkeypatch):
     monkeypatch.setattr(attention, "_obstacle", lambda *args: "always")
+    monkeypatch.setattr(generate, "_why_not_this_call", lambda *args: "always")
     with pytest.raises(AssertionError, match="sdpa in disguise"):
-        check("llama")
+        check("llama", loop)
