@@ -23,6 +23,9 @@ class PagedConfig:
         Bytes of KV that the model's blocks may take ("512MiB", "2GB" and plain byte counts are
         understood). ``None``: a quarter of the memory that is available on the device when the pool
         is made. Memory is touched block by block as tokens arrive, so an unused budget costs nothing.
+    token_budget : int
+        Tokens that one packed step of `generate` runs, prompts and new tokens of all rows together. Larger
+        steps use the processor better and hold up rows that are further on for longer.
 
     Examples
     --------
@@ -32,12 +35,16 @@ class PagedConfig:
 
     block_size: int = 16
     memory_budget: int | str | None = None
+    token_budget: int = 512
 
     def __post_init__(self):
         size = self.block_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 4 or size & (size - 1):
             raise ValueError(f"block_size must be a power of two, at least 4; got {size!r}: try 16, 32 or 64")
         parse_bytes(self.memory_budget)
+        tokens = self.token_budget
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+            raise ValueError(f"token_budget must be a positive number of tokens; got {tokens!r}: try 512")
 
     def budget_bytes(self, device: torch.device) -> int:
         """The budget in bytes for a pool that is made now on `device`."""

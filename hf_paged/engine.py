@@ -22,7 +22,6 @@ from .packed import ARGUMENT, NotPackableError, PackedCache, PackedStep, pack
 from .request import Request
 from .scheduler import Schedule, Scheduler
 
-TOKEN_BUDGET = 512  # Tokens a step runs: enough to fill the matrix products of a small model on two cores.
 _PATIENCE = 0.005  # Seconds until an engine without work looks again.
 _GRACE = 0.25  # Share of a step's time that the next one waits for calls that are still sampling.
 
@@ -45,13 +44,12 @@ class Engine:
     ----------
     pool : KVPool
         Holds blocks of every attention group already.
-    token_budget : int
     """
 
-    def __init__(self, pool: KVPool, token_budget: int = TOKEN_BUDGET):
+    def __init__(self, pool: KVPool):
         self.pool = pool
         self.keys = list(pool.groups)
-        self.scheduler = Scheduler(list(pool.groups.values()), token_budget)
+        self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
         self._condition = threading.Condition()
         self._seats: dict[Request, _Seat] = {}
         self._is_driven = False
