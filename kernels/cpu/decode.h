@@ -102,8 +102,7 @@ class Decoder {
 
   void score(const Tile<T>& tile, const Tile<T>& ahead) {
     int h = 0;
-    if (kLanes >= 4)
-      for (; h + 4 <= group_; h += 4) score_heads<4>(tile, ahead, h);
+    for (; h + 4 <= group_; h += 4) score_heads<4>(tile, ahead, h);
     if (h + 2 <= group_) score_heads<2>(tile, ahead, h), h += 2;
     if (h < group_) score_heads<1>(tile, ahead, h);
   }
