@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_matrix import ISAS, implementation, make_pages
+from op_matrix import ISAS, assert_accurate, exact, implementation, make_pages
 
 from hf_paged.kernels import gather_sdpa, ops
 from hf_paged.kernels.cpu import native
@@ -41,6 +41,16 @@ def test_results_do_not_depend_on_threads_or_batch(threads, isa, dtype):
             for row in range(len(batch))
         ]  # fmt: skip
     assert all(torch.equal(result, results[0]) for result in [*results[1:], torch.cat(alone)])
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_long_prefill_is_accurate_in_bfloat16(dim):
+    """Many weights of one size: rounded to bfloat16, as SDPA rounds them, they miss the bound."""
+    arguments, _ = make_pages([(600, 200)], (4, 2), 16, torch.bfloat16, dim, dim, seed=3)
+    expected = exact(arguments, dim**-0.5)
+    for isa in ISAS:
+        with implementation(isa):
+            assert_accurate(ops.paged_attention(*arguments, dim**-0.5), expected)
 
 
 @pytest.mark.parametrize("dim, dtype", [(16, torch.float64), (320, torch.float32)], ids=str)

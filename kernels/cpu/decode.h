@@ -12,22 +12,29 @@ namespace hf_paged {
 namespace HF_PAGED_ISA {
 
 // acc[h] = acc[h] * factors[h] + weights[h] . values, for kHeads heads and kPairs pairs of value elements from d.
-// `count`: elements of the last pair. Prefetches the same elements of the values of `ahead` if kPrefetch.
+// `count`: elements of the last pair. Prefetches as many elements of the values of `ahead` if kPrefetch.
 template <class T, int kHeads, int kPairs, bool kPrefetch>
-inline void add_values(const T* const* values, const T* const* ahead, int d, int tokens, int count,
+inline void add_values(const T* const* values, const T* const* ahead, int d, int dim, int tokens, int count,
                        const float* weights, const float* factors, float* acc, int stride) {
   Vec sums[kHeads][2 * kPairs];
 #pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h)
 #pragma GCC unroll 4
     for (int i = 0; i < 2 * kPairs; ++i) sums[h][i] = load(acc + h * stride + i * kLanes) * splat(factors[h]);
+  // The calls for the parts of a value share the lines of `ahead` out in the order of memory.
+  constexpr int kPart = kPairs * kPairLanes;
+  const int parts = dim > kPart ? dim / kPart : 1, done = d / kPart * tokens;
+  int next = done / parts, part = done % parts;
   for (int t = 0; t < tokens; ++t) {
+    if (kPrefetch && next < tokens) {
+      prefetch<kPart * sizeof(T)>(ahead[next] + part * kPart);
+      if (++part == parts) part = 0, ++next;
+    }
     Pair value[kPairs];
 #pragma GCC unroll 2
     for (int i = 0; i < kPairs; ++i) {
       const T* element = values[t] + d + i * kPairLanes;
       value[i] = kPairs == 1 && count < kPairLanes ? load_pair(element, count) : load_pair(element);
-      if (kPrefetch) prefetch<kPairLanes * sizeof(T)>(ahead[t] + d + i * kPairLanes);
     }
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
@@ -95,8 +102,7 @@ class Decoder {
 
   void score(const Tile<T>& tile, const Tile<T>& ahead) {
     int h = 0;
-    if (kLanes >= 4)
-      for (; h + 4 <= group_; h += 4) score_heads<4>(tile, ahead, h);
+    for (; h + 4 <= group_; h += 4) score_heads<4>(tile, ahead, h);
     if (h + 2 <= group_) score_heads<2>(tile, ahead, h), h += 2;
     if (h < group_) score_heads<1>(tile, ahead, h);
   }
@@ -165,12 +171,13 @@ class Decoder {
     const int dim = a_.values.head_dim;
     int d = 0;
     for (; d + kPairs * kPairLanes <= dim; d += kPairs * kPairLanes)
-      add_values<T, kHeads, kPairs, kPrefetch>(tile.values, ahead.values, d, tile.tokens, kPairLanes,
+      add_values<T, kHeads, kPairs, kPrefetch>(tile.values, ahead.values, d, dim, tile.tokens, kPairLanes,
                                                scores_ + head * kMaxTile, factors_ + head, acc_ + head * stride_ + d,
                                                stride_);
     for (; d < dim; d += kPairLanes)
-      add_values<T, kHeads, 1, kPrefetch>(tile.values, ahead.values, d, tile.tokens, dim - d, scores_ + head * kMaxTile,
-                                          factors_ + head, acc_ + head * stride_ + d, stride_);
+      add_values<T, kHeads, 1, kPrefetch>(tile.values, ahead.values, d, dim, tile.tokens, dim - d,
+                                          scores_ + head * kMaxTile, factors_ + head, acc_ + head * stride_ + d,
+                                          stride_);
   }
 
   void end(const Tile<T>& tile) {

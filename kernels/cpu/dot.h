@@ -67,7 +67,8 @@ inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename
 #pragma GCC unroll 4
       for (int i = 0; i < kStep; ++i) {
         const typename Dot<T>::Key key = Dot<T>::load_key(keys[t + i] + d);
-        if (kPrefetch) prefetch<kPairLanes * sizeof(T)>(ahead[t + i] + d);
+        // The tokens of a block lie side by side: its lines are asked for in the order of memory.
+        if (kPrefetch) prefetch<kPairLanes * sizeof(T)>(ahead[t] + kStep * d + i * kPairLanes);
 #pragma GCC unroll 4
         for (int h = 0; h < kHeads; ++h)
           part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + d, key);

@@ -19,6 +19,12 @@ struct PairMul {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(splat(*a)), (__m512bh)_mm512_castps_si512(b));
   }
 };
+
+// As PairMul for a = high + low: weights to 16 bits. Rounding them to 8 would be the largest error of all.
+template <int kLowAt>
+struct SplitPairMul {
+  static Vec add(Vec sum, const float* a, Vec b) { return PairMul::add(PairMul::add(sum, a, b), a + kLowAt, b); }
+};
 #endif
 
 template <class Mul, int kVecs, bool kAdd>

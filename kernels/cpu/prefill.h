@@ -43,8 +43,9 @@ class Prefiller {
       multiply<typename Pack<T>::Mul, false>(queries_, key_stride_, keys_, kTileKeys, padded_rows_, kTileKeys,
                                              key_stride_, scores_, kTileKeys, factors_);
       weigh(tile, start, tokens);
-      multiply<typename Pack<T>::Mul, true>(scores_, kTileKeys, values_, value_stride_, padded_rows_, value_stride_,
-                                            Pack<T>::depth(kTileKeys), acc_, value_stride_, factors_);
+      multiply<typename Pack<T>::WeightMul, true>(scores_, kTileKeys, values_, value_stride_, padded_rows_,
+                                                  value_stride_, Pack<T>::depth(kTileKeys), acc_, value_stride_,
+                                                  factors_);
     }
     for (int row = 0; row < rows_of_tile_; ++row)
       finish<T>(a_, tile.token + row / group_, kv_head * group_ + row % group_, max_[row], sum_[row],
@@ -101,11 +102,12 @@ class Prefiller {
       float* scores = scores_ + row * kTileKeys;
       const Vec largest = splat(max_[row] == -INFINITY ? 0 : max_[row]);
       Vec sum = splat(0);
-      for (int t = 0; t < kTileKeys; t += kPairLanes) {
-        const Vec low = exp2(load(scores + t) - largest), high = exp2(load(scores + t + kLanes) - largest);
-        sum = sum + (low + high);
-        Pack<T>::weights(low, high, scores, t);
+      Vec weights[kTileKeys / kLanes];
+      for (int i = 0; i < kTileKeys / kLanes; ++i) {
+        weights[i] = exp2(load(scores + i * kLanes) - largest);
+        sum = sum + weights[i];
       }
+      for (int i = 0; i < kTileKeys / kLanes; i += 2) Pack<T>::weights(weights[i], weights[i + 1], scores, i * kLanes);
       sum_[row] = sum_[row] * factors_[row] + sum_lanes(sum);
     }
   }
