@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil
 import torch
 
+from hf_paged.kernels.cpu import native
+
 from . import __version__
 from .config import DEFAULT_SHARE, PagedConfig
 from .errors import PagedError
@@ -37,7 +39,6 @@ def run_doctor() -> bool:
     _print("Processor", _processor())
     _print("Compiler", _compiler(compiler))
     _print("GPU", _gpu(gpu_lines, driver))
-    _print("What is used", kernel_state(bool(gpu_lines)))
     _print("Defaults on this machine", _defaults())
     try:
         enable()
@@ -47,7 +48,7 @@ def run_doctor() -> bool:
         print(f"In a fresh environment: pip install 'transformers{_TESTED}'")
         return False
     try:
-        counted = check_paged()
+        counted = check_paged()  # Compiles the C++ kernels if that was never done.
     except Exception as error:  # Whatever goes wrong in there, the report must say it.
         _print("Check", [("a tiny llama", f"failed: {str(error) or type(error).__name__}")])
         print(f'\nattn_implementation="{NAME}" does not work here: {_AFTER_A_FAILED_CHECK}.')
@@ -55,17 +56,23 @@ def run_doctor() -> bool:
     gathers = sum(counted.gathers.values())
     passed = f"same tokens dense and paged; {counted.page_reads} page reads, {gathers} gathers, every block returned"
     _print("Check", [("a tiny llama", passed)])
+    _print("What is used", kernel_state(bool(gpu_lines)))
     print(f'\nattn_implementation="{NAME}" works here.')
     return True
 
 
 def kernel_state(has_gpu: bool) -> list[Line]:
     """Which code attends on which device, and what is there but not used."""
-    gpu = "the CPU's plain torch code, never run on a GPU so far" if has_gpu else "nothing: torch sees no GPU"
+    kernels = native.state()
+    if kernels.available:
+        cpu = f"C++ kernels for {kernels.isa} read the pages in place (float32, bfloat16, float16)"
+    else:
+        reason = " ".join((kernels.reason or "").split())
+        cpu = f"plain torch, several times slower: gathers the blocks of a layer, then SDPA. No C++ kernels: {reason}"
+    gpu = "plain torch: gathers, then SDPA; never run on a GPU so far" if has_gpu else "nothing: torch sees no GPU"
     return [
-        ("CPU attention", "plain torch: gathers the blocks of a layer, then SDPA; saves memory, not time"),
+        ("CPU attention", cpu),
         ("GPU attention", gpu),
-        ("C++ compiler", "not used: this version has no C++ kernels"),
         ("triton", "not used: this version has no GPU kernels"),
     ]
 
