@@ -36,7 +36,10 @@ def find_compiler() -> list[str]:
         If there is none.
     """
     if os.environ.get("CXX"):
-        command = shlex.split(os.environ["CXX"])
+        try:
+            command = shlex.split(os.environ["CXX"])
+        except ValueError as error:
+            raise BuildError(f"CXX={os.environ['CXX']} is no command ({error}): set it to a C++ compiler") from error
         if shutil.which(command[0]) is None:
             raise BuildError(
                 f"there is no C++ compiler {command[0]!r}, which CXX names: set CXX to one that is installed"
