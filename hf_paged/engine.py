@@ -20,7 +20,7 @@ from .errors import OutOfBlocksError
 from .kv_pool import GroupKey, KVPool
 from .packed import ARGUMENT, NotPackableError, PackedCache, PackedStep, pack
 from .request import Request
-from .scheduler import Schedule, Scheduler
+from .scheduler import Chunk, Schedule, Scheduler
 
 _PATIENCE = 0.005  # Seconds until an engine without work looks again.
 _GRACE = 0.25  # Share of a step's time that the next one waits for calls that are still sampling.
@@ -170,19 +170,33 @@ class Engine:
                 self._condition.wait(_PATIENCE)
         if not schedule.chunks:
             return
+        self._run(model, schedule)
+        with self._condition:
+            self._last_step = (time.monotonic(), time.monotonic() - began)
+
+    def _run(self, model, schedule: Schedule) -> None:
+        """Run scheduled chunks and deliver their logits, or an error to the call whose chunks raise it."""
         try:
             logits = self._forward(model, schedule)
         except Exception as error:
-            # Whose rows made the forward fail cannot be told: every call in it gets the error.
-            with self._condition:
-                for chunk in schedule.chunks:
-                    if chunk.request in self._seats:
-                        self._seats[chunk.request].error = error
+            parts = self._by_call(schedule)
+            for seat, chunks in parts.items():
+                if len(parts) == 1:
+                    seat.error = error
+                else:  # Which call it was shows when each is run by itself. What was copied stays copied.
+                    self._run(model, Schedule(chunks, [[] for _ in schedule.copies], []))
             return
         with self._condition, self.pool.lock:
             self.scheduler.done(schedule)
             self._deliver(schedule, logits)
-            self._last_step = (time.monotonic(), time.monotonic() - began)
+
+    def _by_call(self, schedule: Schedule) -> dict[_Seat, list[Chunk]]:
+        parts: dict[_Seat, list[Chunk]] = {}
+        with self._condition:
+            for chunk in schedule.chunks:
+                if chunk.request in self._seats:
+                    parts.setdefault(self._seats[chunk.request], []).append(chunk)
+        return parts
 
     def _forward(self, model, schedule: Schedule) -> torch.Tensor:
         groups = self.scheduler.groups

@@ -82,12 +82,19 @@ def _why_not_this_model(model) -> str | None:
             return f"the model has a {method} of its own"
     if not model._supports_logits_to_keep():
         return "the model computes every logit"
+    if any(_is_row_by_row(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+        return "adapters chosen row by row"
     text = model.config.get_text_config(decoder=True)
     ropes = [getattr(text, "rope_parameters", None) or {}]
     ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
     if any(rope.get("rope_type") in _ROPE_OF_THE_FORWARD for rope in ropes):
         return "frequencies that depend on the whole forward"
     return None
+
+
+def _is_row_by_row(hook) -> bool:
+    """Whether a hook is the one by which PEFT tells its layers the adapter of each row of the batch."""
+    return getattr(getattr(hook, "func", hook), "__name__", "") == "_adapter_names_pre_forward_hook"
 
 
 def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> str | None:
@@ -158,6 +165,8 @@ def _make_engine(model: PreTrainedModel) -> Engine | str:
     pools = binding.pools_under(model)
     if len(pools) != 1 or not pools[0].groups:
         return "no pool of its own, or several"
+    if any(key.device != model.device for key in pools[0].groups):
+        return "layers on several devices"
     engine = Engine(pools[0])
     try:
         packed = _try_step(model, engine, pools[0], int(ids))

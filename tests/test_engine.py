@@ -1,43 +1,15 @@
 """The packed loop: rows queue, are preempted and run with those of other calls, and nobody can tell."""
 
-import threading
-import time
+import functools
 
 import pytest
 import torch
 import zoo
-from parity import assert_rows_equal
+from packing import LENGTHS, SAMPLE, compare, pair
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import hf_paged
-from hf_paged import PagedConfig, binding, engine
-
-LENGTHS = {"max_new_tokens": 20, "pad_token_id": 0}
-SAMPLE = {"do_sample": True, "top_k": 30, "temperature": 1.2}
-# Bytes of one block of 4 tokens in the tiny llama: 2 layers, 2 heads, keys and values of 16 floats.
-BLOCK = 4 * 2 * 2 * 2 * 16 * 4
-
-
-def pair(blocks: int | None = None, token_budget: int = 16, name: str = "llama"):
-    """Dense and paged models; steps of few tokens, so that rows are at different steps at the same time."""
-    dense, paged = zoo.pair(name)
-    budget = None if blocks is None else blocks * BLOCK
-    hf_paged.configure(paged, PagedConfig(block_size=4, memory_budget=budget, token_budget=token_budget))
-    return dense, paged
-
-
-def compare(models, inputs, **options):
-    """Tokens and the final state of the random numbers, dense against packed."""
-    outputs, states = [], []
-    for model in models:
-        torch.manual_seed(0)
-        outputs.append(model.generate(**inputs, **{**LENGTHS, **options}))
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states), "the generator ended in another state"
-    assert_rows_equal(models[0], inputs, *outputs)
-    stats = hf_paged.stats(models[1])
-    assert stats.packed_calls and not stats.fallbacks and stats.page_reads and not stats.gathers
-    return outputs[1]
+from hf_paged import binding, engine
 
 
 def preemptions(model) -> int:
@@ -128,129 +100,6 @@ def test_a_prompt_that_can_never_fit():
         paged.generate(**zoo.prompts([30]), **LENGTHS)
 
 
-def in_threads(*calls):
-    """Run the calls at the same time; their results, or what they raised."""
-    results: list = [None] * len(calls)
-
-    def run(index):
-        try:
-            results[index] = calls[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive(), "a call hangs"
-    return results
-
-
-def test_calls_of_many_threads_run_in_common_steps(monkeypatch):
-    dense, paged = pair(token_budget=64)
-    prompts = [zoo.prompts([5 + seed, 3], seed=seed) for seed in range(8)]
-    options = {**LENGTHS, "min_new_tokens": 20}
-    expected = [dense.generate(**inputs, **options) for inputs in prompts]
-    paged.generate(**prompts[0], **options)
-    rows = []
-    run_step = engine.run_step
-    monkeypatch.setattr(
-        engine, "run_step", lambda model, step: (rows.append(len(step.sample_index)), run_step(model, step))[1]
-    )
-    results = in_threads(*(lambda inputs=inputs: paged.generate(**inputs, **options) for inputs in prompts))
-    for inputs, want, got in zip(prompts, expected, results):
-        assert not isinstance(got, Exception), got
-        assert_rows_equal(dense, inputs, want, got)
-    assert max(rows) > 2, "no two calls ever shared a step"
-
-
-class Streamer:
-    """Collects tokens; does what it is told at the third."""
-
-    def __init__(self, at_third=lambda: None):
-        self.tokens, self.ended, self.at_third = [], False, at_third
-
-    def put(self, tokens):
-        self.tokens.append(tokens.flatten().tolist())
-        if len(self.tokens) == 4:  # The first is the prompt.
-            self.at_third()
-
-    def end(self):
-        self.ended = True
-
-
-def test_a_call_that_raises_leaves_the_others_and_the_pool_whole():
-    dense, paged = pair(token_budget=64)
-    good, bad = zoo.prompts([9, 3]), zoo.prompts([7])
-    expected = dense.generate(**good, **LENGTHS)
-
-    def fail():
-        raise KeyError("the consumer is gone")
-
-    results = in_threads(
-        lambda: paged.generate(**good, **LENGTHS),
-        lambda: paged.generate(**bad, **LENGTHS, min_new_tokens=20, streamer=Streamer(fail)),
-        lambda: paged.generate(**good, **LENGTHS),
-    )
-    assert isinstance(results[1], KeyError)
-    assert torch.equal(results[0], expected) and torch.equal(results[2], expected)
-
-
-def test_a_slow_streamer_holds_up_its_own_call_only():
-    _, paged = pair(token_budget=64)
-    paged.generate(**zoo.prompts([4]), **LENGTHS)
-    released, options = threading.Event(), {**LENGTHS, "min_new_tokens": 20}
-    slow = Streamer(lambda: released.wait(30))
-
-    def quick():
-        try:
-            while len(slow.tokens) < 4:
-                time.sleep(0.01)
-            return paged.generate(**zoo.prompts([9, 3]), **options)
-        finally:
-            released.set()
-
-    results = in_threads(lambda: paged.generate(**zoo.prompts([7]), streamer=slow, **options), quick)
-    assert all(isinstance(result, torch.Tensor) for result in results), results
-    assert slow.ended and len(slow.tokens) == 21
-
-
-def test_a_callback_may_call_the_model_again():
-    dense, paged = pair()
-    inner = []
-    streamer = Streamer(lambda: inner.append(paged.generate(**zoo.prompts([5]), **LENGTHS)))
-    inputs = zoo.prompts([9])
-    assert torch.equal(paged.generate(**inputs, **LENGTHS, streamer=streamer), dense.generate(**inputs, **LENGTHS))
-    assert torch.equal(inner[0], dense.generate(**zoo.prompts([5]), **LENGTHS))
-
-
-def test_unseeded_calls_at_the_same_time_differ():
-    _, paged = pair(token_budget=64)
-    inputs = zoo.prompts([9])
-    options = {**LENGTHS, "min_new_tokens": 20, "do_sample": True}
-    results = in_threads(*[lambda: paged.generate(**inputs, **options)] * 4)
-    assert len({tuple(result[0].tolist()) for result in results}) == 4
-
-
-def test_a_seeded_call_in_company_equals_one_alone():
-    dense, paged = pair(token_budget=64)
-    inputs, started, options = zoo.prompts([9, 4]), threading.Event(), {**LENGTHS, "min_new_tokens": 20}
-    torch.manual_seed(5)
-    expected = dense.generate(**inputs, **options, **SAMPLE)
-
-    def company():
-        started.wait(30)
-        return paged.generate(**zoo.prompts([6, 6, 2]), **options)  # Greedy: it draws nothing.
-
-    def seeded():
-        torch.manual_seed(5)
-        started.set()
-        return paged.generate(**inputs, **options, **SAMPLE)
-
-    assert torch.equal(in_threads(seeded, company)[0], expected)
-
-
 class Backwards(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return -scores
@@ -290,3 +139,21 @@ def test_a_model_whose_rope_depends_on_the_forward_is_not_packed():
     model = zoo.build("llama", "paged", rope_parameters=rope)
     model.generate(**zoo.prompts([9, 3]), **LENGTHS)
     assert list(hf_paged.stats(model).fallbacks) == ["frequencies that depend on the whole forward"]
+
+
+def test_adapters_chosen_row_by_row_are_not_packed():
+    """PEFT registers such a hook on its layers while it generates with ``adapter_names``."""
+
+    def _adapter_names_pre_forward_hook(module, args, kwargs, adapter_names):
+        assert len(args[0]) == len(adapter_names)
+
+    dense, paged = pair()
+    paged.generate(**zoo.prompts([4]), **LENGTHS)
+    inputs = zoo.prompts([9, 9])
+    hook = functools.partial(_adapter_names_pre_forward_hook, adapter_names=["one", "two"])
+    handle = paged.model.layers[0].mlp.up_proj.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        assert torch.equal(paged.generate(**inputs, **LENGTHS), dense.generate(**inputs, **LENGTHS))
+    finally:
+        handle.remove()
+    assert list(hf_paged.stats(paged).fallbacks) == ["adapters chosen row by row"]
