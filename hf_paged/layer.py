@@ -25,6 +25,7 @@ class PagedLayerMixin:
     def _init_paged(self, sequences: Sequences, index: int) -> None:
         self.sequences, self.index = sequences, index
         self.epoch = 0  # Reorderings this layer has been told of.
+        self._stored_kind: tuple | None = None  # Dtype, device and sizes of states that went into its pages.
         self.is_dense = False
 
     @property
@@ -143,6 +144,7 @@ class PagedLayerMixin:
             sequences.store_held()
         visible = self._visible(start) + key_states.shape[2]
         rows, step = sequences.append(self.index, self.window, key_states, value_states)
+        self._stored_kind = _kind(key_states, value_states)
         self._advance(key_states.shape[2])
         view = PageView(sequences, rows, step, self.index, rows.version)
         return PagedStates(view, key_states, True, visible), PagedStates(view, value_states, False, visible)
@@ -153,9 +155,12 @@ class PagedLayerMixin:
             return "the cache is used outside a paged model"
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             return "gradients flow through the cache"
+        has_begun = self.sequences.length(self.index) > 0
+        if has_begun and self._stored_kind is not None and self._stored_kind == _kind(key, value):
+            return None
         if key.is_meta or key.shape[:3] != value.shape[:3]:
             return "keys and values differ in more than their head size"
-        if self.sequences.length(self.index) == 0 and not self.sequences.admits(key.shape[2]):
+        if not has_begun and not self.sequences.admits(key.shape[2]):
             return "the layer holds other positions than its siblings"
         held = self.sequences.held(self.index)
         if held is not None:
@@ -210,6 +215,7 @@ class PagedLayerMixin:
         if not self.is_dense:
             self.sequences.drop_layer(self.index)
         self.is_dense, self._dense = self.sequences is None, (None, None)
+        self._stored_kind = None
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -235,3 +241,10 @@ class PagedLayerMixin:
         self.sequences.store_held()
         self.epoch += 1
         self.sequences.select(self.epoch, rows)
+
+
+def _kind(key: torch.Tensor, value: torch.Tensor) -> tuple | None:
+    """What states must have in common to go into the same pages; None if these cannot go into any."""
+    if key.shape[:3] != value.shape[:3]:
+        return None
+    return key.dtype, value.dtype, key.device, key.shape[1], key.shape[3], value.shape[3]
