@@ -1,7 +1,18 @@
 """Request: one row of a `generate` call on its way through the scheduler. No tensors here."""
 
+import enum
+
 from .block_table import BlockTable
 from .pool import BlockPool
+
+
+class State(enum.Enum):
+    """Where a row is on its way."""
+
+    NEW = enum.auto()  # In no queue: not added, or a follower whose prompt is not stored yet.
+    WAITING = enum.auto()  # Has no blocks.
+    RUNNING = enum.auto()
+    OUT = enum.auto()  # Finished, failed or taken out, for good.
 
 
 class Request:
@@ -22,17 +33,22 @@ class Request:
         Prompt and sampled tokens.
     num_stored : int
         Tokens at the front whose keys and values lie in blocks.
+    num_sampled : int
+        Length of `tokens` when a next one was last sampled from its logits.
+    state : State
     followers : list of Request
-        Rows with the same prompt: they wait for this one's prefill and fork its tables.
+        Rows with the same prompt: they wait for this one's prefill and fork its tables. If this one is taken
+        out before, so are they.
     order : int
         Place in the queue, given once: first come, first served, preempted or not.
     """
 
-    __slots__ = ("tokens", "num_stored", "tables", "followers", "order", "num_preemptions")
+    __slots__ = ("tokens", "num_stored", "num_sampled", "state", "tables", "followers", "order", "num_preemptions")
 
     def __init__(self, tokens: list[int], pools: list[BlockPool]):
         self.tokens = tokens
-        self.num_stored = 0
+        self.num_stored = self.num_sampled = 0
+        self.state = State.NEW
         self.tables = [BlockTable(pool) for pool in pools]
         self.followers: list[Request] = []
         self.order = -1
@@ -40,8 +56,13 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """Tokens that the next forwards must run; 0 while the next token is being sampled."""
+        """Tokens that the next forwards must run."""
         return len(self.tokens) - self.num_stored
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether the next token is being sampled: until it is there the row runs nothing."""
+        return self.num_sampled == len(self.tokens)
 
     def release(self) -> None:
         """Free all blocks; nothing is stored any more."""

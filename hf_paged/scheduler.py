@@ -6,14 +6,15 @@ run out, the row that came last is preempted: its blocks are freed, and it runs 
 
 import bisect
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .block_table import make_writable
+from .block_table import BlockTable, make_writable
 from .errors import OutOfBlocksError
 from .pool import BlockPool
-from .request import Request
+from .request import Request, State
 
 
 class Group(Protocol):
@@ -75,139 +76,182 @@ class Scheduler:
         self.waiting: list[Request] = []  # Both in order of arrival.
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self._queues = {State.WAITING: self.waiting, State.RUNNING: self.running}
         self._arrivals = itertools.count()
 
     def add(self, request: Request) -> None:
-        """Queue a new row."""
-        request.order = next(self._arrivals)
-        self.waiting.append(request)
+        """Queue a new row. Its followers arrive with it, whenever they start."""
+        for row in (request, *request.followers):
+            row.order = next(self._arrivals)
+        self._move(request, State.WAITING)
 
     def follow(self, request: Request) -> None:
         """Let the followers of a row whose prompt is stored run: over the same blocks, until they diverge."""
         for follower in request.followers:
-            follower.order = next(self._arrivals)
+            if follower.state is State.OUT:
+                continue
             follower.tables = [table.fork() for table in request.tables]
-            follower.num_stored = request.num_stored
-            self.running.append(follower)
+            follower.num_stored, follower.num_sampled = request.num_stored, request.num_sampled
+            self._move(follower, State.RUNNING)
         request.followers = []
 
     def remove(self, request: Request) -> None:
-        """Take a row out, finished or not; its blocks are free at once."""
-        for queue in (self.running, self.waiting):
-            if request in queue:
-                queue.remove(request)
-        request.release()
+        """Take a row out, finished or not, with the followers that never ran; its blocks are free at once."""
+        for row in (request, *request.followers):
+            self._move(row, State.OUT)
+            row.release()
 
     def schedule(self) -> Schedule:
         """Choose the next step and make room for it. Rows that are being sampled sit it out."""
         step = Schedule([], [[] for _ in self.groups], [])
-        left, preempted = self.token_budget, False
+        left, preemptions = self.token_budget, self.num_preemptions
         for request in list(self.running):
-            if request.num_pending == 0 or left == 0 or request not in self.running:
-                continue
-            count = min(request.num_pending, left)
-            while request in self.running and not self._make_room(request, count, step):
-                preempted = True
-                self._yield_blocks(request, step)
-            if request in self.running:
-                left -= self._take(request, count, step)
-        while self.waiting and left and not preempted and self._fits(self.waiting[0], step):
-            request = self.waiting.pop(0)
-            bisect.insort(self.running, request, key=lambda row: row.order)
-            count = min(request.num_pending, left)
-            made = self._make_room(request, count, step)
-            assert made, "a row that fits found no room"
-            left -= self._take(request, count, step)
+            if left == 0:
+                break
+            if request.state is State.RUNNING and not request.is_sampling:
+                left -= self._run(request, left, step)
+        # What a preempted row gave up is not for those that wait: it was needed just now.
+        if self.waiting and left and self.num_preemptions == preemptions:
+            self._admit(left, step)
         return step
 
     def done(self, step: Schedule) -> None:
-        """Note that a step has run: its tokens are stored."""
+        """Note that a step has run: its tokens are stored, and next tokens are being sampled."""
         for chunk in step.chunks:
             chunk.request.num_stored = chunk.end
+            if chunk.samples:
+                chunk.request.num_sampled = chunk.end
 
-    @staticmethod
-    def _take(request: Request, count: int, step: Schedule) -> int:
+    def _move(self, request: Request, state: State) -> None:
+        """Take a row from the queue it is in to its place in that of `state`."""
+        queue = self._queues.get(request.state)
+        if queue is not None:
+            del queue[bisect.bisect_left(queue, request.order, key=_order)]
+        request.state = state
+        if state in self._queues:
+            bisect.insort(self._queues[state], request, key=_order)
+
+    def _run(self, request: Request, left: int, step: Schedule) -> int:
+        """Add a running row to the step, `left` tokens at most; how many: 0 if the row itself must yield."""
+        count, copies = self._chunk_length(request, left), []
+        while self._make_room(request, count, copies) is not None:
+            self._yield_blocks(request, count, copies, step)
+            if request.state is not State.RUNNING:
+                return 0
+        for index, pair in copies:
+            step.copies[index].append(pair)
         step.chunks.append(Chunk(request, request.num_stored, request.num_stored + count))
         return count
 
-    def _make_room(self, request: Request, count: int, step: Schedule, beyond: bool = False) -> bool:
-        """Blocks for the row's next `count` tokens in every group; False if some group has too few."""
+    def _chunk_length(self, request: Request, left: int) -> int:
+        """Tokens of the row's next chunk: fewer than `left` if a window group could not hold as many, even alone."""
+        start, count = request.num_stored, min(request.num_pending, left)
+        for group in self.groups:
+            if group.window is not None and count > 1:
+                pool = group.blocks
+                first = max(0, start - (group.window - 1)) // pool.block_size
+                count = min(count, (first + pool.total_blocks) * pool.block_size - start)
+        return max(count, 1)
+
+    def _admit(self, left: int, step: Schedule) -> None:
+        """Start waiting rows, the first that came first, until one does not fit beside those that run."""
+        spare = [self._spare(index) for index in range(len(self.groups))]
+        for request in list(self.waiting):
+            if left == 0:
+                break
+            if request.is_sampling:  # Preempted meanwhile. Its call may be slow: the others go on.
+                continue
+            error = self._shortage(request)
+            if error is not None:
+                self._fail(request, error, step)
+                continue
+            blocks = [self._blocks(request, index, ahead=1) for index in range(len(self.groups))]
+            if self.running and any(map(operator.gt, blocks, spare)):
+                break
+            spare = list(map(operator.sub, spare, blocks))
+            self._move(request, State.RUNNING)
+            left -= self._run(request, left, step)
+        step.chunks.sort(key=lambda chunk: chunk.request.order)
+
+    def _make_room(self, request: Request, count: int, copies: list, beyond: bool = False) -> OutOfBlocksError | None:
+        """Blocks for the row's next `count` tokens in every group; the error of the first that has too few.
+
+        What groups before that one gave stays with the row. `copies` gets (group, (source, destination)).
+        """
         start, end = request.num_stored, request.num_stored + count
         for index, (group, table) in enumerate(zip(self.groups, request.tables)):
             if group.window is not None:
                 table.evict_before(start - (group.window - 1))
+            if _is_private(table, start, end):
+                table.num_tokens = end
+                continue
             try:
                 allocate = group.allocate if beyond else group.blocks.allocate
-                step.copies[index].extend(make_writable([table], [(start, end)], allocate))
+                copies.extend((index, pair) for pair in make_writable([table], [(start, end)], allocate))
             except OutOfBlocksError:
-                return False
-        return True
+                return self._error(request, index)
+        return None
 
-    def _yield_blocks(self, request: Request, step: Schedule) -> None:
+    def _yield_blocks(self, request: Request, count: int, copies: list, step: Schedule) -> None:
         """Free blocks for `request`: preempt the row that came last, or let a row alone go past the budget."""
-        last = self.running[-1]
-        if last is not request or len(self.running) > 1:
-            self._preempt(last, step)
+        if len(self.running) > 1:
+            self._preempt(self.running[-1])
             return
         # Alone, and still no room: caches outside the scheduler hold the blocks, or the pool is too small.
-        self._need_all(request, step)
+        error = self._shortage(request) or self._make_room(request, count, copies, beyond=True)
+        if error is not None:
+            self._fail(request, error, step)
 
-    def _need_all(self, request: Request, step: Schedule) -> None:
-        count = min(request.num_pending, self.token_budget)
-        error = self._shortage(request)
-        if error is None and self._make_room(request, count, step, beyond=True):
-            return
-        step.failed.append((request, error or OutOfBlocksError(*self._demand(request))))
-        self.remove(request)
-
-    def _preempt(self, request: Request, step: Schedule) -> None:
+    def _preempt(self, request: Request) -> None:
         """Free a running row's blocks and queue it where it was; it runs all its tokens again."""
-        self.running.remove(request)
-        for copies, table in zip(step.copies, request.tables):
-            # Its blocks may go to another row in this very step, and be copied to for that one.
-            copies[:] = [copy for copy in copies if copy[1] not in table.blocks]
+        self._move(request, State.WAITING)
         request.release()
         request.num_preemptions += 1
         self.num_preemptions += 1
-        bisect.insort(self.waiting, request, key=lambda row: row.order)
 
-    def _fits(self, request: Request, step: Schedule) -> bool:
-        """Whether the row's tokens and one more find room beside what running prompts still need."""
-        error = self._shortage(request)
-        if error is not None:
-            step.failed.append((request, error))
-            self.remove(request)
-            return bool(self.waiting) and self._fits(self.waiting[0], step)
-        if all(self._available(index) >= self._blocks(request, index) for index in range(len(self.groups))):
-            return True
-        if self.running:
-            return False
-        # Nothing runs that could give blocks back: caches outside the scheduler hold them.
-        count = min(request.num_pending, self.token_budget)
-        return self._make_room(request, count, step, beyond=True)
+    def _fail(self, request: Request, error: OutOfBlocksError, step: Schedule) -> None:
+        step.failed.append((request, error))
+        self.remove(request)
 
-    def _available(self, index: int) -> int:
+    def _spare(self, index: int) -> int:
+        """Blocks of a group that no running row has or will need until its next token is sampled."""
         pool = self.groups[index].blocks
-        promised = sum(self._blocks(row, index) - len(row.tables[index].blocks) for row in self.running)
-        return pool.free_blocks + pool.cached_blocks - max(0, promised)
-
-    def _blocks(self, request: Request, index: int) -> int:
-        """Blocks that the row holds at most until its next token is sampled, and one token more."""
-        group, size = self.groups[index], self.groups[index].blocks.block_size
-        tokens = len(request.tokens) + 1
-        if group.window is not None:
-            tokens = min(tokens, group.window + self.token_budget + size)
-        return -(-tokens // size)
-
-    def _demand(self, request: Request) -> tuple[int, int, int]:
-        """(needed, free, total) blocks of the group in which the row is furthest from fitting."""
-        shortest = min(
-            range(len(self.groups)), key=lambda i: self.groups[i].blocks.total_blocks - self._blocks(request, i)
+        promised = sum(
+            max(0, self._blocks(row, index, ahead=1) - len(row.tables[index].blocks)) for row in self.running
         )
-        pool = self.groups[shortest].blocks
-        return self._blocks(request, shortest), pool.free_blocks + pool.cached_blocks, pool.total_blocks
+        return pool.free_blocks + pool.cached_blocks - promised
+
+    def _blocks(self, request: Request, index: int, ahead: int = 0) -> int:
+        """Blocks that the row holds at most until its next token is sampled, and `ahead` tokens more."""
+        group, pool = self.groups[index], self.groups[index].blocks
+        tokens = len(request.tokens) + ahead
+        if group.window is None:
+            return -(-tokens // pool.block_size)
+        # Before a chunk lies the window of its first token, which may begin at a block's last slot.
+        before = group.window - 1 + pool.block_size - 1
+        chunk = min(max(request.num_pending, 1), self.token_budget)
+        least, most = (-(-min(tokens, before + count) // pool.block_size) for count in (1, chunk))
+        return max(least, min(most, pool.total_blocks))
+
+    def _error(self, request: Request, index: int) -> OutOfBlocksError:
+        pool = self.groups[index].blocks
+        free = pool.free_blocks + pool.cached_blocks + len(request.tables[index].blocks)
+        return OutOfBlocksError(self._blocks(request, index), free, pool.total_blocks)
 
     def _shortage(self, request: Request) -> OutOfBlocksError | None:
         """The error of a row that needs more blocks than there are; None if it could fit alone."""
-        needed, free, total = self._demand(request)
-        return OutOfBlocksError(needed, free, total) if needed > total else None
+        errors = [self._error(request, index) for index in range(len(self.groups))]
+        worst = max(errors, key=lambda error: error.needed - error.total)
+        return worst if worst.needed > worst.total else None
+
+
+def _order(request: Request) -> int:
+    return request.order
+
+
+def _is_private(table: BlockTable, start: int, end: int) -> bool:
+    """Whether the row alone owns blocks for these tokens already, as for most tokens of a decode."""
+    size = table.pool.block_size
+    first, last = (start - table.base) // size, (end - 1 - table.base) // size
+    blocks = table.blocks
+    return last < len(blocks) and all(table.pool.ref_count(block) == 1 for block in blocks[first : last + 1])
