@@ -161,8 +161,14 @@ class Engine:
     def _step(self, model) -> None:
         """Run one step for every row that can run."""
         began = time.monotonic()
-        with self._condition, self.pool.lock:
-            schedule = self.scheduler.schedule()
+        with self._condition:
+            with self.pool.lock:
+                schedule = self.scheduler.schedule()
+                for group, copies in zip(self.scheduler.groups, schedule.copies):
+                    # Before the lock is let go: a row that gave a source up may leave it to another cache.
+                    group.copy_blocks(copies)
+                    for storage in group.layers.values():
+                        storage.ensure(group.blocks.high_water)
             for request, error in schedule.failed:
                 self._seats[request].failed.append((request, error))
             if not schedule.chunks and not schedule.failed:
@@ -183,8 +189,8 @@ class Engine:
             for seat, chunks in parts.items():
                 if len(parts) == 1:
                     seat.error = error
-                else:  # Which call it was shows when each is run by itself. What was copied stays copied.
-                    self._run(model, Schedule(chunks, [[] for _ in schedule.copies], []))
+                else:  # Which call it was shows when each is run by itself.
+                    self._run(model, Schedule(chunks, [], []))
             return
         with self._condition, self.pool.lock:
             self.scheduler.done(schedule)
@@ -202,10 +208,6 @@ class Engine:
         groups = self.scheduler.groups
         # Tensors made under one caller's inference_mode could not be changed by another's processors.
         with torch.inference_mode(False), torch.no_grad():
-            for group, copies in zip(groups, schedule.copies):
-                group.copy_blocks(copies)
-                for storage in group.layers.values():
-                    storage.ensure(group.blocks.high_water)
             windows = [group.window for group in groups]
             step = pack(schedule.chunks, windows, [group.layers for group in groups], model.device)
             logits = run_step(model, step)

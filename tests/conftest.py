@@ -16,16 +16,22 @@ _pools: "weakref.WeakSet[KVPool]" = weakref.WeakSet()
 
 def _poison_new_slots() -> None:
     """Fill slots with NaN whenever they are handed out, so that a read past the context shows."""
-    allocate, layer, init = GroupPool.allocate, GroupPool.layer, KVPool.__init__
+    group_init, layer, init = GroupPool.__init__, GroupPool.layer, KVPool.__init__
 
-    def poisoned_allocate(self, num_blocks):
-        blocks = allocate(self, num_blocks)
-        with torch.no_grad():
-            for storage in self.layers.values():
-                storage.ensure(self.blocks.high_water)
-                for cache in (storage.key_cache, storage.value_cache):
-                    cache[torch.tensor(blocks, dtype=torch.long)] = float("nan")
-        return blocks
+    def poisoned_init(self, *args):
+        group_init(self, *args)
+        allocate = self.blocks.allocate
+
+        def poisoned_allocate(num_blocks):
+            blocks = allocate(num_blocks)
+            with torch.no_grad():
+                for storage in self.layers.values():
+                    storage.ensure(self.blocks.high_water)
+                    for cache in (storage.key_cache, storage.value_cache):
+                        cache[torch.tensor(blocks, dtype=torch.long)] = float("nan")
+            return blocks
+
+        self.blocks.allocate = poisoned_allocate
 
     def poisoned_layer(self, index, key, value):
         is_new = index not in self.layers
@@ -40,7 +46,7 @@ def _poison_new_slots() -> None:
         init(self, config)
         _pools.add(self)
 
-    GroupPool.allocate, GroupPool.layer, KVPool.__init__ = poisoned_allocate, poisoned_layer, tracked_init
+    GroupPool.__init__, GroupPool.layer, KVPool.__init__ = poisoned_init, poisoned_layer, tracked_init
 
 
 _poison_new_slots()
