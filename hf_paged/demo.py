@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import hf_paged
+from hf_paged.kernels.cpu import native
 
 from .smollm2 import load_model, load_tokenizer
 
@@ -30,16 +31,15 @@ _JOBS = {
 
 @dataclass
 class Peak:
-    """A logits processor that changes nothing and notes the fullest moment of the pool."""
+    """A forward hook that notes the fullest moment of the pool."""
 
     model: PreTrainedModel
     fullest: hf_paged.Stats | None = field(default=None)
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, module, arguments, output):
         now = hf_paged.stats(self.model)
         if self.fullest is None or now.used_blocks >= self.fullest.used_blocks:
             self.fullest = now
-        return scores
 
 
 def run_demo(new_tokens: int, block_size: int) -> None:
@@ -59,6 +59,9 @@ def run_demo(new_tokens: int, block_size: int) -> None:
     print("Loading SmolLM2-135M-Instruct (float32, CPU) ...", flush=True)
     tokenizer, model = load_tokenizer(), load_model("sdpa")
     hf_paged.configure(model, config)
+    if not native.state().available:
+        print("Compiling the CPU kernels, this once ...", flush=True)
+        native.load()
     for title, (questions, options) in _JOBS.items():
         chats = [[{"role": "user", "content": question}] for question in questions]
         inputs = tokenizer.apply_chat_template(
@@ -66,22 +69,25 @@ def run_demo(new_tokens: int, block_size: int) -> None:
         )
         pads = int((inputs["attention_mask"] == 0).sum())
         print(f"\n== {title}: {len(chats)} x {inputs['input_ids'].shape[1]} positions, {pads} of them padding ==")
-        options = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True, **options}
+        options = {"max_new_tokens": new_tokens, "do_sample": False, **options}
         model.set_attn_implementation("sdpa")
-        dense, dense_seconds = _timed(model, inputs, options)
+        dense, dense_seconds = _timed(model, inputs, {**options, "return_dict_in_generate": True})
         stored = dense.past_key_values.layers[0].keys
         dense_bytes = sum(t.nbytes for layer in dense.past_key_values.layers for t in (layer.keys, layer.values))
         model.set_attn_implementation("paged")
         hf_paged.release(model)
         peak = Peak(model)
-        paged, paged_seconds = _timed(model, inputs, {**options, "logits_processor": [peak]})
-        _report(tokenizer, inputs, dense.sequences, paged.sequences)
+        hook = model.register_forward_hook(peak)
+        paged, paged_seconds = _timed(model, inputs, options)
+        hook.remove()
+        _report(tokenizer, inputs, dense.sequences, paged)
         full, stats = peak.fullest, hf_paged.stats(model)
         paged_bytes = full.used_blocks * block_size * dense_bytes // (stored.shape[0] * stored.shape[2])
         print(f"KV memory   dense {dense_bytes / 2**20:6.2f} MiB   paged {paged_bytes / 2**20:6.2f} MiB", end="")
         print(f"   ({full.used_blocks} blocks of {block_size}, {full.waste:.1%} of their slots empty)")
         print(f"seconds     dense {dense_seconds:6.2f}       paged {paged_seconds:6.2f}")
-        print(f"page reads  {stats.page_reads}, gathers {sum(stats.gathers.values())}")
+        rows = "packed" if stats.packed_calls else "rectangular"
+        print(f"page reads  {stats.page_reads}, gathers {sum(stats.gathers.values())}; rows ran {rows}")
         del dense, paged, stored
     print('\nThe same `generate`, the same arguments: only attn_implementation="paged" was set.')
 
