@@ -92,8 +92,10 @@ class Call:
         """Whether every row is finished or has failed."""
         return not self._open
 
-    def row_of(self, request: Request) -> int:
-        return self._row_of[request]
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token was sampled: the call cannot start anew in another loop."""
+        return any(self._counts)
 
     def fail(self, request: Request, error: OutOfBlocksError) -> None:
         """Note that a row, and those that follow it, cannot go on."""

@@ -63,17 +63,17 @@ def paged_mask(
         if pattern is None or attention_mask is not None:
             raise NotPackableError("the attention pattern is not causal")
         return PackedMask(pattern.window, device)
-    lens = visible_lens(mask_function, attention_mask)
-    if lens is not None:
-        shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if fused else dtype
-        return PagedMask(shape, dtype, device, make, None, "the attention pattern is not causal", kv_offset, lens)
     # Where few logits are wanted, some models (gemma4) attend with the last queries only, unless the
     # implementation is named "sdpa": without a mask these would count from the first key.
     kept = binding.argument("logits_to_keep")
     may_skip = not (isinstance(kept, int) and kept > 0)
     request = binding.take_mask_request((q_length, kv_length, kv_offset))
     if request is None:
-        return make(may_skip)
+        lens = visible_lens(mask_function, attention_mask, kv_length)
+        if lens is None:
+            return make(may_skip)
+        shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if fused else dtype
+        return PagedMask(shape, dtype, device, make, None, "the attention pattern is not causal", kv_offset, lens)
     sequences, layer = request
     if q_offset != sequences.length(layer):
         return make(may_skip)

@@ -95,7 +95,7 @@ def _make_reads(rows, queries: int, lens: list[int]) -> Reads:
     return Reads(tables.repeat_interleave(queries, 0), lens.repeat_interleave(queries), starts, None)
 
 
-def visible_lens(mask_function, columns: torch.Tensor | None) -> list[int] | None:
+def visible_lens(mask_function, columns: torch.Tensor | None, positions: int) -> list[int] | None:
     """Tokens that every query sees, from the front, under a bidirectional mask; None if it is anything else.
 
     Parameters
@@ -104,8 +104,10 @@ def visible_lens(mask_function, columns: torch.Tensor | None) -> list[int] | Non
         Of the mask, as transformers builds it.
     columns : torch.Tensor or None
         ``[batch, positions]`` bool, False at padding.
+    positions : int
+        Keys that the mask spans.
     """
-    if mask_function is not bidirectional_mask_function or columns is None:
+    if mask_function is not bidirectional_mask_function or columns is None or columns.shape[1] != positions:
         return None
     if bool((columns[:, 1:] & ~columns[:, :-1]).any()):
         return None

@@ -6,7 +6,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from hf_paged import binding
 from hf_paged.call import ROW_WISE, ROW_WISE_CRITERIA, Call
 from hf_paged.engine import Engine, run_step
-from hf_paged.errors import OutOfBlocksError
+from hf_paged.errors import OutOfBlocksError, UnsupportedError
 from hf_paged.kv_pool import KVPool
 from hf_paged.layer import PagedLayerMixin
 from hf_paged.packed import NotPackableError, pack
@@ -45,8 +45,17 @@ def scheduled_sample(
         call = Call(
             input_ids, valid, logits_processor, stopping_criteria, generation_config, streamer, engine.block_pools
         )
-        engine.pool.packed_calls += 1
-        return engine.run(model, call)
+        try:
+            output = engine.run(model, call)
+            engine.pool.packed_calls += 1
+            return output
+        except NotPackableError as error:
+            # The model was changed since its engine was made, say to return attentions.
+            if call.has_begun:
+                raise UnsupportedError(
+                    f"{type(model).__name__} was changed while it generated: {error}. Call generate again"
+                ) from error
+            reason = str(error)
     output = original(
         model,
         input_ids,

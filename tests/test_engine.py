@@ -9,7 +9,7 @@ from packing import LENGTHS, SAMPLE, compare, pair
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import hf_paged
-from hf_paged import binding, engine
+from hf_paged import attention, binding, engine
 
 
 def preemptions(model) -> int:
@@ -157,3 +157,13 @@ def test_adapters_chosen_row_by_row_are_not_packed():
     finally:
         handle.remove()
     assert list(hf_paged.stats(paged).fallbacks) == ["adapters chosen row by row"]
+
+
+def test_a_model_that_is_changed_after_its_first_call_runs_the_original_loop(monkeypatch):
+    dense, paged = pair()
+    inputs = zoo.prompts([9, 3])
+    paged.generate(**inputs, **LENGTHS)
+    monkeypatch.setattr(attention, "_general_obstacle", lambda *args: "something no kernel computes")
+    assert torch.equal(paged.generate(**inputs, **LENGTHS), dense.generate(**inputs, **LENGTHS))
+    stats = hf_paged.stats(paged)
+    assert stats.packed_calls == 1 and stats.fallbacks == {"something no kernel computes": 1}
