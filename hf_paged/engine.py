@@ -101,7 +101,10 @@ class Engine:
         with self._condition:
             while True:
                 if seat.error is not None:
-                    raise seat.error
+                    try:
+                        raise seat.error
+                    finally:
+                        seat.error = None  # Its traceback holds this seat: the cycle would keep blocks until gc.
                 if seat.failed:
                     failed, seat.failed = seat.failed, []
                     for request, error in failed:
