@@ -1,5 +1,6 @@
-"""The scheduler driven at random, compared with dictionaries: what each row holds, and what each slot holds."""
+"""The scheduler driven at random, compared with dictionaries: what rows hold, what slots hold, what can be found."""
 
+import functools
 import itertools
 
 from fake_groups import FakeGroup
@@ -17,10 +18,12 @@ picks = st.integers(0, 10**6)
 
 
 class SchedulerAgainstDictionaries(RuleBasedStateMachine):
-    """Prompts arrive, steps run, calls hand tokens back or leave, and somebody else takes blocks.
+    """Prompts arrive, steps run, calls hand tokens back or leave, weights change, and somebody else takes blocks.
 
     As in the engine, only steps exclude each other: all else may happen while one is under way. A token is
-    written into a fake memory at its slot; at the end of a step each row must find all that its queries see.
+    written into a fake memory at its slot, with the weights and the salt that it was computed with; at the end of
+    a step each row must find all that its queries see. No token is in two prompts unless all before it is, too;
+    so a token says what its block is a function of.
     """
 
     @initialize(
@@ -40,22 +43,61 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.sampling: dict[Request, None] = {}
         self.out: dict[Request, None] = {}
         self.held: list[dict[int, None]] = [{} for _ in self.groups]
-        self.memory: list[dict[int, int]] = [{} for _ in self.groups]
+        self.memory: list[dict[int, tuple]] = [{} for _ in self.groups]
+        self.states: dict[Request, list[tuple]] = {}  # What each row has stored, by token.
+        self.weights = 0
+        self.born: dict[Request, int] = {}  # The weights that a row started with.
+        self.known: list[dict[tuple, int]] = [{} for _ in self.groups]  # (salt, a block's last token) -> block
         self.step = None
         self.new_tokens = itertools.count()
+        self.take, self.scheduler.prefix.take = self.scheduler.prefix.take, self.check_hit
+        for group, known in zip(self.groups, self.known):
+            group.blocks.on_hand_out = functools.partial(_forget, known)
 
     @property
     def live(self):
         return [request for request in self.tokens if request not in self.out]
 
-    @rule(length=st.integers(1, 24), more=st.integers(1, 12), followers=st.integers(0, 3))
-    def arrive(self, length, more, followers):
-        prompt = [next(self.new_tokens) for _ in range(length)]
+    @rule(
+        pick=picks,
+        shared=st.integers(0, 20),
+        length=st.integers(1, 24),
+        more=st.integers(1, 12),
+        followers=st.integers(0, 3),
+        salt=st.sampled_from(["", "", "salt", None]),
+    )
+    def arrive(self, pick, shared, length, more, followers, salt):
+        earlier = list(self.tokens.values())
+        prompt = earlier[pick % len(earlier)][: min(shared, length)] if earlier else []
+        prompt += [next(self.new_tokens) for _ in range(length - len(prompt))]
         rows = [Request(list(prompt), [group.blocks for group in self.groups]) for _ in range(1 + followers)]
         rows[0].followers = rows[1:]
         for row in rows:
-            self.tokens[row], self.limits[row] = list(prompt), length + more
+            self.tokens[row], self.limits[row], row.salt = list(prompt), length + more, salt
         self.scheduler.add(rows[0])
+
+    @rule(identity=st.sampled_from([b"weights", b"other weights"]))
+    def call(self, identity):
+        """A call finds the model as it is now."""
+        if identity != self.scheduler.prefix._identity:
+            self.weights += 1
+            for known in self.known:
+                known.clear()
+        self.scheduler.prefix.use(identity)
+
+    def check_hit(self, request, hit):
+        """A row starts: it must find what the dictionaries say, no more and no less."""
+        size, tokens = self.groups[0].blocks.block_size, self.tokens[request]
+        best = 0
+        for count in range(1, (len(tokens) - 1) // size + 1):
+            keys = [(request.salt, tokens[end - 1]) for end in range(size, count * size + 1, size)]
+            seen = [0 if g.window is None else max(0, count * size - g.window + 1) // size for g in self.groups]
+            if all(key in known for known, first in zip(self.known, seen) for key in keys[first:]):
+                best = count
+        assert hit.num_blocks == (0 if request.salt is None else best)
+        self.take(request, hit)
+        self.born[request] = self.weights
+        self.states[request] = [(self.weights, request.salt, token) for token in tokens[: hit.num_blocks * size]]
 
     @between_steps
     @rule()
@@ -100,10 +142,22 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         preempted = [row for row in running if row.state is State.WAITING]
         admitted = [row for row in waiting if row.state is State.RUNNING]
         assert not (preempted and admitted)
-        stays = [row for row in self.scheduler.waiting if row not in self.sampling]
+        # Who waits for a block that is computed in this step may be overtaken by the others of the step.
+        stays = [row for row in self.scheduler.waiting if row not in self.sampling and not self.finds_more(row)]
         assert not (stays and admitted) or max(map(arrivals.get, admitted)) < arrivals[stays[0]], "a row is overtaken"
         last = max((arrivals[row] for row in self.scheduler.running), default=-1)
         assert all(arrivals[row] > last for row in preempted), "not the last one was preempted"
+
+    def finds_more(self, request):
+        """Whether the step computes a block that the row could find."""
+        size, tokens = self.groups[0].blocks.block_size, self.tokens[request]
+        computed = {
+            (chunk.request.salt, self.tokens[chunk.request][end - 1])
+            for chunk in self.step.chunks
+            for end in range(chunk.start // size * size + size, chunk.end + 1, size)
+            if self.born[chunk.request] == self.weights
+        }
+        return any((request.salt, tokens[end - 1]) in computed for end in range(size, len(tokens), size))
 
     def check_copies(self, number, copies):
         sources, destinations = [source for source, _ in copies], [destination for _, destination in copies]
@@ -113,26 +167,41 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         size, memory = self.groups[number].blocks.block_size, self.memory[number]
         for source, destination in copies:
             for offset in range(size):
-                memory[destination * size + offset] = memory.get(source * size + offset, -1)
+                memory[destination * size + offset] = memory.get(source * size + offset)
 
     @within_a_step
     @rule()
     def end_step(self):
         step, self.step = self.step, None
+        for chunk in step.chunks:
+            states, tokens = self.states[chunk.request], self.tokens[chunk.request][chunk.start : chunk.end]
+            assert len(states) == chunk.start
+            states += [(self.weights, chunk.request.salt, token) for token in tokens]
         for number, (group, memory) in enumerate(zip(self.groups, self.memory)):
             for chunk in step.chunks:
                 slots = chunk.request.tables[number].slots(chunk.start, chunk.end)
-                memory.update(zip(slots, self.tokens[chunk.request][chunk.start : chunk.end]))
+                memory.update(zip(slots, self.states[chunk.request][chunk.start : chunk.end]))
+                self.learn(chunk, chunk.request.tables[number], self.known[number])
             for chunk in step.chunks:
                 seen = 0 if group.window is None else max(0, chunk.start - group.window + 1)
                 found = [memory[slot] for slot in chunk.request.tables[number].slots(seen, chunk.end)]
-                assert found == self.tokens[chunk.request][seen : chunk.end]
+                assert found == self.states[chunk.request][seen : chunk.end]
         self.scheduler.done(step)
         for chunk in step.chunks:
             if chunk.samples:
                 followers = [row for row in chunk.request.followers if row not in self.out]
                 self.scheduler.follow(chunk.request)
+                self.born.update(dict.fromkeys(followers, self.born[chunk.request]))
+                self.states.update({row: list(self.states[chunk.request]) for row in followers})
                 self.sampling.update(dict.fromkeys([chunk.request, *followers]))
+
+    def learn(self, chunk, table, known):
+        """The blocks that a chunk filled can be found, unless they are a function of more than their tokens."""
+        request, size = chunk.request, table.pool.block_size
+        if request.salt is not None and self.born[request] == self.weights:
+            for end in range(chunk.start // size * size + size, chunk.end + 1, size):
+                key = request.salt, self.tokens[request][end - 1]
+                known.setdefault(key, table.blocks[(end - size - table.base) // size])
 
     @precondition(lambda self: self.sampling)
     @rule(pick=picks, is_over=st.booleans())
@@ -175,14 +244,15 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         except OutOfBlocksError:
             return
         self.held[number].update(dict.fromkeys(taken))
-        self.memory[number].update({b * blocks.block_size + at: -2 for b in taken for at in range(blocks.block_size)})
+        size = blocks.block_size
+        self.memory[number].update({block * size + at: "another's" for block in taken for at in range(size)})
 
     @precondition(lambda self: any(self.held))
-    @rule(number=st.integers(0, 1), keep=st.booleans(), at_once=st.booleans())
-    def let_go(self, number, keep, at_once):
+    @rule(number=st.integers(0, 1), at_once=st.booleans())
+    def let_go(self, number, at_once):
         blocks, self.held[number] = list(self.held[number]), {}
         if at_once:
-            self.groups[number].blocks.free(blocks, keep=keep)
+            self.groups[number].blocks.free(blocks)
         else:
             self.groups[number].blocks.give_back(blocks)
 
@@ -207,6 +277,13 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             blocks.check_integrity([*(row.tables[number].blocks for row in self.tokens), list(self.held[number])])
             assert blocks.free_blocks + blocks.cached_blocks + blocks.used_blocks == blocks.total_blocks
 
+    @invariant()
+    def what_can_be_found_is_there(self):
+        self.scheduler.prefix.check_integrity()
+        for group, known in zip(self.groups, self.known):
+            kept = filter(group.blocks.is_kept, range(group.blocks.high_water))
+            assert sorted(known.values()) == list(kept)
+
     def teardown(self):
         """Whatever happened, every row gets to its end, even if nobody gives blocks back."""
         if not hasattr(self, "scheduler"):
@@ -223,6 +300,12 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.pools_are_whole()
         for group, held in zip(self.groups, self.held):
             assert group.blocks.used_blocks == len(held)
+
+
+def _forget(known, blocks):
+    """Blocks are handed out: what they held cannot be found any more."""
+    for key in [key for key, block in known.items() if block in blocks]:
+        del known[key]
 
 
 TestSchedulerAgainstDictionaries = SchedulerAgainstDictionaries.TestCase
