@@ -1,12 +1,12 @@
 """The scheduler driven at random, compared with dictionaries: what rows hold, what slots hold, what can be found."""
 
-import functools
 import itertools
 
 from fake_groups import FakeGroup
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from known_blocks import KnownBlocks
 
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.request import Request, State
@@ -27,7 +27,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     """
 
     @initialize(
-        budgets=st.tuples(st.integers(1, 14), st.integers(1, 10)),
+        budgets=st.tuples(st.integers(1, 20), st.integers(1, 16)),
         slack=st.integers(0, 6),
         block_size=st.integers(1, 4),
         window=st.integers(1, 9),
@@ -47,12 +47,10 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.states: dict[Request, list[tuple]] = {}  # What each row has stored, by token.
         self.weights = 0
         self.born: dict[Request, int] = {}  # The weights that a row started with.
-        self.known: list[dict[tuple, int]] = [{} for _ in self.groups]  # (salt, a block's last token) -> block
+        self.known = KnownBlocks(self.groups)
         self.step = None
         self.new_tokens = itertools.count()
         self.take, self.scheduler.prefix.take = self.scheduler.prefix.take, self.check_hit
-        for group, known in zip(self.groups, self.known):
-            group.blocks.on_hand_out = functools.partial(_forget, known)
 
     @property
     def live(self):
@@ -81,23 +79,16 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         """A call finds the model as it is now."""
         if identity != self.scheduler.prefix._identity:
             self.weights += 1
-            for known in self.known:
-                known.clear()
+            self.known.clear()
         self.scheduler.prefix.use(identity)
 
     def check_hit(self, request, hit):
         """A row starts: it must find what the dictionaries say, no more and no less."""
-        size, tokens = self.groups[0].blocks.block_size, self.tokens[request]
-        best = 0
-        for count in range(1, (len(tokens) - 1) // size + 1):
-            keys = [(request.salt, tokens[end - 1]) for end in range(size, count * size + 1, size)]
-            seen = [0 if g.window is None else max(0, count * size - g.window + 1) // size for g in self.groups]
-            if all(key in known for known, first in zip(self.known, seen) for key in keys[first:]):
-                best = count
-        assert hit.num_blocks == (0 if request.salt is None else best)
+        tokens = self.tokens[request]
+        assert hit.num_blocks == self.known.longest(request, tokens)
         self.take(request, hit)
         self.born[request] = self.weights
-        self.states[request] = [(self.weights, request.salt, token) for token in tokens[: hit.num_blocks * size]]
+        self.states[request] = [(self.weights, request.salt, token) for token in tokens[: request.num_stored]]
 
     @between_steps
     @rule()
@@ -150,14 +141,12 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
 
     def finds_more(self, request):
         """Whether the step computes a block that the row could find."""
-        size, tokens = self.groups[0].blocks.block_size, self.tokens[request]
-        computed = {
-            (chunk.request.salt, self.tokens[chunk.request][end - 1])
-            for chunk in self.step.chunks
-            for end in range(chunk.start // size * size + size, chunk.end + 1, size)
-            if self.born[chunk.request] == self.weights
-        }
-        return any((request.salt, tokens[end - 1]) in computed for end in range(size, len(tokens), size))
+        computed = set()
+        for chunk in self.step.chunks:
+            if self.born[chunk.request] == self.weights:
+                computed.update(self.known.keys(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end))
+        tokens = self.tokens[request]
+        return not computed.isdisjoint(self.known.keys(request, tokens, 0, len(tokens) - 1))
 
     def check_copies(self, number, copies):
         sources, destinations = [source for source, _ in copies], [destination for _, destination in copies]
@@ -181,11 +170,13 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             for chunk in step.chunks:
                 slots = chunk.request.tables[number].slots(chunk.start, chunk.end)
                 memory.update(zip(slots, self.states[chunk.request][chunk.start : chunk.end]))
-                self.learn(chunk, chunk.request.tables[number], self.known[number])
             for chunk in step.chunks:
                 seen = 0 if group.window is None else max(0, chunk.start - group.window + 1)
                 found = [memory[slot] for slot in chunk.request.tables[number].slots(seen, chunk.end)]
                 assert found == self.states[chunk.request][seen : chunk.end]
+        for chunk in step.chunks:
+            if self.born[chunk.request] == self.weights:
+                self.known.learn(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end)
         self.scheduler.done(step)
         for chunk in step.chunks:
             if chunk.samples:
@@ -194,14 +185,6 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
                 self.born.update(dict.fromkeys(followers, self.born[chunk.request]))
                 self.states.update({row: list(self.states[chunk.request]) for row in followers})
                 self.sampling.update(dict.fromkeys([chunk.request, *followers]))
-
-    def learn(self, chunk, table, known):
-        """The blocks that a chunk filled can be found, unless they are a function of more than their tokens."""
-        request, size = chunk.request, table.pool.block_size
-        if request.salt is not None and self.born[request] == self.weights:
-            for end in range(chunk.start // size * size + size, chunk.end + 1, size):
-                key = request.salt, self.tokens[request][end - 1]
-                known.setdefault(key, table.blocks[(end - size - table.base) // size])
 
     @precondition(lambda self: self.sampling)
     @rule(pick=picks, is_over=st.booleans())
@@ -280,7 +263,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     @invariant()
     def what_can_be_found_is_there(self):
         self.scheduler.prefix.check_integrity()
-        for group, known in zip(self.groups, self.known):
+        for group, known in zip(self.groups, self.known.blocks):
             kept = filter(group.blocks.is_kept, range(group.blocks.high_water))
             assert sorted(known.values()) == list(kept)
 
@@ -300,12 +283,6 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.pools_are_whole()
         for group, held in zip(self.groups, self.held):
             assert group.blocks.used_blocks == len(held)
-
-
-def _forget(known, blocks):
-    """Blocks are handed out: what they held cannot be found any more."""
-    for key in [key for key, block in known.items() if block in blocks]:
-        del known[key]
 
 
 TestSchedulerAgainstDictionaries = SchedulerAgainstDictionaries.TestCase
