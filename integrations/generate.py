@@ -87,7 +87,8 @@ def _why_not_this_model(model) -> str | None:
     if model.config.is_encoder_decoder:
         return "an encoder-decoder"
     for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
-        if getattr(type(model), method) is not getattr(GenerationMixin, method):
+        # PEFT sets one on the model itself for learned prompts.
+        if method in vars(model) or getattr(type(model), method) is not getattr(GenerationMixin, method):
             return f"the model has a {method} of its own"
     if not model._supports_logits_to_keep():
         return "the model computes every logit"
