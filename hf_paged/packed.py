@@ -13,11 +13,11 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from hf_paged.kernels import ops
 
-from . import binding
 from .scheduler import Chunk
 from .storage import KVStorage
 
 ARGUMENT = "hf_paged_step"  # The keyword under which a step travels from the model's call to its attention.
+PACKED_OFFSET = -1  # No mask begins there: by it the mask function knows a packed step, with no state to trace.
 
 
 class NotPackableError(Exception):
@@ -83,7 +83,8 @@ class PackedStep:
         if fresh[0] is not key or fresh[1] is not value:
             raise NotPackableError("the model computes with its keys and values before it attends")
         storage, group = self.layers[index]
-        if not isinstance(mask, PackedMask) or mask.window != group.window:
+        knows_window = torch.compiler.is_compiling() or mask.shape[-1] == (group.window or 0)
+        if not is_packed_mask(mask) or not knows_window:
             raise NotPackableError("the attention pattern is not that of the layer's cache")
         sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
         self.page_reads += 1
@@ -103,16 +104,20 @@ class PackedStep:
         return out[None]
 
 
-class PackedMask(torch.Tensor):
-    """A mask without content: the step knows the rows, this says which window a layer was given."""
+def packed_mask(window: int | None, device: torch.device) -> torch.Tensor:
+    """A mask without content: the step knows the rows, the last dimension says which window a layer was given.
 
-    window: int | None
+    Returns
+    -------
+    torch.Tensor
+        ``[1, 1, 0, window]``, 0 for no window.
+    """
+    return torch.empty(1, 1, 0, window or 0, device=device)
 
-    @staticmethod
-    def __new__(cls, window: int | None, device: torch.device) -> "PackedMask":
-        self = torch.Tensor._make_subclass(cls, torch.empty(0, device=device))
-        self.window = window
-        return self
+
+def is_packed_mask(mask: torch.Tensor | None) -> bool:
+    """Whether `packed_mask` made this: no other mask is for no queries."""
+    return mask is not None and mask.dim() == 4 and mask.shape[2] == 0
 
 
 class _PackedMixin:
@@ -128,8 +133,7 @@ class _PackedMixin:
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        binding.request_packed_mask()
-        return query_length, 0
+        return query_length, PACKED_OFFSET
 
 
 class PackedLayer(_PackedMixin, DynamicLayer):

@@ -165,7 +165,15 @@ def _why_not_these_hooks(processors, criteria) -> str | None:
 
 
 def _make_engine(model: PreTrainedModel) -> Engine | str:
-    """The engine of a model, or why it can have none: found out with two tiny forwards."""
+    """The engine of a model, or why it can have none: found out with two tiny forwards.
+
+    They run uncompiled, whatever the user compiled: what they check is not checked again in compiled steps.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        return _tried_engine(model)
+
+
+def _tried_engine(model: PreTrainedModel) -> Engine | str:
     token = model.generation_config.bos_token_id
     ids = torch.tensor([[token if isinstance(token, int) and token >= 0 else 0]], device=model.device)
     with torch.no_grad():
