@@ -21,6 +21,7 @@ from .kv_pool import GroupKey, KVPool
 from .packed import ARGUMENT, NotPackableError, PackedCache, PackedStep, pack
 from .request import Request
 from .scheduler import Chunk, Schedule, Scheduler
+from .step_buffers import StepBuffers
 
 _PATIENCE = 0.005  # Seconds until an engine without work looks again.
 _GRACE = 0.25  # Share of a step's time that the next one waits for calls that are still sampling.
@@ -50,6 +51,7 @@ class Engine:
         self.pool = pool
         self.keys = list(pool.groups)
         self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
+        self._buffers = StepBuffers(self.keys[0].device)
         self._condition = threading.Condition()
         self._seats: dict[Request, _Seat] = {}
         self._is_driven = False
@@ -212,7 +214,7 @@ class Engine:
         # Tensors made under one caller's inference_mode could not be changed by another's processors.
         with torch.inference_mode(False), torch.no_grad():
             windows = [group.window for group in groups]
-            step = pack(schedule.chunks, windows, [group.layers for group in groups], model.device)
+            step = pack(schedule.chunks, windows, [group.layers for group in groups], self._buffers)
             logits = run_step(model, step)
         self.pool.page_reads += step.page_reads
         return logits

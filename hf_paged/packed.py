@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from hf_paged.kernels import ops
 
 from .scheduler import Chunk
+from .step_buffers import StepBuffers
 from .storage import KVStorage
 
 ARGUMENT = "hf_paged_step"  # The keyword under which a step travels from the model's call to its attention.
@@ -163,7 +164,7 @@ class PackedCache(Cache):
         super().__init__(layers=layers)
 
 
-def pack(chunks: Sequence[Chunk], windows, storages, device: torch.device) -> PackedStep:
+def pack(chunks: Sequence[Chunk], windows, storages, buffers: StepBuffers) -> PackedStep:
     """Describe a step's chunks as tensors.
 
     Parameters
@@ -173,25 +174,33 @@ def pack(chunks: Sequence[Chunk], windows, storages, device: torch.device) -> Pa
         The window of each attention group, in the order of the requests' tables.
     storages : list of dict of int to KVStorage
         For each group its layers.
+    buffers : StepBuffers
+        Filled: the step before, if it was packed into the same, is over.
     """
     tokens = [token for chunk in chunks for token in chunk.request.tokens[chunk.start : chunk.end]]
     positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
     ends = np.cumsum([chunk.end - chunk.start for chunk in chunks])
     samples = [end - 1 for chunk, end in zip(chunks, ends.tolist()) if chunk.samples]
-    starts = torch.from_numpy(np.concatenate([[0], ends])).to(device)
+    starts = buffers.fill("cu_seqlens_q", np.concatenate([[0], ends]))
     layers = {}
     for number, (window, layer_storages) in enumerate(zip(windows, storages)):
-        group = _group_step([(chunk, chunk.request.tables[number]) for chunk in chunks], window, starts, device)
+        rows = [(chunk, chunk.request.tables[number]) for chunk in chunks]
+        slots, tables, lens = (
+            buffers.fill(f"{name} {number}", values)
+            for name, values in zip(("slot_mapping", "block_tables", "context_lens"), _places(rows))
+        )
+        group = GroupStep(window, slots, tables, lens, starts)
         layers.update({index: (storage, group) for index, storage in layer_storages.items()})
     return PackedStep(
-        torch.tensor([tokens], device=device),
-        torch.from_numpy(positions[None]).to(device),
-        torch.tensor(samples, dtype=torch.long, device=device),
+        buffers.fill("input_ids", np.array([tokens])),
+        buffers.fill("position_ids", positions[None]),
+        buffers.fill("sample_index", np.array(samples, dtype=np.int64)),
         layers,
     )
 
 
-def _group_step(rows, window: int | None, starts: torch.Tensor, device: torch.device) -> GroupStep:
+def _places(rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slot mapping, block tables and context lengths of (chunk, block table) pairs."""
     tables = np.zeros((len(rows), max(len(table.blocks) for _, table in rows)), dtype=np.int64)
     slots = []
     for row, (chunk, table) in enumerate(rows):
@@ -204,5 +213,4 @@ def _group_step(rows, window: int | None, starts: torch.Tensor, device: torch.de
             at = np.arange(chunk.start, chunk.end) - table.base
             slots.append(tables[row, at // size] * size + at % size)
     lens = np.array([chunk.end - table.base for chunk, table in rows], dtype=np.int64)
-    parts = (torch.from_numpy(part).to(device) for part in (np.concatenate(slots), tables, lens))
-    return GroupStep(window, *parts, starts)
+    return np.concatenate(slots), tables, lens

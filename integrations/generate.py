@@ -13,6 +13,7 @@ from hf_paged.packed import NotPackableError, pack
 from hf_paged.padding import Padding
 from hf_paged.request import Request
 from hf_paged.scheduler import Chunk, Schedule, Scheduler
+from hf_paged.step_buffers import StepBuffers
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
 _MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
@@ -215,7 +216,7 @@ def _try_step(model, engine: Engine, pool: KVPool, token: int) -> torch.Tensor:
                     storage.ensure(group.blocks.high_water)
             with torch.inference_mode(False), torch.no_grad():
                 windows, storages = [group.window for group in groups], [group.layers for group in groups]
-                return run_step(model, pack(chunks, windows, storages, model.device))[1]
+                return run_step(model, pack(chunks, windows, storages, StepBuffers(model.device)))[1]
         finally:
             for request in requests:
                 request.release()
