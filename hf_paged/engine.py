@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from .adopt import adopt
 from .call import Call
 from .errors import OutOfBlocksError
 from .kv_pool import GroupKey, KVPool
@@ -143,6 +144,8 @@ class Engine:
             seat.is_sampling = False
             for request, token in sampled:
                 if token is None:
+                    if seat.call.cache is not None:
+                        adopt(seat.call.cache, request, self.pool, self.keys)
                     self._seats.pop(request, None)
                     self.scheduler.remove(request)
                 else:

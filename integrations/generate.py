@@ -2,6 +2,7 @@
 
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged import binding
 from hf_paged.call import ROW_WISE, ROW_WISE_CRITERIA, Call
@@ -43,13 +44,19 @@ def scheduled_sample(
     if reason is None:
         mask = model_kwargs.get("attention_mask")
         valid = None if mask is None else mask.bool()
+        cache = model_kwargs["past_key_values"]
         call = Call(
-            input_ids, valid, logits_processor, stopping_criteria, generation_config, streamer, engine.block_pools
+            *(input_ids, valid, logits_processor, stopping_criteria, generation_config, streamer, engine.block_pools),
+            cache=cache if _outlives_call(cache, generation_config) else None,
         )
         try:
-            output = engine.run(model, call)
+            sequences = engine.run(model, call)
             engine.pool.packed_calls += 1
-            return output
+            if not generation_config.return_dict_in_generate:
+                return sequences
+            return GenerateDecoderOnlyOutput(
+                sequences=sequences, scores=call.scores, logits=call.logits, past_key_values=cache
+            )
         except NotPackableError as error:
             # The model was changed since its engine was made, say to return attentions.
             if call.has_begun:
@@ -78,6 +85,7 @@ def _why_not_this_call(model, ids, processors, criteria, config, synced_gpus, st
         _why_not_this_model(model)
         or _why_not_these_inputs(ids, kwargs)
         or _why_not_these_options(config, ids, synced_gpus, streamer)
+        or _why_not_this_cache(ids, config, kwargs)
         or _why_not_these_hooks(processors, criteria)
     )
 
@@ -134,6 +142,11 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> str | None:
     return None
 
 
+def _outlives_call(cache: DynamicCache, config) -> bool:
+    """Whether the caller will see what the call leaves in its cache."""
+    return bool(config.return_dict_in_generate or getattr(cache, "_is_user_defined", False))
+
+
 def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> bool:
     if given.shape[-1] != expected.shape[-1] or given.dim() != 2:
         return False
@@ -142,14 +155,24 @@ def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor 
 
 
 def _why_not_these_options(config, ids: torch.Tensor, synced_gpus: bool, streamer) -> str | None:
-    if config.return_dict_in_generate:
-        return "return_dict_in_generate"
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        return "returned attentions or hidden states"
     if synced_gpus or config.is_assistant or config.compile_config is not None:
         return "synced_gpus, an assistant or a compiled forward"
     if streamer is not None and len(ids) > 1:
         return "a streamer for several rows"
     if config.do_sample and ids.device.type != "cpu":
         return "sampling on a device whose random numbers are not drawn row by row"
+    return None
+
+
+def _why_not_this_cache(ids: torch.Tensor, config, kwargs: dict) -> str | None:
+    """Of several rows dense returns a rectangle, with pads and with what finished rows went on to store."""
+    if not _outlives_call(kwargs["past_key_values"], config):
+        return None
+    mask = kwargs.get("attention_mask")
+    if len(ids) > 1 or not (mask is None or bool(mask.all())):
+        return "a returned cache, or returned scores, of several or padded rows"
     return None
 
 
