@@ -21,6 +21,7 @@ from .errors import OutOfBlocksError
 from .kv_pool import GroupKey, KVPool
 from .packed import ARGUMENT, NotPackableError, PackedCache, PackedStep, pack
 from .request import Request
+from .reservation import entered
 from .scheduler import Chunk, Schedule, Scheduler
 from .step_buffers import StepBuffers
 
@@ -58,11 +59,17 @@ class Engine:
         self._is_driven = False
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
         pool.caches.add(self)
+        pool.engines.add(self)
 
     @property
     def block_pools(self):
         """The block pool of each attention group, in the order of a request's tables."""
         return [group.blocks for group in self.scheduler.groups]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there are rows of calls under way."""
+        return bool(self._seats)
 
     def tables_in(self, key: GroupKey):
         """Tables of the running rows in one attention group (for statistics and checks)."""
@@ -91,11 +98,12 @@ class Engine:
             for request in call.leaders:
                 self.scheduler.add(request)
         try:
-            while not call.is_done:
-                delivery = self._next_logits(model, seat)
-                if delivery is not None:
-                    self._hand_back(seat, call.sample(*delivery))
-            return call.close()
+            with entered(self.pool):
+                while not call.is_done:
+                    delivery = self._next_logits(model, seat)
+                    if delivery is not None:
+                        self._hand_back(seat, call.sample(*delivery))
+                return call.close()
         finally:
             self._leave(call)
 
@@ -171,6 +179,7 @@ class Engine:
         began = time.monotonic()
         with self._condition:
             with self.pool.lock:
+                self.scheduler.is_closed = self.pool.num_waiting > 0
                 schedule = self.scheduler.schedule()
                 for group, copies in zip(self.scheduler.groups, schedule.copies):
                     # Before the lock is let go: a row that gave a source up may leave it to another cache.

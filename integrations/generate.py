@@ -16,6 +16,8 @@ from hf_paged.request import Request
 from hf_paged.scheduler import Chunk, Schedule, Scheduler
 from hf_paged.step_buffers import StepBuffers
 
+from .rectangle import run_rectangle
+
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
 _MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
@@ -64,7 +66,8 @@ def scheduled_sample(
                     f"{type(model).__name__} was changed while it generated: {error}. Call generate again"
                 ) from error
             reason = str(error)
-    output = original(
+    output = run_rectangle(
+        original,
         model,
         input_ids,
         logits_processor=logits_processor,
