@@ -157,8 +157,8 @@ def _why_not_these_hooks(processors, criteria) -> str | None:
     if unknown:
         return f"a processor that may look at other rows: {unknown[0]}"
     kinds = {type(criterion) for criterion in criteria}
-    if kinds - ROW_WISE_CRITERIA:
-        return f"a criterion that may look at other rows: {sorted(kind.__name__ for kind in kinds)[0]}"
+    if unknown := sorted(kind.__name__ for kind in kinds - ROW_WISE_CRITERIA):
+        return f"a criterion that may look at other rows: {unknown[0]}"
     if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds) > 1:
         return "rows that go on after they are finished"
     return None
