@@ -2,6 +2,7 @@
 
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged import binding
 from hf_paged.call import ROW_WISE, ROW_WISE_CRITERIA, Call
@@ -13,6 +14,9 @@ from hf_paged.packed import NotPackableError, pack
 from hf_paged.padding import Padding
 from hf_paged.request import Request
 from hf_paged.scheduler import Chunk, Schedule, Scheduler
+from hf_paged.step_buffers import StepBuffers
+
+from .rectangle import run_rectangle
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
 _MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
@@ -42,13 +46,19 @@ def scheduled_sample(
     if reason is None:
         mask = model_kwargs.get("attention_mask")
         valid = None if mask is None else mask.bool()
+        cache = model_kwargs["past_key_values"]
         call = Call(
-            input_ids, valid, logits_processor, stopping_criteria, generation_config, streamer, engine.block_pools
+            *(input_ids, valid, logits_processor, stopping_criteria, generation_config, streamer, engine.block_pools),
+            cache=cache if _outlives_call(cache, generation_config) else None,
         )
         try:
-            output = engine.run(model, call)
+            sequences = engine.run(model, call)
             engine.pool.packed_calls += 1
-            return output
+            if not generation_config.return_dict_in_generate:
+                return sequences
+            return GenerateDecoderOnlyOutput(
+                sequences=sequences, scores=call.scores, logits=call.logits, past_key_values=cache
+            )
         except NotPackableError as error:
             # The model was changed since its engine was made, say to return attentions.
             if call.has_begun:
@@ -56,7 +66,8 @@ def scheduled_sample(
                     f"{type(model).__name__} was changed while it generated: {error}. Call generate again"
                 ) from error
             reason = str(error)
-    output = original(
+    output = run_rectangle(
+        original,
         model,
         input_ids,
         logits_processor=logits_processor,
@@ -77,6 +88,7 @@ def _why_not_this_call(model, ids, processors, criteria, config, synced_gpus, st
         _why_not_this_model(model)
         or _why_not_these_inputs(ids, kwargs)
         or _why_not_these_options(config, ids, synced_gpus, streamer)
+        or _why_not_this_cache(ids, config, kwargs)
         or _why_not_these_hooks(processors, criteria)
     )
 
@@ -133,6 +145,11 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> str | None:
     return None
 
 
+def _outlives_call(cache: DynamicCache, config) -> bool:
+    """Whether the caller will see what the call leaves in its cache."""
+    return bool(config.return_dict_in_generate or getattr(cache, "_is_user_defined", False))
+
+
 def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> bool:
     if given.shape[-1] != expected.shape[-1] or given.dim() != 2:
         return False
@@ -141,14 +158,24 @@ def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor 
 
 
 def _why_not_these_options(config, ids: torch.Tensor, synced_gpus: bool, streamer) -> str | None:
-    if config.return_dict_in_generate:
-        return "return_dict_in_generate"
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        return "returned attentions or hidden states"
     if synced_gpus or config.is_assistant or config.compile_config is not None:
         return "synced_gpus, an assistant or a compiled forward"
     if streamer is not None and len(ids) > 1:
         return "a streamer for several rows"
     if config.do_sample and ids.device.type != "cpu":
         return "sampling on a device whose random numbers are not drawn row by row"
+    return None
+
+
+def _why_not_this_cache(ids: torch.Tensor, config, kwargs: dict) -> str | None:
+    """Of several rows dense returns a rectangle, with pads and with what finished rows went on to store."""
+    if not _outlives_call(kwargs["past_key_values"], config):
+        return None
+    mask = kwargs.get("attention_mask")
+    if len(ids) > 1 or not (mask is None or bool(mask.all())):
+        return "a returned cache, or returned scores, of several or padded rows"
     return None
 
 
@@ -165,7 +192,15 @@ def _why_not_these_hooks(processors, criteria) -> str | None:
 
 
 def _make_engine(model: PreTrainedModel) -> Engine | str:
-    """The engine of a model, or why it can have none: found out with two tiny forwards."""
+    """The engine of a model, or why it can have none: found out with two tiny forwards.
+
+    They run uncompiled, whatever the user compiled: what they check is not checked again in compiled steps.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        return _tried_engine(model)
+
+
+def _tried_engine(model: PreTrainedModel) -> Engine | str:
     token = model.generation_config.bos_token_id
     ids = torch.tensor([[token if isinstance(token, int) and token >= 0 else 0]], device=model.device)
     with torch.no_grad():
@@ -207,7 +242,7 @@ def _try_step(model, engine: Engine, pool: KVPool, token: int) -> torch.Tensor:
                     storage.ensure(group.blocks.high_water)
             with torch.inference_mode(False), torch.no_grad():
                 windows, storages = [group.window for group in groups], [group.layers for group in groups]
-                return run_step(model, pack(chunks, windows, storages, model.device))[1]
+                return run_step(model, pack(chunks, windows, storages, StepBuffers(model.device)))[1]
         finally:
             for request in requests:
                 request.release()

@@ -113,7 +113,7 @@ class Never(StoppingCriteria):
 FALLBACKS = {
     "a processor that may look at other rows: Backwards": {"logits_processor": LogitsProcessorList([Backwards()])},
     "a criterion that may look at other rows": {"stopping_criteria": StoppingCriteriaList([Never()])},
-    "return_dict_in_generate": {"return_dict_in_generate": True},
+    "a returned cache": {"return_dict_in_generate": True},
     "padding that is not on the left": {"attention_mask": torch.tensor([[1] * 7 + [0] * 2, [1] * 9])},
     "no cache": {"use_cache": False},
     "rows that go on after they are finished": {"max_time": 1e3, "eos_token_id": None},
