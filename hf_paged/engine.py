@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from .adopt import adopt
 from .call import Call
 from .errors import OutOfBlocksError
+from .fingerprint import fingerprint
 from .kv_pool import GroupKey, KVPool
 from .packed import ARGUMENT, NotPackableError, PackedCache, PackedStep, pack
 from .request import Request
 from .reservation import entered
+from .salt import current_salt
 from .scheduler import Chunk, Schedule, Scheduler
 from .step_buffers import StepBuffers
 
@@ -54,6 +56,7 @@ class Engine:
         self.keys = list(pool.groups)
         self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
         self._buffers = StepBuffers(self.keys[0].device)
+        self.scheduler.prefix.counts = pool.prefix_counts
         self._condition = threading.Condition()
         self._seats: dict[Request, _Seat] = {}
         self._is_driven = False
@@ -92,8 +95,13 @@ class Engine:
             What a processor, criterion, streamer or the model raises; the other calls go on.
         """
         seat = _Seat(call)
+        identity = self._identity(model)
         with self._condition, self.pool.lock:
+            if identity is not None:
+                self.scheduler.prefix.use(identity)
             for request in call.requests:
+                # Tokens that a row brings along may have been stored in any way.
+                request.salt = current_salt() if identity is not None and request.num_stored == 0 else None
                 self._seats[request] = seat
             for request in call.leaders:
                 self.scheduler.add(request)
@@ -106,6 +114,13 @@ class Engine:
                 return call.close()
         finally:
             self._leave(call)
+
+    def _identity(self, model: PreTrainedModel) -> bytes | None:
+        """What stored blocks depend on besides their tokens; None: nothing is to be found again."""
+        if not self.pool.config.prefix_cache:
+            return None
+        weights = fingerprint(model)
+        return None if weights is None else weights + repr((self.pool.config.cache_salt, self.keys)).encode()
 
     def _next_logits(self, model, seat: _Seat) -> tuple[list[Request], torch.Tensor] | None:
         """Logits for some of the call's rows, as soon as a step of this or another thread has them."""

@@ -13,6 +13,7 @@ from hf_paged.kernels import ops
 from .config import PagedConfig, physical_memory
 from .errors import OutOfBlocksError
 from .pool import BlockPool
+from .prefix import PrefixCounts
 from .reservation import Reservation, draw
 from .storage import KVStorage
 
@@ -111,6 +112,7 @@ class KVPool:
         self.gathers: Counter[str] = Counter()
         self.packed_calls = 0
         self.fallbacks: Counter[str] = Counter()
+        self.prefix_counts = PrefixCounts()
 
     def group(self, group_key: GroupKey, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> GroupPool:
         """The group of that key; sized at its first use from one layer's states and the model's layer count."""

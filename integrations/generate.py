@@ -1,5 +1,7 @@
 """``generate``'s decoding loop for "paged" models: packed rows on the engine, or the original loop and why."""
 
+import threading
+
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -22,6 +24,8 @@ from .rectangle import run_rectangle
 _MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
 _ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
+# The stance of the compiler is the process's: threads that set it in turns would leave each other's behind.
+_making = threading.RLock()
 
 
 def scheduled_sample(
@@ -202,7 +206,7 @@ def _make_engine(model: PreTrainedModel, device: torch.device) -> Engine | str:
 
     They run uncompiled, whatever the user compiled: what they check is not checked again in compiled steps.
     """
-    with torch.compiler.set_stance("force_eager"):
+    with _making, torch.compiler.set_stance("force_eager"):
         return _tried_engine(model, device)
 
 

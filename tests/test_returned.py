@@ -75,3 +75,18 @@ def test_a_cache_that_was_given_up_returns_its_blocks():
     assert hf_paged.stats(paged).used_blocks > 0
     del cache
     assert hf_paged.stats(paged).used_blocks == 0
+
+
+def test_a_cropped_cache_does_not_write_into_blocks_that_others_will_find():
+    dense, paged = pair()
+    hf_paged.release(paged)
+    ids = zoo.prompts([24])["input_ids"]
+    cache = DynamicCache(config=paged.config)
+    paged.generate(ids, past_key_values=cache, **LENGTHS)
+    cache.crop(13 - cache.get_seq_length())
+    other = torch.cat([ids[:, :13], torch.full((1, 12), 9)], dim=1)
+    got = paged.generate(other, past_key_values=cache, **LENGTHS)
+    assert torch.equal(got, dense.generate(other, **LENGTHS))
+    hits = hf_paged.stats(paged).prefix_hit_tokens
+    assert torch.equal(paged.generate(ids, **LENGTHS), dense.generate(ids, **LENGTHS))
+    assert hf_paged.stats(paged).prefix_hit_tokens > hits
