@@ -45,7 +45,7 @@ def scheduled_sample(
     )
     engine = None
     if reason is None:
-        engine = binding.engine_of(model, _make_engine)
+        engine = binding.engine_of(model, lambda model: _make_engine(model, _device_of(model, input_ids)))
         reason = engine if isinstance(engine, str) else None
     if reason is None:
         mask = model_kwargs.get("attention_mask")
@@ -89,7 +89,7 @@ def scheduled_sample(
 def _why_not_this_call(model, ids, processors, criteria, config, synced_gpus, streamer, kwargs) -> str | None:
     """Why the packed loop cannot serve this call with the results of the original one; None if it can."""
     return (
-        _why_not_this_model(model)
+        _why_not_this_model(model, _device_of(model, ids))
         or _why_not_these_inputs(ids, kwargs)
         or _why_not_these_options(config, ids, synced_gpus, streamer)
         or _why_not_this_cache(ids, config, kwargs)
@@ -97,17 +97,23 @@ def _why_not_this_call(model, ids, processors, criteria, config, synced_gpus, st
     )
 
 
-def _why_not_this_model(model) -> str | None:
-    if model.training or torch.is_autocast_enabled(model.device.type):
+def _device_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.device:
+    """Where a forward of the model begins; between forwards, offloaded weights are on "meta"."""
+    return ids.device if model.device.type == "meta" else model.device
+
+
+def _why_not_this_model(model, device: torch.device) -> str | None:
+    if model.training or torch.is_autocast_enabled(device.type):
         return "training or autocast"
     if model.config.is_encoder_decoder:
         return "an encoder-decoder"
     for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
-        if getattr(type(model), method) is not getattr(GenerationMixin, method):
+        # Asked of the model itself: PEFT gives one to the instance, for the time of a call.
+        if getattr(getattr(model, method), "__func__", None) is not getattr(GenerationMixin, method):
             return f"the model has a {method} of its own"
     if not model._supports_logits_to_keep():
         return "the model computes every logit"
-    if any(_is_row_by_row(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+    if any(_is_of_peft(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
         return "adapters chosen row by row"
     text = model.config.get_text_config(decoder=True)
     ropes = [getattr(text, "rope_parameters", None) or {}]
@@ -117,9 +123,9 @@ def _why_not_this_model(model) -> str | None:
     return None
 
 
-def _is_row_by_row(hook) -> bool:
-    """Whether a hook is the one by which PEFT tells its layers the adapter of each row of the batch."""
-    return getattr(getattr(hook, "func", hook), "__name__", "") == "_adapter_names_pre_forward_hook"
+def _is_of_peft(hook) -> bool:
+    """Whether PEFT made a hook: for the time of a call, they tell its layers something for each row of the batch."""
+    return (getattr(getattr(hook, "func", hook), "__module__", None) or "").startswith("peft.")
 
 
 def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> str | None:
@@ -188,32 +194,34 @@ def _why_not_these_hooks(processors, criteria) -> str | None:
     if unknown:
         return f"a processor that may look at other rows: {unknown[0]}"
     kinds = {type(criterion) for criterion in criteria}
-    if kinds - ROW_WISE_CRITERIA:
-        return f"a criterion that may look at other rows: {sorted(kind.__name__ for kind in kinds)[0]}"
+    if unknown := sorted(kind.__name__ for kind in kinds - ROW_WISE_CRITERIA):
+        return f"a criterion that may look at other rows: {unknown[0]}"
     if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds) > 1:
         return "rows that go on after they are finished"
     return None
 
 
-def _make_engine(model: PreTrainedModel) -> Engine | str:
+def _make_engine(model: PreTrainedModel, device: torch.device) -> Engine | str:
     """The engine of a model, or why it can have none: found out with two tiny forwards.
 
     They run uncompiled, whatever the user compiled: what they check is not checked again in compiled steps.
     """
     with _making, torch.compiler.set_stance("force_eager"):
-        return _tried_engine(model)
+        return _tried_engine(model, device)
 
 
-def _tried_engine(model: PreTrainedModel) -> Engine | str:
+def _tried_engine(model: PreTrainedModel, device: torch.device) -> Engine | str:
     token = model.generation_config.bos_token_id
-    ids = torch.tensor([[token if isinstance(token, int) and token >= 0 else 0]], device=model.device)
+    ids = torch.tensor([[token if isinstance(token, int) and token >= 0 else 0]], device=device)
     with torch.no_grad():
         # One token through an ordinary cache makes the pool, in the shape of the model's states.
         alone = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True).logits[0, -1]
     pools = binding.pools_under(model)
     if len(pools) != 1 or not pools[0].groups:
         return "no pool of its own, or several"
-    if any(key.device != model.device for key in pools[0].groups):
+    # Hooks of accelerate move what an offloaded model is given to where its layers run: to one device, if to any.
+    begins = device if model.device.type != "meta" else next(iter(pools[0].groups)).device
+    if any(key.device != begins for key in pools[0].groups):
         return "layers on several devices"
     engine = Engine(pools[0])
     try:
@@ -246,7 +254,7 @@ def _try_step(model, engine: Engine, pool: KVPool, token: int) -> torch.Tensor:
                     storage.ensure(group.blocks.high_water)
             with torch.inference_mode(False), torch.no_grad():
                 windows, storages = [group.window for group in groups], [group.layers for group in groups]
-                return run_step(model, pack(chunks, windows, storages, StepBuffers(model.device)))[1]
+                return run_step(model, pack(chunks, windows, storages, StepBuffers(engine.keys[0].device)))[1]
         finally:
             for request in requests:
                 request.release()
