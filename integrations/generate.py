@@ -1,10 +1,11 @@
 """``generate``'s decoding loop for "paged" models: packed rows on the engine, or the original loop and why."""
 
 import torch
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from hf_paged import binding
 from hf_paged.call import ROW_WISE, ROW_WISE_CRITERIA, Call
+from hf_paged.cancellation import Cancellation
 from hf_paged.engine import Engine, run_step
 from hf_paged.errors import OutOfBlocksError, UnsupportedError
 from hf_paged.kv_pool import KVPool
@@ -69,6 +70,22 @@ def scheduled_sample(
     for pool in binding.pools_under(model)[:1]:
         pool.fallbacks[reason] += 1
     return output
+
+
+def why_not_packable(model: PreTrainedModel, config: GenerationConfig) -> str | None:
+    """Why no call with this config runs packed, whatever its inputs; None if calls may.
+
+    Parameters
+    ----------
+    config : GenerationConfig
+        Complete, as ``_prepare_generation_config`` returns it.
+    """
+    if not config.use_cache or config.cache_implementation is not None:
+        return "no cache, or not transformers' DynamicCache"
+    if config.guidance_scale not in (None, 1) or config.watermarking_config is not None:
+        return "a processor that may look at other rows"
+    no_ids = torch.empty(1, 0, device=model.device)
+    return _why_not_this_model(model) or _why_not_these_options(config, no_ids, synced_gpus=False, streamer=None)
 
 
 def _why_not_this_call(model, ids, processors, criteria, config, synced_gpus, streamer, kwargs) -> str | None:
@@ -159,7 +176,7 @@ def _why_not_these_hooks(processors, criteria) -> str | None:
     kinds = {type(criterion) for criterion in criteria}
     if kinds - ROW_WISE_CRITERIA:
         return f"a criterion that may look at other rows: {sorted(kind.__name__ for kind in kinds)[0]}"
-    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds) > 1:
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds - {Cancellation}) > 1:
         return "rows that go on after they are finished"
     return None
 

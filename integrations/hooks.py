@@ -1,9 +1,10 @@
 """The hooks in transformers: installed by `enable`, taken out again by `disable`.
 
-Five places are touched, and only for models and caches whose attention implementation is "paged":
+Six places are touched, and only for models and caches whose attention implementation is "paged":
 the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
 ``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that
-can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed.
+can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed, and
+``Pipeline.get_iterator`` runs the items of their text-generation pipelines together.
 """
 
 import functools
@@ -12,7 +13,15 @@ import threading
 from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    GenerationMixin,
+    Pipeline,
+    PreTrainedModel,
+    TextGenerationPipeline,
+)
 
 from hf_paged import binding
 from hf_paged.attention import paged_attention_forward
@@ -21,6 +30,7 @@ from hf_paged.errors import PagedError
 from hf_paged.mask import paged_mask
 
 from .generate import scheduled_sample
+from .pipelines import iterate
 from .refusals import settle
 
 NAME = "paged"
@@ -32,6 +42,9 @@ _SIGNATURES = {
         *("streamer", "model_kwargs"),
     ],
     (PreTrainedModel, "get_correct_attn_implementation"): ["self", "requested_attention", "is_init_check"],
+    (Pipeline, "get_iterator"): [
+        *("self", "inputs", "num_workers", "batch_size", "preprocess_params", "forward_params", "postprocess_params"),
+    ],
 }
 _WRAPPED = "_hf_paged_original"
 _lock = threading.Lock()
@@ -52,6 +65,7 @@ def enable() -> None:
         _wrap(DynamicCache, "__init__", _after(_page_new_cache))
         _wrap(PreTrainedModel, "get_correct_attn_implementation", _after(_track_paged_model))
         _wrap(GenerationMixin, "_sample", _sample)
+        _wrap(Pipeline, "get_iterator", _get_iterator)
 
 
 def disable() -> None:
@@ -109,9 +123,18 @@ def _after(function):
     return lambda original, self, *args, **kwargs: function(self, original(self, *args, **kwargs), *args, **kwargs)
 
 
+def _is_paged(model) -> bool:
+    return model.config.get_text_config(decoder=True)._attn_implementation == NAME
+
+
 def _sample(original, model, *args, **kwargs):
-    is_paged = model.config.get_text_config(decoder=True)._attn_implementation == NAME
-    return scheduled_sample(original, model, *args, **kwargs) if is_paged else original(model, *args, **kwargs)
+    return scheduled_sample(original, model, *args, **kwargs) if _is_paged(model) else original(model, *args, **kwargs)
+
+
+def _get_iterator(original, pipe, *args, **kwargs):
+    is_ours = isinstance(pipe, TextGenerationPipeline) and isinstance(pipe.model, PreTrainedModel)
+    is_ours = is_ours and _is_paged(pipe.model)
+    return iterate(original, pipe, *args, **kwargs) if is_ours else original(pipe, *args, **kwargs)
 
 
 def _page_new_cache(
