@@ -102,7 +102,7 @@ class Engine:
                     for request, error in failed:
                         seat.call.fail(request, error)
                     return None
-                if seat.logits:
+                if seat.logits and not (seat.call.is_quick and self._is_driven):
                     self._pass_on()
                     return seat.logits.popleft()
                 if seat.call.is_cancelled and not self._is_driven:

@@ -16,7 +16,8 @@ from hf_paged.request import Request
 from hf_paged.scheduler import Chunk, Schedule, Scheduler
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
-_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
+# The tokenizer is there for stop strings, whose criterion has it already.
+_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "tokenizer"}
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
 _ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
 
