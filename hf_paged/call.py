@@ -10,6 +10,7 @@ from .errors import OutOfBlocksError
 from .noise import Noise
 from .pool import BlockPool
 from .request import Request
+from .row_streamer import RowStreamer
 from .twins import same_rows
 
 # Processors of transformers that treat each row by itself. The first kind never looks at the tokens so far.
@@ -81,9 +82,10 @@ class Call:
         self._open = set(range(batch))
         self.failures: list[OutOfBlocksError] = []
 
+        self._row_streamer = streamer if isinstance(streamer, RowStreamer) else None
         # Whether another call's thread may sample for this one: nothing of the caller's runs, nothing is slow.
         self.is_quick = (
-            streamer is None
+            streamer is self._row_streamer
             and _QUICK.issuperset(map(type, processors))
             and _QUICK_CRITERIA.issuperset(map(type, criteria))
         )
@@ -111,7 +113,8 @@ class Call:
     @property
     def is_cancelled(self) -> bool:
         """Whether the call shall end with the tokens it has."""
-        return any(cancellation.is_cancelled for cancellation in self._cancellations)
+        is_closed = self._row_streamer is not None and self._row_streamer.is_closed
+        return is_closed or any(cancellation.is_cancelled for cancellation in self._cancellations)
 
     def cancel(self) -> None:
         """End all rows."""
@@ -153,10 +156,12 @@ class Call:
         logits = logits[order].to(device=self.input_ids.device, dtype=torch.float32, copy=True)
         scores = self._process(rows, logits)
         tokens = self._draw(rows, scores) if self._do_sample else scores.argmax(dim=-1)
-        if self.streamer is not None:
+        if self.streamer is not self._row_streamer:
             self.streamer.put(tokens.cpu())
         self._append(rows, tokens)
         finished = self._finished(rows, scores)
+        if self._row_streamer is not None:
+            self._row_streamer.tell(rows, tokens.tolist(), [row for row, over in zip(rows, finished) if over])
         self._open -= {row for row, is_over in zip(rows, finished) if is_over}
         if self._noise is not None and self._open:
             self._noise.forget_before(min(self._counts[row] for row in self._open))
@@ -218,6 +223,8 @@ class Call:
             over = self._criteria(self._ids[chosen, : self._width + step], (scores[indices],))
             for index, is_over in zip(indices, over.tolist()):
                 finished[index] = is_over
+        if self._row_streamer is not None:
+            finished = [over or self._row_streamer.is_gone(row) for over, row in zip(finished, rows)]
         return finished
 
     def close(self) -> torch.Tensor:
@@ -231,8 +238,8 @@ class Call:
         longest = max(self._counts)
         if self._noise is not None:
             self._noise.close(longest)
-        if self.streamer is not None:
-            self.streamer.end()
+        if self.streamer is not None and not (self.failures and self._row_streamer):
+            self.streamer.end()  # One that knows rows is told of the error instead.
         sequences = self._ids[:, : self._width + longest].clone()
         if self.failures:
             error = max(self.failures, key=lambda error: error.needed)

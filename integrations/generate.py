@@ -13,6 +13,7 @@ from hf_paged.layer import PagedLayerMixin
 from hf_paged.packed import NotPackableError, pack
 from hf_paged.padding import Padding
 from hf_paged.request import Request
+from hf_paged.row_streamer import RowStreamer
 from hf_paged.scheduler import Chunk, Schedule, Scheduler
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
@@ -163,7 +164,7 @@ def _why_not_these_options(config, ids: torch.Tensor, synced_gpus: bool, streame
         return "return_dict_in_generate"
     if synced_gpus or config.is_assistant or config.compile_config is not None:
         return "synced_gpus, an assistant or a compiled forward"
-    if streamer is not None and len(ids) > 1:
+    if streamer is not None and len(ids) > 1 and not isinstance(streamer, RowStreamer):
         return "a streamer for several rows"
     if config.do_sample and ids.device.type != "cpu":
         return "sampling on a device whose random numbers are not drawn row by row"

@@ -28,6 +28,7 @@ from hf_paged.attention import paged_attention_forward
 from hf_paged.cache import page_layers
 from hf_paged.errors import PagedError
 from hf_paged.mask import paged_mask
+from hf_paged.row_streamer import RowStreamer, by_rows
 
 from .generate import scheduled_sample
 from .pipelines import iterate
@@ -128,7 +129,13 @@ def _is_paged(model) -> bool:
 
 
 def _sample(original, model, *args, **kwargs):
-    return scheduled_sample(original, model, *args, **kwargs) if _is_paged(model) else original(model, *args, **kwargs)
+    streamer, sample = kwargs.get("streamer"), by_rows(original)
+    try:
+        return scheduled_sample(sample, model, *args, **kwargs) if _is_paged(model) else sample(model, *args, **kwargs)
+    except BaseException as error:
+        if isinstance(streamer, RowStreamer):
+            streamer.fail(error)
+        raise
 
 
 def _get_iterator(original, pipe, *args, **kwargs):

@@ -15,13 +15,13 @@ _TEMPLATE = (
 )
 
 
-def tokenizer(vocab_size: int = 97, **options) -> PreTrainedTokenizerFast:
-    """Every id below `vocab_size` is a character or a special token."""
+def tokenizer(vocab_size: int = 97, after: str = "", **options) -> PreTrainedTokenizerFast:
+    """Every id below `vocab_size` is a character or a special token; `after` follows each in decoded text."""
     words = [*_SPECIAL, *_LETTERS][:vocab_size]
     words += [chr(0x100 + number) for number in range(vocab_size - len(words))]
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.decoder = decoders.Fuse()
+    inner.decoder = decoders.Sequence([decoders.Replace(Regex("$"), after), decoders.Fuse()])
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "chat_template": _TEMPLATE}
     others = {"extra_special_tokens": ["<user>", "<assistant>"], "clean_up_tokenization_spaces": False}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **{**names, **others, **options})
