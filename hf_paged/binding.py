@@ -22,6 +22,7 @@ _configs: "weakref.WeakKeyDictionary[PreTrainedModel, PagedConfig]" = weakref.We
 # What runs packed steps on the pool of a model, or why it has none. An engine holds its pool, not the reverse.
 _engines: "weakref.WeakKeyDictionary[PreTrainedModel, Any]" = weakref.WeakKeyDictionary()
 _registry_lock = threading.Lock()
+_engine_lock = threading.RLock()  # Held while one is tried out: calls that begin together wait for it.
 
 
 @dataclass
@@ -45,7 +46,6 @@ class _ThreadState(threading.local):
     def __init__(self):
         self.calls: list[Call] = []
         self.mask_request: MaskRequest | None = None
-        self.packed_mask_requested = False
 
 
 _thread = _ThreadState()
@@ -64,17 +64,6 @@ def argument(name: str) -> Any:
 def request_mask(sequences: Sequences, layer: int, sizes: tuple[int, int, int]) -> None:
     """Announce to the mask function, on this thread, which cache its next mask is for."""
     _thread.mask_request = MaskRequest(weakref.ref(sequences), layer, sizes)
-
-
-def request_packed_mask() -> None:
-    """Announce to the mask function, on this thread, that its next mask is for a packed step."""
-    _thread.packed_mask_requested = True
-
-
-def take_packed_mask_request() -> bool:
-    """Whether the mask that is being made is for a packed step."""
-    requested, _thread.packed_mask_requested = _thread.packed_mask_requested, False
-    return requested
 
 
 def take_mask_request(sizes: tuple[int, int, int]) -> tuple[Sequences, int] | None:
@@ -139,12 +128,13 @@ def pools_under(model: torch.nn.Module) -> list[KVPool]:
 
 def engine_of(model: PreTrainedModel, make) -> Any:
     """What `make` returned for this model since its pools were last let go of."""
-    with _registry_lock:
-        if model in _engines:
-            return _engines[model]
-    made = make(model)
-    with _registry_lock:
-        return _engines.setdefault(model, made)
+    with _engine_lock:
+        with _registry_lock:
+            if model in _engines:
+                return _engines[model]
+        made = make(model)
+        with _registry_lock:
+            return _engines.setdefault(model, made)
 
 
 def implementation_of(model: torch.nn.Module) -> str:

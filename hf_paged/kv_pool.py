@@ -14,6 +14,7 @@ from .config import PagedConfig, physical_memory
 from .errors import OutOfBlocksError
 from .pool import BlockPool
 from .prefix import PrefixCounts
+from .reservation import Reservation, draw
 from .storage import KVStorage
 
 logger = logging.get_logger(__name__)
@@ -62,6 +63,7 @@ class GroupPool:
         OutOfBlocksError
             If the memory of the device cannot hold them.
         """
+        draw(self, num_blocks)
         try:
             return self.blocks.allocate(num_blocks)
         except OutOfBlocksError as error:
@@ -102,7 +104,10 @@ class KVPool:
         self.config = config
         self.lock = threading.RLock()
         self.groups: dict[GroupKey, GroupPool] = {}
-        self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `Sequences`, for statistics and checks.
+        self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `Sequences`, and engines.
+        self.engines: weakref.WeakSet = weakref.WeakSet()
+        self.reservations: list[Reservation] = []
+        self.num_waiting = 0  # Calls that wait for a reservation; new packed rows let them go first.
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
         self.packed_calls = 0

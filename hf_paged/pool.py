@@ -38,6 +38,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._kept: dict[int, Callable[[int], None]] = {}  # Used or cached -> who is told when it is evicted.
         self._returned: deque[list[int]] = deque()
+        self.reserved = 0  # Blocks, free or cached, that are promised to calls under way.
 
     @property
     def free_blocks(self) -> int:
@@ -52,6 +53,11 @@ class BlockPool:
     @property
     def used_blocks(self) -> int:
         return self.total_blocks - self.free_blocks - len(self._cached)
+
+    @property
+    def spare_blocks(self) -> int:
+        """Blocks that an allocation can get: free or cached, and promised to nobody."""
+        return max(0, self.free_blocks + len(self._cached) - self.reserved)
 
     @property
     def high_water(self) -> int:
@@ -72,9 +78,9 @@ class BlockPool:
         Raises
         ------
         OutOfBlocksError
-            If fewer are free or evictable. The pool is left as it was.
+            If fewer are free or evictable and not reserved. The pool is left as it was.
         """
-        available = self.free_blocks + len(self._cached)
+        available = self.spare_blocks
         if num_blocks > available:
             raise OutOfBlocksError(num_blocks, available, self.total_blocks)
         blocks = []

@@ -84,6 +84,7 @@ class Scheduler:
         self.waiting: list[Request] = []  # Both in order of arrival.
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.is_closed = False  # Whether rows that wait stay out while others run: a rectangular call is to come in.
         self._queues = {State.WAITING: self.waiting, State.RUNNING: self.running}
         self._arrivals = itertools.count()
 
@@ -120,7 +121,8 @@ class Scheduler:
             if request.state is State.RUNNING and not request.is_sampling:
                 left -= self._run(request, left, step)
         # What a preempted row gave up is not for those that wait: it was needed just now.
-        if self.waiting and left and self.num_preemptions == preemptions:
+        is_closed = self.is_closed and self.running
+        if self.waiting and left and self.num_preemptions == preemptions and not is_closed:
             self._admit(left, step)
         return step
 
@@ -250,7 +252,7 @@ class Scheduler:
         promised = sum(
             max(0, self._blocks(row, index, ahead=1) - len(row.tables[index].blocks)) for row in self.running
         )
-        return pool.free_blocks + pool.cached_blocks - promised
+        return pool.spare_blocks - promised
 
     def _blocks(self, request: Request, index: int, ahead: int = 0, stored: int = 0) -> int:
         """Blocks that the row holds at most until its next token is sampled, and `ahead` tokens more.
