@@ -26,17 +26,18 @@ class StepBuffers:
         Returns
         -------
         torch.Tensor
-            A contiguous view in the shape of `values`.
+            A contiguous tensor in the shape of `values`, over the buffer's memory.
         """
         count = values.size
         if name not in self._host or len(self._host[name]) < count:
             self._host[name] = torch.empty(_capacity(count), dtype=torch.long)
             self._on_device[name] = self._host[name].to(self.device)  # On the CPU: the same tensor.
-        host, tensor = self._host[name][:count], self._on_device[name][:count]
-        host.numpy()[:] = values.ravel()
+        host, tensor = self._host[name], self._on_device[name]
+        host.numpy()[:count] = values.ravel()
         if tensor.device != host.device:
-            tensor.copy_(host)
-        return tensor.view(values.shape)
+            tensor[:count].copy_(host[:count])
+        # No view: a compiler would guard on the size of what it is a view of.
+        return tensor.new_empty(0).set_(tensor.untyped_storage(), 0, torch.Size(values.shape))
 
 
 def _capacity(count: int) -> int:
