@@ -147,6 +147,7 @@ def test_adapters_chosen_row_by_row_are_not_packed():
     def _adapter_names_pre_forward_hook(module, args, kwargs, adapter_names):
         assert len(args[0]) == len(adapter_names)
 
+    _adapter_names_pre_forward_hook.__module__ = "peft.tuners.lora.model"
     dense, paged = pair()
     paged.generate(**zoo.prompts([4]), **LENGTHS)
     inputs = zoo.prompts([9, 9])
