@@ -169,12 +169,10 @@ class RunAhead:
 
     def _start_items(self) -> None:
         """Start what can be started without waiting."""
-        running = sum(item.future is not None and not item.future.done() for item in self._items)
         for item in self._items:
-            if item.future is None and running < self._window:
+            if item.future is None:  # It was stopped.
                 self._start(item)
-                running += 1
-        while running < self._window and len(self._items) < _READ_AHEAD * self._window and self._has_arrived():
+        while self._can_start():
             try:
                 item = _Item(next(self._source))
             except StopIteration:
@@ -184,11 +182,14 @@ class RunAhead:
             else:
                 self._items.append(item)
                 self._start(item)
-                running += 1
 
-    def _has_arrived(self) -> bool:
-        if self._is_over or self._reader is None:
-            return not self._is_over
+    def _can_start(self) -> bool:
+        """Whether there is room for another item, and it can be had without waiting."""
+        running = sum(not item.future.done() for item in self._items)
+        if self._is_over or running >= self._window or len(self._items) >= _READ_AHEAD * self._window:
+            return False
+        if self._reader is None:
+            return True
         with self._news:
             return self._reader.ask(self._items_per_draw)
 
@@ -201,14 +202,7 @@ class RunAhead:
     def _wait(self) -> None:
         """Wait until the first item is done, or there is room for another one and it has arrived."""
         with self._news:
-            first = self._items[0].future if self._items else None
-            running = sum(not item.future.done() for item in self._items)
-            while not (first is not None and first.done()):
-                if sum(not item.future.done() for item in self._items) < running:
-                    return
-                has_room = running < self._window and len(self._items) < _READ_AHEAD * self._window
-                if has_room and not self._is_over and self._reader.ask(self._items_per_draw):
-                    return
+            while not (self._items and self._items[0].future.done()) and not self._can_start():
                 self._news.wait()
 
     def _stop_items(self) -> None:

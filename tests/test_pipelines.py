@@ -143,6 +143,17 @@ def test_an_endless_generator_is_read_a_window_ahead(batch_size, monkeypatch):
     assert settled(paged.model)
 
 
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("kind", [list, iter])
+def test_items_follow_as_others_finish(window, kind, rows, monkeypatch):
+    monkeypatch.setattr(pipelines, "WINDOW", window)
+    dense, paged = pipes(max_length=30, max_new_tokens=None)
+    prompts = texts.prompts(30, longest=25)
+    inputs = prompts if kind is list else (prompt for prompt in prompts)
+    assert list(paged(inputs)) == dense(prompts)
+    assert max(rows) == window
+
+
 def test_a_result_does_not_wait_for_the_next_item_to_arrive():
     """The generator goes on only when somebody has got the result of its last item."""
     dense, paged = pipes()
