@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,8 +146,7 @@ class RunAhead:
         self._items_per_draw, self._window, self._news = items_per_draw, window, news
         self._items: deque[_Item] = deque()
         self._is_over = False
-        self._threads = ThreadPoolExecutor(window, thread_name_prefix="hf_paged")
-        weakref.finalize(self, _abandon, self._items, self._threads, reader)
+        weakref.finalize(self, _abandon, self._items, reader)
 
     def __iter__(self) -> "RunAhead":
         return self
@@ -194,10 +193,10 @@ class RunAhead:
             return self._reader.ask(self._items_per_draw)
 
     def _start(self, item: _Item) -> None:
-        item.cancellation = Cancellation()
-        item.future = self._threads.submit(self._function, item.value, item.cancellation)
-        news = self._news
-        item.future.add_done_callback(lambda _: _notify(news))
+        item.cancellation, item.future = Cancellation(), Future()
+        work = (self._function, item.value, item.cancellation, item.future, self._news)
+        # Not from an executor: the interpreter would wait for its threads before it tells that it exits.
+        threading.Thread(target=_run, args=work, name="hf_paged-item").start()
 
     def _wait(self) -> None:
         """Wait until the first item is done, or there is room for another one and it has arrived."""
@@ -215,7 +214,12 @@ class RunAhead:
             item.future = None
 
 
-def _notify(news: threading.Condition) -> None:
+def _run(function, value, cancellation: Cancellation, future: Future, news: threading.Condition) -> None:
+    try:
+        future.set_result(function(value, cancellation))
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # The error's traceback holds this frame: no cycle.
     with news:
         news.notify_all()
 
@@ -226,10 +230,9 @@ def _failed(error: Exception) -> Future:
     return future
 
 
-def _abandon(items: deque[_Item], threads: ThreadPoolExecutor, reader: Reader | None) -> None:
+def _abandon(items: deque[_Item], reader: Reader | None) -> None:
     for item in items:
         if item.cancellation is not None:
             item.cancellation.cancel()
-    threads.shutdown(wait=False)
     if reader is not None:
         reader.close()

@@ -156,6 +156,27 @@ def test_an_abandoned_iterator_stops_what_runs_ahead(error):
     assert settled(paged.model) and closed.wait(5)
 
 
+ENDINGS = {
+    "interrupted": "threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start(); next(results)",
+    "over": "threading.Thread(target=next, args=(results,), daemon=True).start(); time.sleep(1)",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_program_ends_while_items_run_ahead(ending):
+    """Nobody will take their results: 32 items of 10,000 tokens would keep it alive for minutes."""
+    program = (
+        "import os, signal, sys, threading, time; sys.path.insert(0, 'tests')\n"
+        "from pipes import pipes\n"
+        "pipe = pipes(max_new_tokens=10_000, min_new_tokens=10_000)[1]\n"
+        "results = iter(pipe(prompt for prompt in ['a'] * 99))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program + ENDINGS[ending]], capture_output=True, text=True, timeout=90
+    )
+    assert ("KeyboardInterrupt" in ended.stderr) == (ending == "interrupted"), ended.stderr
+
+
 def test_sampled_items_follow_the_seed_one_after_another(rows, caplog):
     dense, paged = pipes(do_sample=True, temperature=1.3)
     results = []
