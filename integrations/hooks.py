@@ -1,10 +1,11 @@
 """The hooks in transformers: installed by `enable`, taken out again by `disable`.
 
-Six places are touched, and only for models and caches whose attention implementation is "paged":
+Eight places are touched, and only for models and caches whose attention implementation is "paged":
 the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
 ``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that
-can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed, and
-``Pipeline.get_iterator`` runs the items of their text-generation pipelines together.
+can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed;
+``_beam_search`` and ``_assisted_decoding`` reserve their blocks first. ``Pipeline.get_iterator`` runs the items
+of their text-generation pipelines together.
 """
 
 import functools
@@ -32,6 +33,7 @@ from hf_paged.row_streamer import RowStreamer, by_rows
 
 from .generate import scheduled_sample
 from .pipelines import iterate
+from .rectangle import run_rectangle
 from .refusals import settle
 
 NAME = "paged"
@@ -41,6 +43,14 @@ _SIGNATURES = {
     (GenerationMixin, "_sample"): [
         *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
         *("streamer", "model_kwargs"),
+    ],
+    (GenerationMixin, "_beam_search"): [
+        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
+        "model_kwargs",
+    ],
+    (GenerationMixin, "_assisted_decoding"): [
+        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
+        *("streamer", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "model_kwargs"),
     ],
     (PreTrainedModel, "get_correct_attn_implementation"): ["self", "requested_attention", "is_init_check"],
     (Pipeline, "get_iterator"): [
@@ -66,6 +76,8 @@ def enable() -> None:
         _wrap(DynamicCache, "__init__", _after(_page_new_cache))
         _wrap(PreTrainedModel, "get_correct_attn_implementation", _after(_track_paged_model))
         _wrap(GenerationMixin, "_sample", _sample)
+        _wrap(GenerationMixin, "_beam_search", _for_paged(run_rectangle))
+        _wrap(GenerationMixin, "_assisted_decoding", _for_paged(run_rectangle))
         _wrap(Pipeline, "get_iterator", _get_iterator)
 
 
@@ -128,10 +140,19 @@ def _is_paged(model) -> bool:
     return model.config.get_text_config(decoder=True)._attn_implementation == NAME
 
 
+def _for_paged(loop):
+    """Let ``loop(original, model, ...)`` decode for "paged" models, and the original for all others."""
+
+    def decode(original, model, *args, **kwargs):
+        return loop(original, model, *args, **kwargs) if _is_paged(model) else original(model, *args, **kwargs)
+
+    return decode
+
+
 def _sample(original, model, *args, **kwargs):
     streamer, sample = kwargs.get("streamer"), by_rows(original)
     try:
-        return scheduled_sample(sample, model, *args, **kwargs) if _is_paged(model) else sample(model, *args, **kwargs)
+        return _for_paged(scheduled_sample)(sample, model, *args, **kwargs)
     except BaseException as error:
         if isinstance(streamer, RowStreamer):
             streamer.fail(error)

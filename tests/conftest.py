@@ -4,6 +4,8 @@ import os
 import weakref
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # A process a core: more threads would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
