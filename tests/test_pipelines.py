@@ -2,6 +2,7 @@
 
 from pipes import LENGTHS, pipes
 
+import datasets
 import pytest
 import texts
 import torch
@@ -78,7 +79,6 @@ def test_generators_and_dataset_columns(options, rows):
 
 
 def test_a_column_of_datasets():
-    datasets = pytest.importorskip("datasets")
     dense, paged = pipes()
     column = KeyDataset(datasets.Dataset.from_dict({"prompt": texts.prompts(7)}), "prompt")
     assert list(paged(column)) == list(dense(column))
