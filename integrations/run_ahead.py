@@ -5,6 +5,7 @@ one waiting (a generator over a queue) is read in a thread of its own, and only 
 a result that is ready does not wait for the next item to arrive.
 """
 
+import contextvars
 import threading
 import weakref
 from collections import deque
@@ -194,7 +195,8 @@ class RunAhead:
 
     def _start(self, item: _Item) -> None:
         item.cancellation = Cancellation()
-        item.future = self._threads.submit(self._function, item.value, item.cancellation)
+        context = contextvars.copy_context()  # The cache salt of whoever iterates.
+        item.future = self._threads.submit(context.run, self._function, item.value, item.cancellation)
         news = self._news
         item.future.add_done_callback(lambda _: _notify(news))
 
