@@ -7,7 +7,7 @@ from transformers.generation import logits_process, stopping_criteria
 
 from .cancellation import Cancellation
 from .errors import OutOfBlocksError
-from .noise import Noise
+from .noise import Noise, draw_freely, draws_freely
 from .pool import BlockPool
 from .request import Request
 from .row_streamer import RowStreamer
@@ -74,6 +74,7 @@ class Call:
         self.logits = () if returns and generation_config.output_logits else None
         self.scores = () if returns and generation_config.output_scores else None
         self._noise: Noise | None = None
+        self._draws_freely = draws_freely()
         prompts = (
             input_ids.tolist()
             if valid is None
@@ -210,6 +211,8 @@ class Call:
 
     def _draw(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
         probabilities = scores.softmax(dim=-1)
+        if self._draws_freely:
+            return draw_freely(probabilities)
         if not bool((probabilities.max() < float("inf")) & (probabilities.min() >= 0)):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         if self._noise is None:

@@ -3,10 +3,9 @@
 Whose thread does what: every call keeps to its caller's thread. One of the threads that have calls drives the
 steps for all of them (schedule, pack, forward) until its own call is done, and then passes that on. The driver
 samples for calls that run nothing but what transformers brings, so that their threads sleep until they are done;
-any other call is handed its rows' logits, samples, streams and checks its criteria in its own thread, outside the
-engine's lock, and hands the tokens back. A call that is slow to do so misses steps; the others go on. No thread
-outlives its call. After a fork the child has the parent's rows as they were, and none of its threads: make no
-fork while a call runs.
+any other call samples, streams and checks its criteria in its own thread, outside the engine's lock, and hands the
+tokens back. One that is slow to do so misses steps; the others go on. No thread outlives its call. After a fork
+the child has the parent's rows as they were, and none of its threads: make no fork while a call runs.
 """
 
 import threading
@@ -37,7 +36,7 @@ class Engine:
     Parameters
     ----------
     pool : KVPool
-        Holds blocks of every attention group already.
+        Knows every attention group already.
     """
 
     def __init__(self, pool: KVPool):
@@ -50,6 +49,7 @@ class Engine:
         self._handed_back = threading.Condition(self._lock)
         self._stepped = threading.Condition(self._lock)
         self._seats: dict[Request, Seat] = {}
+        self._leaving: list[Call] = []
         self._is_driven = False
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
         pool.caches.add(self)
@@ -146,6 +146,8 @@ class Engine:
         finally:
             with self._lock:
                 self._is_driven = False
+                self._take_out(*self._leaving)
+                self._leaving.clear()
                 self._stepped.notify_all()
         return None
 
@@ -182,15 +184,22 @@ class Engine:
     def _leave(self, call: Call) -> None:
         """Take all that is left of a call out, however it ended."""
         with self._lock:
-            # A step under way writes to its rows' blocks: they are not free yet.
-            while self._is_driven and any(request in self._seats for request in call.requests):
-                self._stepped.wait()
-            with self.pool.lock:
+            if self._is_driven and any(request in self._seats for request in call.requests):
+                # A step under way writes to its rows' blocks: its driver frees them when it is over.
+                self._leaving.append(call)
+                while call in self._leaving:
+                    self._stepped.wait()
+            else:
+                self._take_out(call)
+            self._pass_on()
+
+    def _take_out(self, *calls: Call) -> None:
+        with self.pool.lock:
+            for call in calls:
                 for request in call.requests:
                     if self._seats.pop(request, None) is not None:
                         self.scheduler.remove(request)
-            self._handed_back.notify_all()
-            self._pass_on()
+        self._handed_back.notify_all()
 
     def _step(self, model) -> None:
         """Run one step for every row that can run."""

@@ -101,8 +101,9 @@ def why_not_packable(model: PreTrainedModel, config: GenerationConfig) -> str | 
         return "no cache, or not transformers' DynamicCache"
     if config.guidance_scale not in (None, 1) or config.watermarking_config is not None:
         return "a processor that may look at other rows"
-    no_ids = torch.empty(1, 0, device=model.device)
-    return _why_not_this_model(model) or _why_not_these_options(config, no_ids, synced_gpus=False, streamer=None)
+    no_ids = torch.empty(1, 0)
+    no_ids = no_ids.to(_device_of(model, no_ids))
+    return _why_not_this_model(model, no_ids.device) or _why_not_these_options(config, no_ids, False, None)
 
 
 def _why_not_this_call(model, ids, processors, criteria, config, synced_gpus, streamer, kwargs) -> str | None:

@@ -10,10 +10,11 @@ import functools
 import threading
 from collections.abc import Iterator
 
-import torch
 from transformers import GenerationMixin, Pipeline, TextGenerationPipeline
 from transformers.generation import GenerationMode
 from transformers.utils import logging
+
+from hf_paged.noise import free_draws, is_unseeded
 
 from .generate import why_not_packable
 from .run_ahead import Arrivals, Reader, RunAhead
@@ -25,9 +26,6 @@ WINDOW = 32
 # What `generate` takes besides generation parameters. Anything else is an object or a tensor of the caller's, which
 # one item after the other may use and change.
 _KNOWN_ARGUMENTS = {"generation_config", "tokenizer", "synced_gpus", "trust_remote_code"}
-_SEED_AT_IMPORT = torch.initial_seed()
-# A process starts with a random seed of 64 bits. A smaller one was chosen by somebody, before this module came.
-_LEAST_RANDOM_SEED = 2**40
 
 
 def iterate(
@@ -81,7 +79,8 @@ class _Forwards:
 
 
 def _forward(forward, params: dict, batch, cancellation):
-    return forward(batch, **{**params, "stopping_criteria": [cancellation]})
+    with free_draws():  # Items that sample are here only if nobody has seeded torch.
+        return forward(batch, **{**params, "stopping_criteria": [cancellation]})
 
 
 def _why_one_by_one(pipe: TextGenerationPipeline, forward_params: dict) -> str | None:
@@ -105,11 +104,6 @@ def _why_one_by_one(pipe: TextGenerationPipeline, forward_params: dict) -> str |
         return config.get_generation_mode().value
     if config.max_time is not None:
         return "max_time, which counts seconds that others use"
-    if config.do_sample and not _is_unseeded():
+    if config.do_sample and not is_unseeded():
         return "a seed: sampled items draw from torch's random numbers in turn"
     return why_not_packable(model, config)
-
-
-def _is_unseeded() -> bool:
-    """Whether nobody has seeded torch, so that no sampled result can be expected."""
-    return torch.initial_seed() == _SEED_AT_IMPORT >= _LEAST_RANDOM_SEED

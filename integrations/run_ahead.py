@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,8 +147,7 @@ class RunAhead:
         self._items_per_draw, self._window, self._news = items_per_draw, window, news
         self._items: deque[_Item] = deque()
         self._is_over = False
-        self._threads = ThreadPoolExecutor(window, thread_name_prefix="hf_paged")
-        weakref.finalize(self, _abandon, self._items, self._threads, reader)
+        weakref.finalize(self, _abandon, self._items, reader)
 
     def __iter__(self) -> "RunAhead":
         return self
@@ -170,12 +169,10 @@ class RunAhead:
 
     def _start_items(self) -> None:
         """Start what can be started without waiting."""
-        running = sum(item.future is not None and not item.future.done() for item in self._items)
         for item in self._items:
-            if item.future is None and running < self._window:
+            if item.future is None:  # It was stopped.
                 self._start(item)
-                running += 1
-        while running < self._window and len(self._items) < _READ_AHEAD * self._window and self._has_arrived():
+        while self._can_start():
             try:
                 item = _Item(next(self._source))
             except StopIteration:
@@ -185,32 +182,28 @@ class RunAhead:
             else:
                 self._items.append(item)
                 self._start(item)
-                running += 1
 
-    def _has_arrived(self) -> bool:
-        if self._is_over or self._reader is None:
-            return not self._is_over
+    def _can_start(self) -> bool:
+        """Whether there is room for another item, and it can be had without waiting."""
+        running = sum(not item.future.done() for item in self._items)
+        if self._is_over or running >= self._window or len(self._items) >= _READ_AHEAD * self._window:
+            return False
+        if self._reader is None:
+            return True
         with self._news:
             return self._reader.ask(self._items_per_draw)
 
     def _start(self, item: _Item) -> None:
-        item.cancellation = Cancellation()
+        item.cancellation, item.future = Cancellation(), Future()
         context = contextvars.copy_context()  # The cache salt of whoever iterates.
-        item.future = self._threads.submit(context.run, self._function, item.value, item.cancellation)
-        news = self._news
-        item.future.add_done_callback(lambda _: _notify(news))
+        work = (_run, self._function, item.value, item.cancellation, item.future, self._news)
+        # Not from an executor: the interpreter would wait for its threads before it tells that it exits.
+        threading.Thread(target=context.run, args=work, name="hf_paged-item").start()
 
     def _wait(self) -> None:
         """Wait until the first item is done, or there is room for another one and it has arrived."""
         with self._news:
-            first = self._items[0].future if self._items else None
-            running = sum(not item.future.done() for item in self._items)
-            while not (first is not None and first.done()):
-                if sum(not item.future.done() for item in self._items) < running:
-                    return
-                has_room = running < self._window and len(self._items) < _READ_AHEAD * self._window
-                if has_room and not self._is_over and self._reader.ask(self._items_per_draw):
-                    return
+            while not (self._items and self._items[0].future.done()) and not self._can_start():
                 self._news.wait()
 
     def _stop_items(self) -> None:
@@ -223,7 +216,12 @@ class RunAhead:
             item.future = None
 
 
-def _notify(news: threading.Condition) -> None:
+def _run(function, value, cancellation: Cancellation, future: Future, news: threading.Condition) -> None:
+    try:
+        future.set_result(function(value, cancellation))
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # The error's traceback holds this frame: no cycle.
     with news:
         news.notify_all()
 
@@ -234,10 +232,9 @@ def _failed(error: Exception) -> Future:
     return future
 
 
-def _abandon(items: deque[_Item], threads: ThreadPoolExecutor, reader: Reader | None) -> None:
+def _abandon(items: deque[_Item], reader: Reader | None) -> None:
     for item in items:
         if item.cancellation is not None:
             item.cancellation.cancel()
-    threads.shutdown(wait=False)
     if reader is not None:
         reader.close()

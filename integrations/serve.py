@@ -100,7 +100,10 @@ class TokenStream:
         self._is_over = True
         if item is None:
             raise StopAsyncIteration
-        raise item
+        try:
+            raise item
+        finally:
+            del item  # The traceback holds this frame: no cycle.
 
 
 class AsyncEngine:

@@ -120,7 +120,7 @@ class BatchTextIteratorStreamer(RowStreamer):
         with self._news:
             while len(self._told) == at and (has_begun or self._prompts is None):
                 if self._error is not None:
-                    raise self._error
+                    raise self._error.with_traceback(None)  # Whose frames hold the call's cache.
                 if self.is_closed:
                     return None
                 if not self._news.wait(self._timeout):

@@ -9,7 +9,6 @@ from packing import LENGTHS, SAMPLE, pair
 from test_streaming import LONG, LOOPS
 
 import hf_paged
-from hf_paged import engine
 from hf_paged.integrations.serve import AsyncEngine, EngineClosedError, QueueFullError
 
 CONFIGS = [
@@ -46,15 +45,11 @@ async def empty(model) -> None:
     raise AssertionError(hf_paged.stats(model))
 
 
-def test_many_requests_each_with_its_own_config_beside_plain_calls(monkeypatch):
+def test_many_requests_each_with_its_own_config_beside_plain_calls(rows):
     dense, paged = pair(token_budget=64)
     jobs = [(prompt(4 + number, number), CONFIGS[number % len(CONFIGS)]) for number in range(15)]
     expected = [alone(dense, ids, **options) for ids, options in jobs]
     plain = zoo.prompts([9, 3])
-    rows, run_step = [], engine.run_step
-    monkeypatch.setattr(
-        engine, "run_step", lambda model, step: (rows.append(len(step.sample_index)), run_step(model, step))[1]
-    )
 
     async def program():
         async with AsyncEngine(paged) as requests:

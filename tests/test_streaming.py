@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from pipes import settled
 
 import pytest
 import texts
@@ -9,7 +10,6 @@ import torch
 import zoo
 from packing import LENGTHS, SAMPLE, pair
 from test_concurrent_calls import in_threads
-from test_pipelines import settled
 from transformers import (
     AsyncTextIteratorStreamer,
     LogitsProcessor,
