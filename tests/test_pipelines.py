@@ -98,7 +98,7 @@ ONE_BY_ONE = {
     "streamer": lambda: {"streamer": Collected()},
     "several": lambda: {"do_sample": True, "num_return_sequences": 2},
     "time": lambda: {"max_time": 60.0},
-    "scores": lambda: {"return_dict_in_generate": True, "output_scores": True},
+    "attentions": lambda: {"return_dict_in_generate": True, "output_attentions": True},
     "no_cache": lambda: {"use_cache": False},
     "prompt_lookup": lambda: {"prompt_lookup_num_tokens": 2},
 }
