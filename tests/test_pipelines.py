@@ -84,6 +84,15 @@ def test_a_column_of_datasets():
     assert list(paged(column)) == list(dense(column))
 
 
+def test_scores():
+    """They are numbers that differ in the last bits; the texts do not."""
+    options = {"return_dict_in_generate": True, "output_scores": True}
+    found = [[records[0] for records in pipe(texts.prompts(4), **options)] for pipe in pipes()]
+    assert [record["generated_text"] for record in found[0]] == [record["generated_text"] for record in found[1]]
+    for dense, paged in zip(*found):
+        assert torch.allclose(*(torch.tensor(record["scores"]) for record in (dense, paged)), atol=1e-4)
+
+
 class Collected(TextStreamer):
     def __init__(self):
         super().__init__(texts.tokenizer())
@@ -98,7 +107,6 @@ ONE_BY_ONE = {
     "streamer": lambda: {"streamer": Collected()},
     "several": lambda: {"do_sample": True, "num_return_sequences": 2},
     "time": lambda: {"max_time": 60.0},
-    "scores": lambda: {"return_dict_in_generate": True, "output_scores": True},
     "no_cache": lambda: {"use_cache": False},
     "prompt_lookup": lambda: {"prompt_lookup_num_tokens": 2},
 }
