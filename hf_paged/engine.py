@@ -147,10 +147,9 @@ class Engine:
 
     def _pass_on(self) -> None:
         """Wake a call that drives on, now that this thread does not."""
-        if not self._is_driven:
-            asleep = next((seat for seat in self._seats.values() if seat.is_asleep), None)
-            if asleep is not None:
-                asleep.news.notify()
+        asleep = (seat for seat in self._seats.values() if seat.is_asleep)
+        if not self._is_driven and (seat := next(asleep, None)) is not None:
+            seat.news.notify()
 
     def _wait_for_others(self) -> bool:
         """Wait a moment for calls that are sampling, so that they do not miss the step; False: go on."""
@@ -238,10 +237,7 @@ class Engine:
             self.scheduler.done(schedule)
             seats = self._deliver(schedule, logits)
         for seat in sorted(seats, key=lambda seat: seat.call.is_quick):  # The others begin meanwhile.
-            if seat.call.is_quick:
-                self._sample_for(seat)
-            else:
-                self._tell(seat)
+            (self._sample_for if seat.call.is_quick else self._tell)(seat)
 
     def _tell(self, seat: Seat, error: BaseException | None = None) -> None:
         """Wake a call: there are logits for it, it is done, or it has failed."""
@@ -264,8 +260,8 @@ class Engine:
         parts: dict[Seat, list[Chunk]] = {}
         with self._lock:
             for chunk in schedule.chunks:
-                if chunk.request in self._seats:
-                    parts.setdefault(self._seats[chunk.request], []).append(chunk)
+                if (seat := self._seats.get(chunk.request)) is not None:
+                    parts.setdefault(seat, []).append(chunk)
         return parts
 
     def _forward(self, model, schedule: Schedule) -> torch.Tensor:

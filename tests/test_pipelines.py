@@ -84,6 +84,15 @@ def test_a_column_of_datasets():
     assert list(paged(column)) == list(dense(column))
 
 
+def test_scores():
+    """They are numbers that differ in the last bits; the texts do not."""
+    options = {"return_dict_in_generate": True, "output_scores": True}
+    found = [[records[0] for records in pipe(texts.prompts(4), **options)] for pipe in pipes()]
+    assert [record["generated_text"] for record in found[0]] == [record["generated_text"] for record in found[1]]
+    for dense, paged in zip(*found):
+        assert torch.allclose(*(torch.tensor(record["scores"]) for record in (dense, paged)), atol=1e-4)
+
+
 class Collected(TextStreamer):
     def __init__(self):
         super().__init__(texts.tokenizer())
