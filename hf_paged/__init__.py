@@ -10,18 +10,26 @@ Importing the package registers the implementation:
 import torch
 
 from . import binding
+from .cancellation import Cancellation
 from .config import PagedConfig
 from .errors import BlockError, OutOfBlocksError, PagedError, UnsupportedError
 from .integrations.hooks import disable, enable, is_enabled
+from .integrations.serve import AsyncEngine, EngineClosedError, QueueFullError
+from .integrations.streaming import BatchTextIteratorStreamer
 from .salt import cache_salt
 from .stats import Stats, stats
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsyncEngine",
+    "BatchTextIteratorStreamer",
     "BlockError",
+    "Cancellation",
+    "EngineClosedError",
     "OutOfBlocksError",
     "PagedConfig",
     "PagedError",
+    "QueueFullError",
     "Stats",
     "UnsupportedError",
     "cache_salt",
