@@ -26,7 +26,13 @@ def results():
         "machine": {"processor": "A <fast> one", "threads": 2},
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
         "command": "hf-paged eval --quick --out OUT",
-        "options": {"model": "smollm2", "dtype": "float32", "seed": 7, "limit": None, "tasks": ["throughput", "needle"]},
+        "options": {
+            "model": "smollm2",
+            "dtype": "float32",
+            "seed": 7,
+            "limit": None,
+            "tasks": ["throughput", "needle"],
+        },
         "sections": [
             section(
                 "throughput",

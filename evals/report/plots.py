@@ -51,7 +51,15 @@ def description(plot: dict) -> str:
 
 
 def draw(plot: dict) -> str:
-    """The plot as SVG.
+    """The plot as SVG; errors as `drawing`."""
+    with matplotlib.rc_context(_SETTINGS):
+        out = io.StringIO()
+        drawing(plot).savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def drawing(plot: dict) -> Drawing:
+    """The plot before it is SVG.
 
     Raises
     ------
@@ -61,16 +69,14 @@ def draw(plot: dict) -> str:
     if plot["kind"] not in _KINDS:
         raise ValueError(f'a plot is of kind "line", "bar" or "heatmap"; {plot["title"]!r} is {plot["kind"]!r}')
     with matplotlib.rc_context(_SETTINGS):
-        drawing = Drawing(figsize=_SIZE, layout="constrained")
-        FigureCanvasSVG(drawing)
-        axes = drawing.add_subplot()
+        made = Drawing(figsize=_SIZE, layout="constrained")
+        FigureCanvasSVG(made)
+        axes = made.add_subplot()
         _KINDS[plot["kind"]](axes, plot)
         axes.set_title(plot["title"], loc="left")
         axes.set_xlabel(plot["x_label"])
         axes.set_ylabel(plot["y_label"] + (" (logarithmic)" if axes.get_yscale() == "log" else ""))
-        out = io.StringIO()
-        drawing.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    return made
 
 
 def _line(axes, plot: dict) -> None:
