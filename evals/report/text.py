@@ -52,7 +52,11 @@ def figure_rows(section: dict) -> list[list[str]]:
 
 def numeric_columns(columns: list[str], rows: list[list]) -> list[int]:
     """Columns that hold numbers only: they are set to the right."""
-    return [i for i in range(len(columns)) if rows and all(isinstance(row[i], (int, float)) for row in rows)]
+    return [index for index in range(len(columns)) if rows and all(_is_number(row[index]) for row in rows)]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 FIGURE_COLUMNS = ["Figure", "Value", "Unit", "95 % interval", "Better"]

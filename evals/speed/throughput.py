@@ -6,10 +6,9 @@ from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
 
 from . import workloads
 from .contenders import EXTRAS, Lengths, contender, label
-from .timing import median, obstacles, prefix_hits, ratio, rate, timed
+from .timing import median, obstacles, prefix_hits, rate, ratio, timed
 
-_TITLES = {"ragged": "ShareGPT's ragged prompts", "uniform": "prompts and answers of equal length"}
-_COLUMNS = ["Contender", "Requests/s", "Prompt tokens/s", "New tokens/s", "Paged is faster by", "Answers as the first"]
+_COLUMNS = ["Contender", "Requests/s", "Prompt tokens/s", "New tokens/s", "Paged over this (x)", "Answers as the first"]
 
 
 class Throughput:
@@ -64,7 +63,8 @@ class Throughput:
     def summarise(self, records: list[dict], options: Options) -> Section:
         ran = [record for record in records if "seconds" in record]
         figures, tables, plots, says = [], [], [], []
-        for workload, title in _TITLES.items():
+        titles = {"ragged": workloads.source(options), "uniform": "prompts and answers of equal length"}
+        for workload, title in titles.items():
             some = [record for record in ran if record["workload"] == workload]
             groups = _by_contender(some)
             best = max((key for key in groups if key[0] == "dense"), key=lambda key: rate(groups[key]))

@@ -28,6 +28,11 @@ def ragged(options: Options, count: int, most: int) -> list[list[int]]:
     return found
 
 
+def source(options: Options) -> str:
+    """Where the ragged prompts come from, as a report names them."""
+    return "ShareGPT's ragged prompts" if options.dataset is None else f"the ragged prompts of {options.dataset.name}"
+
+
 def uniform(options: Options, count: int, length: int, seed: int = 0) -> list[list[int]]:
     """Random tokens, no two prompts alike. Special tokens are not among them."""
     words = tokenizer(options)

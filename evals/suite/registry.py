@@ -1,10 +1,11 @@
 """The tasks that ``hf-paged eval`` knows, in the order of the report."""
 
 from hf_paged.evals.accuracy.tasks import TASKS as ACCURACY
+from hf_paged.evals.speed.tasks import TASKS as SPEED
 
 from .task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in ACCURACY}
+TASKS: dict[str, Task] = {task.name: task for task in (*ACCURACY, *SPEED)}
 
 
 def find(names: list[str]) -> list[Task]:

@@ -29,7 +29,9 @@ class Padded:
         end = end_token(self.models)
         inputs = padded(self.models, prompts)
         output = self.model.generate(**inputs, **arguments(self.models, lengths))
-        return [up_to(end if lengths.stops else None, row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        return [
+            up_to(end if lengths.stops else None, row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()
+        ]
 
 
 class Dense(Padded):

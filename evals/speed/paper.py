@@ -1,0 +1,198 @@
+"""The table of the PagedAttention paper, reproduced: waste, and what sharing saves."""
+
+import hf_paged
+from hf_paged.evals.suite.models import Models
+from hf_paged.evals.suite.options import Options
+from hf_paged.evals.suite.task import Figure, Sample, Section, Table
+
+from . import workloads
+from .contenders import Lengths, contender
+from .contenders.local import arguments, padded
+from .observe import observed
+from .paper_figures import dense_share, rows_beside_paper
+from .timing import rate, ratio, timed
+
+_COLUMNS = ["What", "The paper", "Here"]
+
+
+class Paper:
+    """Shares of memory from the pool at every step; the throughput of shared prefixes from timed turns."""
+
+    name = "paper"
+    title = "The paper's table, reproduced"
+    settings = {
+        **{"waste_prompts": 32, "waste_new_tokens": 128, "max_prompt": 1024},
+        **{"prompts": 4, "rows": [2, 4, 6], "new_tokens": 338, "short_prompt": 56, "short_new_tokens": 58},
+        **{"prefix_prompts": 16, "own_tokens": 32, "prefix_new_tokens": 32, "repeats": 3},
+    }
+    quick = {
+        **{"waste_prompts": 8, "waste_new_tokens": 32, "max_prompt": 256},
+        **{"prompts": 1, "rows": [4], "new_tokens": 48, "short_new_tokens": 16},
+        **{"prefix_prompts": 4, "prefix_new_tokens": 8, "repeats": 1},
+    }
+    is_timed = True
+
+    def samples(self, options: Options) -> list[Sample]:
+        given = options.settings_of(self)
+        prompts = workloads.ragged(options, given["waste_prompts"], given["max_prompt"])
+        waste = {"kind": "waste", "prompts": prompts, "warm": workloads.warming(prompts, options)}
+        waste["lengths"] = Lengths(given["waste_new_tokens"])
+        return [Sample("waste", waste), *_sharing(options, given), *_prefixes(options, given)]
+
+    def run(self, sample: Sample, models: Models) -> dict:
+        return _RUN[sample.payload["kind"]](sample.payload, models)
+
+    def summarise(self, records: list[dict], options: Options) -> Section:
+        of = {kind: [record for record in records if record["kind"] == kind] for kind in _RUN}
+        (waste,) = of["waste"]
+        gains = {
+            shots: ratio(
+                *(
+                    [one for one in of["prefix speed"] if (one["shots"], one["contender"]) == (shots, name)]
+                    for name in ("dense", "paged")
+                ),
+                what="requests",
+            )
+            for shots in workloads.SHOTS
+        }
+        figures = [
+            Figure("KV memory that holds tokens, dense", 100 * waste["dense"], "%", better="higher"),
+            Figure("KV memory that holds tokens, paged", 100 * waste["paged"], "%", better="higher"),
+        ]
+        figures += [
+            Figure(
+                f"saved, {one['mode']}, {one['rows']} rows, {one['workload']}",
+                100 * one["saving"],
+                "%",
+                better="higher",
+            )
+            for one in of["sharing"]
+            if one["rows"] == max(other["rows"] for other in of["sharing"])
+        ]
+        figures += [
+            Figure(f"{shots} prefix, paged over dense", gain.value, "x", gain.low, gain.high, "higher")
+            for shots, gain in gains.items()
+        ]
+        beside = rows_beside_paper(waste, of["sharing"], of["prefix memory"], gains)
+        return Section(
+            self.name,
+            self.title,
+            f"{100 * waste['paged']:.1f} % of the KV memory in use holds tokens, where the paper says 96 %; "
+            f"dense {100 * waste['dense']:.0f} %, where it says 20 to 38 %.",
+            figures,
+            [
+                Table(
+                    "Beside the paper's figures", _COLUMNS, beside, "Kwon et al., SOSP 2023; its blocks hold 16 tokens."
+                ),
+                _sharing_table(of["sharing"]),
+                _speed_table(of["prefix speed"]),
+            ],
+            [],
+            [
+                f"Blocks of {options.block_size} tokens. Saving = blocks saved by sharing / blocks without sharing, "
+                "over all steps. Waste: mean over all steps.",
+                "Dense memory that holds tokens: of its rectangle of rows and positions, which keeps finished rows. "
+                "The paper's systems reserved room for the longest answer besides.",
+                "The paper shared prefixes with a cache filled before, on a GPU; its factors are over Orca. Here they "
+                "are over dense in one batch, and each run begins with an empty pool.",
+                "The paper's traces are ShareGPT (161 tokens in, 338 out on average) and Alpaca (19 in, 58 out). Here: "
+                "ShareGPT's first turns, and the short ones among them, with answers of those lengths.",
+            ],
+        )
+
+
+def _sharing(options: Options, given: dict) -> list[Sample]:
+    kinds = {
+        "ShareGPT": (given["max_prompt"], given["new_tokens"]),
+        "short": (given["short_prompt"], given["short_new_tokens"]),
+    }
+    found = []
+    for workload, (most, new_tokens) in kinds.items():
+        prompts = workloads.ragged(options, given["prompts"], most)
+        for rows in given["rows"]:
+            for mode in ("samples", "beams"):
+                payload = {"kind": "sharing", "workload": workload, "mode": mode, "rows": rows, "prompts": prompts}
+                payload |= {"lengths": Lengths(new_tokens, stops=False), "warm": workloads.warming(prompts, options)}
+                found.append(Sample(f"{workload}, {rows} {mode}", payload))
+    return found
+
+
+def _prefixes(options: Options, given: dict) -> list[Sample]:
+    found = []
+    for turn in range(given["repeats"]):
+        for shots, prefix in workloads.SHOTS.items():
+            prompts = workloads.shared_prefix(options, given["prefix_prompts"], prefix, given["own_tokens"])
+            payload = {"shots": shots, "turn": turn, "prompts": prompts, "warm": workloads.warming(prompts, options)}
+            payload["lengths"] = Lengths(given["prefix_new_tokens"], stops=False)
+            if turn == 0:
+                found.append(Sample(f"{shots}, memory", {**payload, "kind": "prefix memory"}))
+            for name in ("dense", "paged"):
+                timed_one = {**payload, "kind": "prefix speed", "contender": name}
+                found.append(Sample(f"{shots}, {name}, turn {turn}", timed_one))
+    return found
+
+
+def _fresh_pool(models: Models, given: dict) -> None:
+    """Begin with nothing stored. A new engine tries its model on a few tokens, which are none of the prompts'."""
+    hf_paged.release(models.backend)
+    contender(models, "paged").generate(given["warm"], Lengths(1))
+
+
+def _run_waste(given: dict, models: Models) -> dict:
+    rows = []
+    paged = contender(models, "paged")
+    _fresh_pool(models, given)
+    steps = observed(models.backend, lambda: rows.extend(paged.generate(given["prompts"], given["lengths"])))
+    counts = [len(row) for row in rows]
+    share = dense_share([len(prompt) for prompt in given["prompts"]], counts)
+    return {"kind": "waste", "paged": 1 - sum(steps.waste) / len(steps.waste), "dense": share}
+
+
+def _run_sharing(given: dict, models: Models) -> dict:
+    rows, model = given["rows"], models.backend
+    mode = {"num_beams": rows} if given["mode"] == "beams" else {"do_sample": True, "num_return_sequences": rows}
+    _fresh_pool(models, given)
+    inputs, options = padded(models, given["prompts"]), {**arguments(models, given["lengths"]), **mode}
+    steps = observed(model, lambda: model.generate(**inputs, **options))
+    kept = {key: given[key] for key in ("kind", "workload", "mode", "rows")}
+    lengths = [len(prompt) for prompt in given["prompts"]]
+    return {**kept, "saving": steps.saving, "prompt_tokens": sum(lengths) / len(lengths)}
+
+
+def _run_prefix_memory(given: dict, models: Models) -> dict:
+    paged = contender(models, "paged")
+    _fresh_pool(models, given)
+    steps = observed(models.backend, lambda: paged.generate(given["prompts"], given["lengths"]))
+    return {"kind": given["kind"], "shots": given["shots"], "saving": steps.saving}
+
+
+def _run_prefix_speed(given: dict, models: Models) -> dict:
+    chosen = contender(models, given["contender"])
+    record = timed(models, chosen, given["prompts"], given["warm"], given["lengths"])
+    return {**record, **{key: given[key] for key in ("kind", "shots", "turn", "contender")}}
+
+
+_RUN = {
+    "waste": _run_waste,
+    "sharing": _run_sharing,
+    "prefix memory": _run_prefix_memory,
+    "prefix speed": _run_prefix_speed,
+}
+
+
+def _sharing_table(records: list[dict]) -> Table:
+    rows = [[one["workload"], one["mode"], one["rows"], one["prompt_tokens"], 100 * one["saving"]] for one in records]
+    columns = ["Prompts", "Mode", "Rows a prompt", "Prompt tokens, mean", "Blocks saved (%)"]
+    return Table("Saved by sharing", columns, rows)
+
+
+def _speed_table(records: list[dict]) -> Table:
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for one in records:
+        groups.setdefault((one["shots"], one["contender"]), []).append(one)
+    rows = [
+        [shots, name, some[0]["prompt_tokens"] / some[0]["requests"], rate(some, "requests"), rate(some)]
+        for (shots, name), some in groups.items()
+    ]
+    columns = ["Prefix", "Contender", "Prompt tokens, mean", "Requests/s", "New tokens/s"]
+    return Table("Shared prefix", columns, rows, "Medians of the turns.")
