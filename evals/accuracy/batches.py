@@ -27,7 +27,7 @@ class BatchInvariance:
         )
         names = list(prompts)
         return [
-            Sample(f"probes {number}", {"probes": some, "prompts": prompts, **settings})
+            Sample(f"probes {number}", {**settings, "probes": some, "prompts": prompts})
             for number, some in enumerate(sources.batches(names, settings["probes"]))
         ]
 
@@ -60,8 +60,8 @@ class BatchInvariance:
         return Section(
             self.name,
             self.title,
-            f"Alone and in batches of {', '.join(map(str, sizes))}: {equal['backend']} of {total} rows keep their tokens "
-            f"with {options.backend}, {equal['baseline']} with {options.baseline}.",
+            f"In batches of {', '.join(map(str, sizes))}, {equal['backend']} of {total} rows keep the tokens they get "
+            f"alone with {options.backend}, {equal['baseline']} with {options.baseline}.",
             figures=[*figures, reads],
             tables=[
                 Table("By batch", ["Backend", "Batch", "Rows", "As alone", "Near-ties", "Unexplained"], lines),

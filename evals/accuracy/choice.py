@@ -111,8 +111,8 @@ def _from_dataset(options: Options, settings: dict):
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise ValueError(
-            f"{options.dataset.name} has no column {', '.join(missing)}, only {', '.join(rows.column_names)}: name them "
-            "with --set choice.question_column=... choices_column, answer_column"
+            f"{options.dataset.name} has no column {', '.join(missing)}, only {', '.join(rows.column_names)}: name "
+            "them with --set choice.question_column=NAME, choice.choices_column=NAME, choice.answer_column=NAME"
         )
     for number, row in enumerate(rows):
         question, offered, answer = (row[column] for column in columns)

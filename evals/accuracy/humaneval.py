@@ -31,7 +31,7 @@ class HumanEval:
         settings = options.settings_of(self)
         problems = sources.humaneval_problems()[: sources.cut(options, settings["problems"])]
         return [
-            Sample(f"problems {number}", {"problems": some, **settings})
+            Sample(f"problems {number}", {**settings, "problems": some})
             for number, some in enumerate(sources.batches(problems, settings["batch"]))
         ]
 
