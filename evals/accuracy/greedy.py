@@ -32,7 +32,7 @@ class GreedyMatch:
         counts = settings["humaneval"], settings["sharegpt"], settings["max_prompt"]
         prompts = sources.prompts(load_tokenizer(options), options, *counts)
         return [
-            Sample(f"prompts {number}", {"prompts": dict(some), **settings})
+            Sample(f"prompts {number}", {**settings, "prompts": dict(some)})
             for number, some in enumerate(sources.batches(list(prompts.items()), settings["batch"]))
         ]
 
