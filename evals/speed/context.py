@@ -95,8 +95,8 @@ class Context:
             [_plot(seen, "each", 1000, "Each further token", "time a token (ms)")],
             [
                 f"{_STAND_IN[0].upper()}{_STAND_IN[1:]} stands in where the prompt is longer than the model's "
-                "positions: 2 layers, 4 heads of 16, 2 of them with keys and values. Its times say nothing of larger models; "
-                "its ratio is one of attention alone.",
+                "positions: 2 layers, 4 heads of 16, 2 of them with keys and values. Its times say nothing of larger "
+                "models; its ratio is one of attention alone.",
                 "Random tokens, one row, greedy.",
             ],
         )

@@ -43,6 +43,7 @@ class Paper:
         return _RUN[sample.payload["kind"]](sample.payload, models)
 
     def summarise(self, records: list[dict], options: Options) -> Section:
+        given = options.settings_of(self)
         of = {kind: [record for record in records if record["kind"] == kind] for kind in _RUN}
         (waste,) = of["waste"]
         gains = {
@@ -61,7 +62,7 @@ class Paper:
         ]
         figures += [
             Figure(
-                f"saved, {one['mode']}, {one['rows']} rows, {one['workload']}",
+                f"saved, {one['mode']}, {one['rows']} rows, {one['workload']} prompts",
                 100 * one["saving"],
                 "%",
                 better="higher",
@@ -96,14 +97,15 @@ class Paper:
                 "The paper shared prefixes with a cache filled before, on a GPU; its factors are over Orca. Here they "
                 "are over dense in one batch, and each run begins with an empty pool.",
                 "The paper's traces are ShareGPT (161 tokens in, 338 out on average) and Alpaca (19 in, 58 out). Here: "
-                "ShareGPT's first turns, and the short ones among them, with answers of those lengths.",
+                f"{workloads.source(options)}, and the short ones among them, with {given['new_tokens']} and "
+                f"{given['short_new_tokens']} new tokens.",
             ],
         )
 
 
 def _sharing(options: Options, given: dict) -> list[Sample]:
     kinds = {
-        "ShareGPT": (given["max_prompt"], given["new_tokens"]),
+        "all": (given["max_prompt"], given["new_tokens"]),
         "short": (given["short_prompt"], given["short_new_tokens"]),
     }
     found = []

@@ -5,9 +5,9 @@ from .workloads import SHOTS
 
 _SAVED = {
     ("samples", "short"): ("parallel samples, short prompts (the paper: Alpaca)", "6 to 10 %"),
-    ("samples", "ShareGPT"): ("parallel samples, ShareGPT", "16 to 30 %"),
+    ("samples", "all"): ("parallel samples, all prompts (the paper: ShareGPT)", "16 to 30 %"),
     ("beams", "short"): ("beams, short prompts (the paper: Alpaca)", "38 to 55 %"),
-    ("beams", "ShareGPT"): ("beams, ShareGPT", "44 to 66 %"),
+    ("beams", "all"): ("beams, all prompts (the paper: ShareGPT)", "44 to 66 %"),
 }
 _FASTER = {"1-shot": "1.67 x", "5-shot": "3.58 x"}
 
