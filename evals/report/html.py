@@ -18,8 +18,10 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #555; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-.facts td + td { overflow-wrap: anywhere; }
+td { white-space: nowrap; }
+td.number, th.number { text-align: right; }
+td.long { white-space: normal; min-width: 18rem; }
+.facts td + td { white-space: normal; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); gap: 1rem; }
 .plots figure { margin: 1rem 0 0; }
 .plots img { width: 100%; max-width: 40rem; height: auto; display: block; }
@@ -44,7 +46,8 @@ _PAGE = """<!doctype html>
 </tr></thead>
 <tbody>
 {%- for row in rows %}
-<tr>{% for cell in row %}<td{% if loop.index0 in numeric %} class="number"{% endif %}>{{ cell | number }}</td>
+<tr>{% for cell in row %}<td{% if loop.index0 in numeric %} class="number"
+{%- elif cell | string | length > 60 %} class="long"{% endif %}>{{ cell | number }}</td>
 {%- endfor %}</tr>
 {%- endfor %}
 </tbody></table></div>

@@ -26,7 +26,7 @@ class Latency:
     name = "latency"
     title = "Latency under arrivals"
     settings = {"requests": 16, "new_tokens": 48, "max_prompt": 512, "rates": [0.25, 0.5, 1.0, 2.0], "batches": [1, 8]}
-    quick = {"requests": 5, "new_tokens": 16, "max_prompt": 128, "rates": [2.0]}
+    quick = {"requests": 4, "new_tokens": 12, "max_prompt": 128, "rates": [2.0]}
     is_timed = True
 
     def samples(self, options: Options) -> list[Sample]:
@@ -149,6 +149,10 @@ def _plot(measured: list, name: str, percent: int) -> Plot:
         points = series.setdefault(label(record["server"], record["batch"]), [])
         points.append([record["rate"], seen[name, percent]])
     kind = "median" if percent == 50 else "99th percentile"
+    rates = sorted({record["rate"] for record, _ in measured})
+    if len(rates) == 1:  # A point is no line.
+        series = {server: [[0, value]] for server, [(_, value)] in series.items()}
+        return Plot(f"{name}, {kind}", "bar", "arrivals (requests/s)", f"{name} (ms)", series, [f"{rates[0]:g}"])
     return Plot(f"{name}, {kind}", "line", "arrivals (requests/s)", f"{name} (ms)", series)
 
 

@@ -26,7 +26,7 @@ class Memory:
         **{"rows": 32, "max_prompt": 1024, "new_tokens": 64},
         **{"long_rows": 8, "long_prompt": 1984, "generate_batch": True},
     }
-    quick = {"rows": 8, "max_prompt": 256, "new_tokens": 16, "long_rows": 0, "generate_batch": False}
+    quick = {"rows": 8, "max_prompt": 256, "new_tokens": 8, "long_rows": 0, "generate_batch": False}
     is_timed = True
 
     def samples(self, options: Options) -> list[Sample]:

@@ -25,7 +25,7 @@ class Pressure:
     name = "pressure"
     title = "Pool too small"
     settings = {"prompts": 32, "max_prompt": 512, "new_tokens": 96, "shares": [1.0, 0.5, 0.25]}
-    quick = {"prompts": 8, "max_prompt": 128, "new_tokens": 32, "shares": [1.0, 0.4]}
+    quick = {"prompts": 8, "max_prompt": 128, "new_tokens": 24, "shares": [1.0, 0.4]}
     is_timed = True
 
     def samples(self, options: Options) -> list[Sample]:
@@ -38,7 +38,7 @@ class Pressure:
         warm = workloads.warming(prompts, options)
         return [
             Sample(
-                f"{share:.0%} of the blocks",
+                f"{100 * share:.0f} % of the blocks",
                 {
                     **{"share": float(share), "prompts": prompts, "warm": warm, "lengths": lengths},
                     "blocks": max(max(blocks), round(share * sum(blocks))),  # A row must fit alone.
@@ -79,7 +79,7 @@ class Pressure:
         return Section(
             self.name,
             self.title,
-            f"With {tight['share']:.0%} of the blocks that all rows need at their ends, {preempted} rows were "
+            f"With {100 * tight['share']:.0f} % of the blocks that all rows need at their ends, {preempted} rows were "
             f"preempted, throughput is {slower:.2f} times that of the full pool, and {equal[-1]} of "
             f"{len(full['answers'])} answers are the same.",
             [
@@ -105,7 +105,12 @@ def _bytes_a_block(models: Models) -> int:
 
 def _table(records: list[dict], equal: list[int]) -> Table:
     rows = [
-        [f"{record['share']:.0%}", record["pool"]["total_blocks"], record["most"], record["pool"]["preemptions"]]
+        [
+            f"{100 * record['share']:.0f} %",
+            record["pool"]["total_blocks"],
+            record["most"],
+            record["pool"]["preemptions"],
+        ]
         + [record["seconds"], record["new_tokens"] / record["seconds"], f"{same} of {len(record['answers'])}"]
         for record, same in zip(records, equal)
     ]
@@ -113,7 +118,7 @@ def _table(records: list[dict], equal: list[int]) -> Table:
 
 
 def _plot(records: list[dict]) -> Plot:
-    series = {f"{record['share']:.0%} of the blocks": record["course"] for record in records}
+    series = {f"{100 * record['share']:.0f} % of the blocks": record["course"] for record in records}
     return Plot("Pool utilisation over time", "line", "time (s)", "blocks in use (%)", series)
 
 

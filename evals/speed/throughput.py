@@ -27,7 +27,7 @@ class Throughput:
     }
     quick = {
         "prompts": 8,
-        "new_tokens": 24,
+        "new_tokens": 16,
         "max_prompt": 128,
         "uniform_prompt": 64,
         "batches": [1, 8],
