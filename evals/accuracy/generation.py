@@ -6,7 +6,7 @@ from .sources import batches
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch: int, **options
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch: int, /, **options
 ) -> list[list[int]]:
     """New tokens of each prompt, up to its end token, that included.
 
