@@ -1,9 +1,6 @@
 """Prompts of the speed tasks: real ones, or random tokens where only lengths matter."""
 
-import functools
 import random
-
-from transformers import PreTrainedTokenizerBase
 
 from hf_paged.evals.accuracy import sources
 from hf_paged.evals.suite.models import load_tokenizer
@@ -22,7 +19,7 @@ def ragged(options: Options, count: int, most: int) -> list[list[int]]:
     ValueError
         If there are none so short.
     """
-    found = list(sources.prompts(tokenizer(options), options, 0, count, most).values())
+    found = list(sources.prompts(load_tokenizer(options), options, 0, count, most).values())
     if not found:
         raise ValueError(f"no prompt has at most {most} tokens: allow longer ones, or take another dataset")
     return found
@@ -35,7 +32,7 @@ def source(options: Options) -> str:
 
 def uniform(options: Options, count: int, length: int, seed: int = 0) -> list[list[int]]:
     """Random tokens, no two prompts alike. Special tokens are not among them."""
-    words = tokenizer(options)
+    words = load_tokenizer(options)
     allowed = sorted(set(range(len(words))) - set(words.all_special_ids))
     chosen = random.Random(f"{options.seed} {seed} {length}")
     return [[chosen.choice(allowed) for _ in range(length)] for _ in range(sources.cut(options, count))]
@@ -51,13 +48,3 @@ def warming(prompts: list[list[int]], options: Options) -> list[list[int]]:
     """Prompts about as long as these and with no prefix in common with them: what a contender runs first."""
     longest = sorted(map(len, prompts))[-_WARM:]
     return [uniform(options, 1, length, seed=3 + place)[0] for place, length in enumerate(longest)]
-
-
-def tokenizer(options: Options) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; reading it takes seconds, and every task needs it."""
-    return _tokenizer(options.model)
-
-
-@functools.cache
-def _tokenizer(model: str) -> PreTrainedTokenizerBase:
-    return load_tokenizer(Options(out="", tasks=("any",), model=model))

@@ -1,5 +1,6 @@
 """llama.cpp through ``llama-cpp-python``: its own file of the demo model, one request after another."""
 
+import atexit
 import functools
 import importlib.util
 from pathlib import Path
@@ -32,7 +33,9 @@ class LlamaCpp:
         from llama_cpp import Llama
 
         threads = torch.get_num_threads()
-        return Llama(str(_file()), n_ctx=0, n_threads=threads, n_threads_batch=threads, verbose=False)
+        llama = Llama(str(_file()), n_ctx=0, n_threads=threads, n_threads_batch=threads, verbose=False)
+        atexit.register(llama.close)  # What it calls to free itself is gone once the interpreter ends.
+        return llama
 
     def generate(self, prompts: list[list[int]], lengths: Lengths) -> list[list[int]]:
         return [self._one(prompt, lengths) for prompt in prompts]
