@@ -21,14 +21,14 @@ class MultipleChoice:
     name = "choice"
     title = "Multiple choice by log-likelihood"
     settings = {
-        "questions": 164,
+        "questions": 64,
         "choices": 4,
-        "max_tokens": 1024,
+        "max_tokens": 512,
         "question_column": "question",
         "choices_column": "choices",
         "answer_column": "answer",
     }
-    quick = {"questions": 12}
+    quick = {"questions": 8, "max_tokens": 256}
     is_timed = False
 
     def samples(self, options: Options) -> list[Sample]:
@@ -81,8 +81,8 @@ class MultipleChoice:
             figures=figures,
             tables=[table, _differing(records, chosen, options), evidence],
             notes=[
-                "The choice with the largest log-likelihood a token wins. The context runs once; its cache is repeated "
-                "for the choices.",
+                "The choice with the largest log-likelihood a token wins. The context runs once; each choice "
+                "goes on from a copy of its cache.",
                 _origin(options),
             ],
             flags=[*flags, *unread],

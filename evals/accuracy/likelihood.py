@@ -1,5 +1,7 @@
 """How likely a model finds each of several continuations of one context, through a cache that they share."""
 
+import copy
+
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,20 +19,30 @@ def split(tokenizer: PreTrainedTokenizerBase, context: str, choices: list[str]) 
 
 
 def log_likelihoods(model: PreTrainedModel, context: list[int], choices: list[list[int]]) -> list[float]:
-    """The log-likelihood of each choice after the context, in nats, summed over its tokens in float64.
+    """The log-likelihood of each choice after the context, in nats.
 
-    The context runs once; its cache is repeated for the choices, which then attend to it in one batch, padded on
-    the right.
+    The context runs once; each choice goes on from a copy of its cache. Pages are shared by the copies.
     """
-    longest, pad = max(map(len, choices)), choices[0][0]
-    ids = torch.tensor([choice + [pad] * (longest - len(choice)) for choice in choices], device=model.device)
-    real = torch.tensor([[at < len(choice) for at in range(longest)] for choice in choices], device=model.device)
-    cache = DynamicCache(config=model.config)
+    cache, found = DynamicCache(config=model.config), []
     with torch.no_grad():
-        first = model(torch.tensor([context], device=model.device), past_key_values=cache, use_cache=True).logits
-        cache.batch_repeat_interleave(len(choices))
-        mask = torch.cat([real.new_ones(len(choices), len(context)), real], dim=1).long()
-        rest = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
-    logits = torch.cat([first[:, -1:].expand(len(choices), -1, -1), rest[:, :-1]], dim=1)  # [choices, longest, vocab]
-    found = logits.double().log_softmax(-1).gather(2, ids[..., None])[..., 0]
-    return found.masked_fill(~real, 0.0).sum(1).tolist()
+        last = model(torch.tensor([context], device=model.device), past_key_values=cache, use_cache=True).logits[:, -1:]
+        for choice in choices:
+            ids = torch.tensor([choice], device=model.device)
+            rest = model(ids, past_key_values=copy.deepcopy(cache), use_cache=True).logits[:, :-1]
+            found.append(float(token_log_likelihoods(torch.cat([last, rest], dim=1), ids).sum()))
+    return found
+
+
+def token_log_likelihoods(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The log-likelihood of each token, float64.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        ``[batch, positions, vocab]``; computed with in float32 at least.
+    ids : torch.Tensor
+        ``[batch, positions]``
+    """
+    logits = logits.float() if logits.itemsize < 4 else logits
+    chosen = logits.gather(2, ids[..., None])[..., 0]
+    return chosen.double() - logits.logsumexp(-1).double()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from .likelihood import token_log_likelihoods
+
 
 @dataclass(frozen=True)
 class Window:
@@ -36,7 +38,6 @@ def losses(model: PreTrainedModel, batch: list[Window], chunk: int) -> list[torc
         for begin in range(0, ids.shape[1], chunk):
             logits = model(ids[:, begin : begin + chunk], past_key_values=cache, use_cache=True).logits
             follow = ids[:, begin + 1 : begin + chunk + 1]
-            likelihood = logits[:, : follow.shape[1]].double().log_softmax(-1)
-            found.append(-likelihood.gather(2, follow[..., None])[..., 0])
+            found.append(-token_log_likelihoods(logits[:, : follow.shape[1]], follow))
     whole = torch.cat(found, dim=1)  # [batch, length - 1]
     return [row[window.scored - 1 :] for row, window in zip(whole, batch)]

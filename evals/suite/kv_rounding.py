@@ -19,17 +19,29 @@ def round_kv(model: PreTrainedModel, dtype: str) -> None:
     target = getattr(torch, dtype, None)
     if not isinstance(target, torch.dtype) or not target.is_floating_point:
         raise ValueError(f"kv_dtype must be a floating-point dtype of torch, such as float8_e4m3fn; got {dtype!r}")
-    limit = torch.finfo(target).max
-
-    def rounded(states: torch.Tensor) -> torch.Tensor:
-        return states.clamp(-limit, limit).to(target).to(states.dtype)
-
-    def update(original, key_states, value_states, *args, **kwargs):
-        return original(rounded(key_states), rounded(value_states), *args, **kwargs)
 
     def hook(module, args, kwargs):
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, Cache) and "update" not in vars(cache):
-            cache.update = functools.partial(update, cache.update)
+        if isinstance(cache, Cache) and not isinstance(cache, _Rounding):
+            # Its class, not its method: a method that holds its cache is a cycle, and would keep blocks until gc.
+            cache.__class__ = _rounding(type(cache), target)
 
     model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class _Rounding:
+    """Comes before a cache class."""
+
+    target: torch.dtype
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return super().update(self._rounded(key_states), self._rounded(value_states), *args, **kwargs)
+
+    def _rounded(self, states: torch.Tensor) -> torch.Tensor:
+        limit = torch.finfo(self.target).max
+        return states.clamp(-limit, limit).to(self.target).to(states.dtype)
+
+
+@functools.cache
+def _rounding(kind: type[Cache], target: torch.dtype) -> type[Cache]:
+    return type(kind.__name__, (_Rounding, kind), {"target": target})

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged import binding, smollm2
+from hf_paged import PagedError, binding, smollm2
 from hf_paged.engine import Engine
 
 from .kv_rounding import round_kv
@@ -98,13 +98,19 @@ def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     Raises
     ------
     PagedError
-        If the demo model is asked for and not installed.
-    OSError
-        If there is no such model.
+        If there is no such model here.
     """
-    if options.model == SMOLLM2:
+    return _tokenizer(options.model)
+
+
+@functools.lru_cache(maxsize=1)  # Every task makes its samples with it, and a GGUF file takes seconds to read.
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    if model == SMOLLM2:
         return smollm2.load_tokenizer()
-    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    except OSError as error:
+        raise PagedError(f"transformers cannot load a tokenizer of {model!r}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
