@@ -26,9 +26,9 @@ class Paper:
         **{"prefix_prompts": 16, "own_tokens": 32, "prefix_new_tokens": 32, "repeats": 3},
     }
     quick = {
-        **{"waste_prompts": 8, "waste_new_tokens": 24, "max_prompt": 128},
+        **{"waste_prompts": 6, "waste_new_tokens": 24, "max_prompt": 128},
         **{"prompts": 1, "rows": [4], "new_tokens": 32, "short_new_tokens": 16},
-        **{"prefix_prompts": 4, "prefix_new_tokens": 8, "repeats": 1},
+        **{"prefix_prompts": 3, "prefix_new_tokens": 4, "repeats": 1},
     }
     is_timed = True
 

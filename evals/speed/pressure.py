@@ -25,7 +25,7 @@ class Pressure:
     name = "pressure"
     title = "Pool too small"
     settings = {"prompts": 32, "max_prompt": 512, "new_tokens": 96, "shares": [1.0, 0.5, 0.25]}
-    quick = {"prompts": 8, "max_prompt": 128, "new_tokens": 24, "shares": [1.0, 0.4]}
+    quick = {"prompts": 6, "max_prompt": 128, "new_tokens": 24, "shares": [1.0, 0.4]}
     is_timed = True
 
     def samples(self, options: Options) -> list[Sample]:

@@ -26,8 +26,8 @@ class Throughput:
         "extras": True,
     }
     quick = {
-        "prompts": 8,
-        "new_tokens": 16,
+        "prompts": 6,
+        "new_tokens": 12,
         "max_prompt": 128,
         "uniform_prompt": 64,
         "batches": [1, 8],
