@@ -195,7 +195,7 @@ def problems(monkeypatch):
 
 
 def test_pass_at_1_is_paired(files, problems, monkeypatch):
-    right, wrong = [list(map(ord, text)) for text in ("    return 2 * x", "    return x")]
+    right, wrong = [list(map(ord, text)) for text in ("\n    return 2 * x", "\n    return x")]
     spoken = iter([[right] * 10, [wrong] * 7 + [right] * 3])
     monkeypatch.setattr(humaneval, "generate", lambda *args, **options: next(spoken))
     monkeypatch.setattr(humaneval, "completions", lambda tokenizer, prompts, rows: ["".join(map(chr, r)) for r in rows])

@@ -2,6 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+from transformers import StoppingCriteriaList, StopStringCriteria
+
 from hf_paged.evals.suite.models import Models
 from hf_paged.evals.suite.options import Options
 from hf_paged.evals.suite.statistics import PairedOutcomes
@@ -38,8 +40,10 @@ class HumanEval:
     def run(self, sample: Sample, models: Models) -> dict:
         given, tokenizer = sample.payload, models.tokenizer
         problems = given["problems"]
-        prompts = [tokenizer(problem["prompt"])["input_ids"] for problem in problems]
-        options = {"max_new_tokens": given["new_tokens"], "stop_strings": _STOPS, "tokenizer": tokenizer}
+        # Without its last line break: tokens of code hold a line break and the indentation after it.
+        prompts = [tokenizer(problem["prompt"].rstrip())["input_ids"] for problem in problems]
+        stops = StoppingCriteriaList([StopStringCriteria(tokenizer, _STOPS)])
+        options = {"max_new_tokens": given["new_tokens"], "stopping_criteria": stops}
         baseline = generate(models.baseline, tokenizer, prompts, given["baseline_batch"], **options)
         with models.counting() as counts:
             backend = generate(models.backend, tokenizer, prompts, given["batch"], **options)
@@ -101,4 +105,4 @@ def completions(tokenizer, prompts: list[list[int]], rows: list[list[int]]) -> l
 
 def program(problem: dict, completion: str) -> str:
     """The problem's prompt, a completion, and the tests that it must pass."""
-    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+    return f"{problem['prompt'].rstrip()}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"

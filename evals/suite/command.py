@@ -114,8 +114,9 @@ def _settings(texts: list[str]) -> dict[str, dict]:
         task, dot, key = name.partition(".")
         if not (equals and dot and task and key):
             raise ValueError(f"--set wants TASK.KEY=VALUE, such as perplexity.stride=256; got {text!r}")
+        settings = found.setdefault(task, {})
         try:
-            found.setdefault(task, {})[key] = json.loads(value)
+            settings[key] = json.loads(value)
         except json.JSONDecodeError:
-            found[task][key] = value
+            settings[key] = value
     return found
