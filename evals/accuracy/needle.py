@@ -32,7 +32,8 @@ class NeedleInHaystack:
             hidden = [haystack.needle(options.seed, length, depth) for depth in depths]
             prompts = [haystack.prompt(tokenizer, hay, one, length, depth) for one, depth in zip(hidden, depths)]
             payload = {"length": length, "depths": depths, "prompts": prompts, "new_tokens": settings["new_tokens"]}
-            found.append(Sample(f"length {length}", {**payload, "answers": [one.answer for one in hidden]}))
+            payload |= {"answers": [one.answer for one in hidden], "source": source}
+            found.append(Sample(f"length {length}", payload))
         return found
 
     def run(self, sample: Sample, models: Models) -> dict:
@@ -52,7 +53,7 @@ class NeedleInHaystack:
             }
             for depth, answer, first, second in zip(given["depths"], given["answers"], baseline, backend)
         ]
-        return {"rows": rows, "pages": vars(counts)}
+        return {"rows": rows, "source": given["source"], "pages": vars(counts)}
 
     def summarise(self, records: list[dict], options: Options) -> Section:
         rows = [row for record in records for row in record["rows"]]
@@ -68,7 +69,6 @@ class NeedleInHaystack:
                 (f"Needle found, {options.backend}", "backend"),
             )
         ]
-        source, _ = sources.texts(options)
         return Section(
             self.name,
             self.title,
@@ -76,7 +76,7 @@ class NeedleInHaystack:
             figures=[*figures, Figure("answers equal", 100 * same / len(rows), "%", better="higher"), reads],
             tables=[table, _answers(rows, options), evidence],
             plots=maps,
-            notes=[f"Hay: {source}. A needle is found if the answer contains its five-digit number."],
+            notes=[f"Hay: {records[0]['source']}. A needle is found if the answer contains its five-digit number."],
             flags=[*flags, *unread],
         )
 

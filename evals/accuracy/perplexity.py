@@ -34,7 +34,7 @@ class Perplexity:
         if not found:
             raise ValueError(f"{source} holds no window of {length} tokens: set perplexity.length lower")
         return [
-            Sample(f"windows {number}", {"windows": some, "chunk": chunk})
+            Sample(f"windows {number}", {"windows": some, "chunk": chunk, "source": source})
             for number, some in enumerate(sources.batches(found, settings["batch"]))
         ]
 
@@ -52,7 +52,7 @@ class Perplexity:
             }
             for first, second in zip(baseline, backend)
         ]
-        return {"rows": rows, "pages": vars(counts)}
+        return {"rows": rows, "source": sample.payload["source"], "pages": vars(counts)}
 
     def summarise(self, records: list[dict], options: Options) -> Section:
         rows = [row for record in records for row in record["rows"]]
@@ -60,10 +60,10 @@ class Perplexity:
         finite = [row for row in rows if math.isfinite(row["backend"]) and math.isfinite(row["baseline"])]
         if len(finite) < len(rows):
             flags.append(f"the likelihood is not finite in {len(rows) - len(finite)} of {len(rows)} windows")
-        settings, (source, _) = options.settings_of(self), sources.texts(options)
+        settings = options.settings_of(self)
         notes = [
-            f"Text: {source}. Windows of {settings['length']} tokens every {settings['stride']}, through the cache "
-            f"{settings['chunk']} tokens at a time; both backends get the same calls.",
+            f"Text: {records[0]['source']}. Windows of {settings['length']} tokens every {settings['stride']}, through the "
+            f"cache {settings['chunk']} tokens at a time; both backends get the same calls.",
             f"Flagged if the interval excludes 0 and the difference is more than {settings['margin']:g} nats/token.",
         ]
         if not finite:
