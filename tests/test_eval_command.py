@@ -11,9 +11,11 @@ import time
 import pytest
 from tiny_eval import save_model, save_texts
 
+import hf_paged.evals
 from hf_paged import cli
 from hf_paged.evals.suite import results
 from hf_paged.evals.suite.command import _options, _parser
+from hf_paged.evals.suite.registry import TASKS
 
 PERPLEXITY = {"length": 64, "stride": 32, "windows": 24, "chunk": 16, "batch": 2}
 GREEDY = {"humaneval": 8, "sharegpt": 0, "new_tokens": 8, "batch": 2, "max_prompt": 200}
@@ -137,7 +139,19 @@ def test_options_of_the_command_line():
 
 def test_the_list_of_tasks(capsys):
     assert cli.main(["eval", "--list"]) == 0
-    assert "perplexity" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for name, task in TASKS.items():
+        assert name == task.name and task.title in out
+        assert task.quick.keys() <= task.settings.keys()
+
+
+def test_a_missing_package_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith("hf_paged.evals.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(hf_paged.evals, "report", raising=False)
+    assert cli.main(["eval", "--list"]) == 1
+    assert 'matplotlib is not installed: pip install -c constraints.txt -e ".[evals]"' in capsys.readouterr().err
 
 
 def test_help_names_the_command(capsys):

@@ -60,7 +60,7 @@ class MultipleChoice:
         chosen = {who: [_likeliest(row[who], row["tokens"]) for row in records] for who in ("baseline", "backend")}
         answers = [row["answer"] for row in records]
         right = {who: [a == b for a, b in zip(picks, answers)] for who, picks in chosen.items()}
-        words, figures, table, flags, _ = describe(
+        words, figures, table, flags = describe(
             "right answers", PairedOutcomes.count(right["baseline"], right["backend"]), options
         )
         reads, evidence, unread = pages(records, options)

@@ -65,7 +65,7 @@ class HumanEval:
         rows = [row for record in records for row in record["rows"]]
         passed = {who: [row[f"{who}_failure"] is None for row in rows] for who in ("baseline", "backend")}
         outcomes = PairedOutcomes.count(passed["baseline"], passed["backend"])
-        words, figures, table, flags, _ = describe("pass@1", outcomes, options)
+        words, figures, table, flags = describe("pass@1", outcomes, options)
         reads, evidence, unread = pages(records, options)
         same = sum(row["baseline"] == row["backend"] for row in rows)
         differing = [

@@ -59,7 +59,7 @@ class NeedleInHaystack:
         rows = [row for record in records for row in record["rows"]]
         found = {who: [row["answer"] in row[who] for row in rows] for who in ("baseline", "backend")}
         outcomes = PairedOutcomes.count(found["baseline"], found["backend"])
-        words, figures, table, flags, _ = describe("needles found", outcomes, options)
+        words, figures, table, flags = describe("needles found", outcomes, options)
         reads, evidence, unread = pages(records, options)
         same = sum(row["same"] for row in rows)
         maps = [

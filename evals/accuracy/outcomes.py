@@ -1,16 +1,14 @@
 """How yes-or-no tasks report: both shares, their paired difference, and who got what right."""
 
 from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.statistics import Estimate, PairedOutcomes
+from hf_paged.evals.suite.statistics import PairedOutcomes
 from hf_paged.evals.suite.task import Figure, Table
 
 _LEVEL = 0.05
 
 
-def describe(
-    name: str, outcomes: PairedOutcomes, options: Options
-) -> tuple[str, list[Figure], Table, list[str], Estimate]:
-    """A sentence, figures, a table and flags about paired outcomes, and their difference in percent points.
+def describe(name: str, outcomes: PairedOutcomes, options: Options) -> tuple[str, list[Figure], Table, list[str]]:
+    """A sentence, figures, a table and flags about paired outcomes.
 
     Parameters
     ----------
@@ -38,4 +36,4 @@ def describe(
         [f"{options.baseline} wrong", outcomes.only_second, outcomes.neither],
     ]
     flags = [f"{name} differs by {change.value:+.1f} points, p = {p_value:.3g}"] if p_value < _LEVEL else []
-    return words, figures, Table(f"Samples by outcome, {name}", columns, rows), flags, change
+    return words, figures, Table(f"Samples by outcome, {name}", columns, rows), flags

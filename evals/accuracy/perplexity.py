@@ -60,9 +60,9 @@ class Perplexity:
         finite = [row for row in rows if math.isfinite(row["backend"]) and math.isfinite(row["baseline"])]
         if len(finite) < len(rows):
             flags.append(f"the likelihood is not finite in {len(rows) - len(finite)} of {len(rows)} windows")
-        settings = options.settings_of(self)
+        settings, source = options.settings_of(self), records[0]["source"]
         notes = [
-            f"Text: {records[0]['source']}. Windows of {settings['length']} tokens every {settings['stride']}, through the "
+            f"Text: {source}. Windows of {settings['length']} tokens every {settings['stride']}, through the "
             f"cache {settings['chunk']} tokens at a time; both backends get the same calls.",
             f"Flagged if the interval excludes 0 and the difference is more than {settings['margin']:g} nats/token.",
         ]

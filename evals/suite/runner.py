@@ -40,7 +40,7 @@ def run(options: Options, tasks: list[Task]) -> list[Section] | None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     folder = Path(options.out)
     with state.local_main_process_first():
-        store.claim(options, folder)
+        store.claim(options, tasks, folder)
     samples = {task.name: _samples(task, options) for task in tasks}
     models, sections = Models(options), []
     for task in tasks:
