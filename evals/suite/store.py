@@ -1,6 +1,7 @@
 """The samples that were run, kept in the folder of a report: a run that was cut off goes on where it was."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def claim(options: Options, tasks: list[Task], folder: Path) -> None:
                 f"{folder} holds samples of another run ({'; '.join(differing)}): choose another --out, or delete it"
             )
     (folder / _SAMPLES).mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    draft = path.with_suffix(f".{os.getpid()}.new")
+    draft.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 def _differing(theirs: dict, mine: dict, part: str) -> list[str]:
