@@ -25,7 +25,7 @@ class HumanEval:
 
     name = "humaneval"
     title = "HumanEval pass@1"
-    settings = {"problems": 164, "new_tokens": 256, "batch": 32, "baseline_batch": 8, "seconds": 10.0}
+    settings = {"problems": 164, "new_tokens": 256, "batch": 16, "baseline_batch": 8, "seconds": 10.0}
     quick = {"problems": 8, "new_tokens": 64}
     is_timed = False
 
