@@ -71,6 +71,13 @@ def test_the_pages_are_as_good_as_dense(task, files):
     assert section.flags == [] and figures(section)["page reads"].value > 0
 
 
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_dense_against_itself(task, files):
+    section = evaluate(task, options_for(task, *files, settings=TASKS[task], backend="sdpa"))
+    names = [figure.name for figure in section.figures]
+    assert section.flags == [] and len(set(names)) == len(names)
+
+
 def test_every_row_is_equal_in_float32(files):
     task = next(iter(TASKS))
     equal = figures(evaluate(task, options_for(task, *files, settings=TASKS[task])))["rows equal"]

@@ -129,7 +129,7 @@ def _likeliest(likelihoods: list[float], tokens: list[int]) -> int:
 
 
 def _differing(records: list[dict], chosen: dict[str, list[int]], options: Options) -> Table:
-    columns = ["Question", "Answer", options.baseline, options.backend]
+    columns = ["Question", "Answer", options.baseline_name, options.backend_name]
     lines = [
         [row["question"], row["answer"], first, second]
         for row, first, second in zip(records, chosen["baseline"], chosen["backend"])

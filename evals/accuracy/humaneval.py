@@ -76,7 +76,7 @@ class HumanEval:
         equal = Figure("programs equal", 100 * same / len(rows), "%", better="higher")
         tables = [table, evidence]
         if differing:
-            columns = ["Problem", options.baseline, options.backend]
+            columns = ["Problem", options.baseline_name, options.backend_name]
             tables.insert(1, Table("Problems with two different programs", columns, differing))
         return Section(
             self.name,

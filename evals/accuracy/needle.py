@@ -65,8 +65,8 @@ class NeedleInHaystack:
         maps = [
             _heat_map(title, rows, [float(hit) for hit in found[who]])
             for title, who in (
-                (f"Needle found, {options.baseline}", "baseline"),
-                (f"Needle found, {options.backend}", "backend"),
+                (f"Needle found, {options.baseline_name}", "baseline"),
+                (f"Needle found, {options.backend_name}", "backend"),
             )
         ]
         return Section(
@@ -112,7 +112,7 @@ def _heat_map(title: str, rows: list[dict], values: list[float]) -> Plot:
 
 
 def _answers(rows: list[dict], options: Options) -> Table:
-    columns = ["Context", "Depth", "Needle", options.baseline, options.backend]
+    columns = ["Context", "Depth", "Needle", options.baseline_name, options.backend_name]
     lines = [
         [
             row["length"],

@@ -78,7 +78,7 @@ class Perplexity:
         figures = [
             *(
                 Figure(f"perplexity, {name}", math.exp(one.value), "", math.exp(one.low), math.exp(one.high), "lower")
-                for name, one in ((options.baseline, baseline), (options.backend, backend))
+                for name, one in ((options.baseline_name, baseline), (options.backend_name, backend))
             ),
             Figure("paired difference", change.value, "nats/token", change.low, change.high, "lower"),
             Figure("largest difference of one token", max(row["largest"] for row in finite), "nats", better="lower"),
@@ -87,8 +87,8 @@ class Perplexity:
         return Section(
             self.name,
             self.title,
-            f"{math.exp(baseline.value):.4f} with {options.baseline}, {math.exp(backend.value):.4f} with "
-            f"{options.backend}; the paired difference is {change.value:+.1e} nats/token, 95 % interval "
+            f"{math.exp(baseline.value):.4f} with {options.baseline_name}, {math.exp(backend.value):.4f} with "
+            f"{options.backend_name}; the paired difference is {change.value:+.1e} nats/token, 95 % interval "
             f"{change.low:+.1e} to {change.high:+.1e} (half-width {change.half_width:.1e}).",
             figures=figures,
             tables=[_totals(finite), table],
