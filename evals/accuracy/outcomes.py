@@ -19,10 +19,11 @@ def describe(name: str, outcomes: PairedOutcomes, options: Options) -> tuple[str
     """
     change, p_value = outcomes.difference().times(100), outcomes.p_value()
     baseline, backend = outcomes.first.times(100), outcomes.second.times(100)
+    shares = f"{baseline.value:.1f} % with {options.baseline_name}, {backend.value:.1f} % with {options.backend_name}"
     words = (
-        f"{name}: {baseline.value:.1f} % with {options.baseline_name}, {backend.value:.1f} % with "
-        f"{options.backend_name} ({outcomes.total} samples); the paired difference is {change.value:+.1f} points, 95 % interval "
-        f"{change.low:+.1f} to {change.high:+.1f} (half-width {change.half_width:.1f}), McNemar p = {p_value:.3g}."
+        f"{name}: {shares} ({outcomes.total} samples); the paired difference is {change.value:+.1f} points, 95 % "
+        f"interval {change.low:+.1f} to {change.high:+.1f} (half-width {change.half_width:.1f}), "
+        f"McNemar p = {p_value:.3g}."
     )
     figures = [
         Figure(f"{name}, {options.baseline_name}", baseline.value, "%", baseline.low, baseline.high, "higher"),
