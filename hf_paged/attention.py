@@ -12,7 +12,7 @@ from . import binding
 from .errors import UnsupportedError
 from .handle import PagedMask, PagedStates
 from .kv_pool import KVPool
-from .packed import ARGUMENT, NotPackableError, PackedMask
+from .packed import ARGUMENT, NotPackableError, is_packed_mask
 from .step import Reads
 from .storage import KVStorage
 from .stored import StoredStates, stored_obstacle, stored_reads
@@ -62,11 +62,12 @@ def paged_attention_forward(
     UnsupportedError
         If the model passes an attention argument that is not known.
     """
-    _check_arguments(module, kwargs)
     step = kwargs.pop(ARGUMENT, None)
+    if step is None or not torch.compiler.is_compiling():  # An engine's first steps are never compiled.
+        _check_arguments(module, kwargs)
     if step is not None:
         return _attend_packed(step, module, query, key, value, attention_mask, dropout, scaling, kwargs), None
-    if isinstance(attention_mask, PackedMask):
+    if is_packed_mask(attention_mask):
         raise NotPackableError("the model does not hand its keywords down to its attention")
     if isinstance(key, StoredStates) or isinstance(value, StoredStates):
         return _attend_stored(module, query, key, value, attention_mask, dropout, scaling, kwargs)

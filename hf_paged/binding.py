@@ -45,7 +45,6 @@ class _ThreadState(threading.local):
     def __init__(self):
         self.calls: list[Call] = []
         self.mask_request: MaskRequest | None = None
-        self.packed_mask_requested = False
 
 
 _thread = _ThreadState()
@@ -64,17 +63,6 @@ def argument(name: str) -> Any:
 def request_mask(sequences: Sequences, layer: int, sizes: tuple[int, int, int]) -> None:
     """Announce to the mask function, on this thread, which cache its next mask is for."""
     _thread.mask_request = MaskRequest(weakref.ref(sequences), layer, sizes)
-
-
-def request_packed_mask() -> None:
-    """Announce to the mask function, on this thread, that its next mask is for a packed step."""
-    _thread.packed_mask_requested = True
-
-
-def take_packed_mask_request() -> bool:
-    """Whether the mask that is being made is for a packed step."""
-    requested, _thread.packed_mask_requested = _thread.packed_mask_requested, False
-    return requested
 
 
 def take_mask_request(sizes: tuple[int, int, int]) -> tuple[Sequences, int] | None:

@@ -36,6 +36,16 @@ class BlockTable:
         twin.blocks, twin.base, twin.num_tokens = list(self.blocks), self.base, self.num_tokens
         return twin
 
+    def reuse(self, blocks: list[int], num_tokens: int) -> None:
+        """Let an empty table, once it starts where they do, own cached or used `blocks` up to token `num_tokens`."""
+        assert not self.blocks and self.base + len(blocks) * self.pool.block_size == num_tokens
+        for block in blocks:
+            if self.pool.ref_count(block):
+                self.pool.share([block])
+            else:
+                self.pool.revive(block)
+        self.blocks, self.num_tokens = list(blocks), num_tokens
+
     def start_at(self, token: int) -> None:
         """Let an empty table begin with the block that holds `token`; earlier tokens are never stored."""
         assert not self.blocks, "only an empty table can start late"
@@ -45,7 +55,7 @@ class BlockTable:
         """Keep the first `num_tokens` tokens and free the blocks that none of them needs."""
         num_tokens = max(num_tokens, self.base)
         keep = _ceil_div(num_tokens - self.base, self.pool.block_size)
-        self.pool.free(self.blocks[keep:])
+        self.pool.free(reversed(self.blocks[keep:]))
         del self.blocks[keep:]
         self.num_tokens = min(self.num_tokens, num_tokens)
 
@@ -53,13 +63,14 @@ class BlockTable:
         """Free the leading blocks all of whose tokens come before `token`."""
         count = min((token - self.base) // self.pool.block_size, len(self.blocks))
         if count > 0:
-            self.pool.free(self.blocks[:count])
+            self.pool.free(reversed(self.blocks[:count]))
             del self.blocks[:count]
             self.base += count * self.pool.block_size
 
     def release(self) -> None:
         """Free every block; the table is as new."""
-        self.pool.free(self.blocks)
+        # Deepest first: a cached block is of use only while those before it are there, too.
+        self.pool.free(reversed(self.blocks))
         self.blocks, self.base, self.num_tokens = [], 0, 0
 
     def slots(self, start: int, end: int) -> list[int]:
@@ -92,6 +103,7 @@ def make_writable(
     given_up: Counter[int] = Counter()
     shared: list[list[int]] = []
     missing: list[int] = []
+    overwritten: list[tuple[BlockPool, int]] = []
     for table, (start, end) in zip(tables, ranges, strict=True):
         shared.append([])
         missing.append(0)
@@ -107,7 +119,11 @@ def make_writable(
             if table.pool.ref_count(block) - given_up[block] > 1:
                 given_up[block] += 1
                 shared[-1].append(index)
+            elif table.pool.is_kept(block):
+                overwritten.append((table.pool, block))
     fresh = allocate(sum(map(len, shared)) + sum(missing))
+    for pool, block in overwritten:  # Its content will not be what it was kept for.
+        pool.evict(block)
     copies = []
     for table, (_, end), indices, num_missing in zip(tables, ranges, shared, missing, strict=True):
         for index in indices:

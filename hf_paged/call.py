@@ -51,12 +51,20 @@ class Call:
         As ``GenerationMixin._sample`` gets them.
     pools : list of BlockPool
         One an attention group.
+    cache : DynamicCache or None
+        A cache of the caller's, empty so far: it gets the blocks of the call's only row when that is finished.
     """
 
-    def __init__(self, input_ids, valid, processors, criteria, generation_config, streamer, pools: list[BlockPool]):
-        self.input_ids, self.streamer = input_ids, streamer
+    def __init__(
+        self, input_ids, valid, processors, criteria, generation_config, streamer, pools: list[BlockPool], cache=None
+    ):
+        self.input_ids, self.streamer, self.cache = input_ids, streamer, cache
         self._processors, self._criteria = processors, criteria
         self._do_sample, self._pad = generation_config.do_sample, generation_config._pad_token_tensor
+        # What `generate` returns besides the tokens of a lone row, a tensor ``[1, vocab]`` a step.
+        returns = generation_config.return_dict_in_generate
+        self.logits = () if returns and generation_config.output_logits else None
+        self.scores = () if returns and generation_config.output_scores else None
         self._noise: Noise | None = None
         prompts = (
             input_ids.tolist()
@@ -123,6 +131,10 @@ class Call:
         rows = [self._row_of[request] for request in requests]
         logits = logits[order].to(device=self.input_ids.device, dtype=torch.float32, copy=True)
         scores = self._process(rows, logits)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self.scores is not None:
+            self.scores += (scores,)
         tokens = self._draw(rows, scores) if self._do_sample else scores.argmax(dim=-1)
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())

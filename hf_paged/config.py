@@ -26,6 +26,11 @@ class PagedConfig:
     token_budget : int
         Tokens that one packed step of `generate` runs, prompts and new tokens of all rows together. Larger
         steps use the processor better and hold up rows that are further on for longer.
+    prefix_cache : bool
+        Whether packed rows find again what earlier rows stored for the same first tokens. Blocks of finished rows
+        then stay cached until others need them, or the model's weights change.
+    cache_salt : str
+        Hashed into every block that is found again; see `hf_paged.cache_salt` for one a tenant.
 
     Examples
     --------
@@ -36,6 +41,8 @@ class PagedConfig:
     block_size: int = 16
     memory_budget: int | str | None = None
     token_budget: int = 512
+    prefix_cache: bool = True
+    cache_salt: str = ""
 
     def __post_init__(self):
         size = self.block_size
@@ -45,6 +52,10 @@ class PagedConfig:
         tokens = self.token_budget
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise ValueError(f"token_budget must be a positive number of tokens; got {tokens!r}: try 512")
+        if not isinstance(self.prefix_cache, bool):
+            raise ValueError(f"prefix_cache must be True or False; got {self.prefix_cache!r}")
+        if not isinstance(self.cache_salt, str):
+            raise ValueError(f"cache_salt must be a text; got {self.cache_salt!r}: try str(...) of it")
 
     def budget_bytes(self, device: torch.device) -> int:
         """The budget in bytes for a pool that is made now on `device`."""

@@ -12,6 +12,7 @@ from hf_paged.kernels.cpu import native
 from . import __version__
 from .config import DEFAULT_SHARE, PagedConfig
 from .errors import PagedError
+from .integrations import autoload
 from .integrations.hooks import NAME, TESTED_TRANSFORMERS, enable
 from .machine import Compiler, find_compiler, gpu_driver, gpus, vector_units
 from .plan_report import size
@@ -143,4 +144,11 @@ def _defaults() -> list[Line]:
     return [
         ("block size", f"{config.block_size} tokens"),
         ("memory budget", f"{budget:,} bytes ({size(budget)}): {DEFAULT_SHARE:.0%} of what is available now"),
+        ("zero-code", _zero_code()),
     ]
+
+
+def _zero_code() -> str:
+    obstacle = autoload.why_off()
+    needed = f'attn_implementation="{NAME}" needs `import hf_paged`: {obstacle}'
+    return f"off, {needed}" if obstacle else f'on: attn_implementation="{NAME}" works without `import hf_paged`'

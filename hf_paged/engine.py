@@ -15,12 +15,17 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from .adopt import adopt
 from .call import Call
 from .errors import OutOfBlocksError
+from .fingerprint import fingerprint
 from .kv_pool import GroupKey, KVPool
 from .packed import ARGUMENT, NotPackableError, PackedCache, PackedStep, pack
 from .request import Request
+from .reservation import entered
+from .salt import current_salt
 from .scheduler import Chunk, Schedule, Scheduler
+from .step_buffers import StepBuffers
 
 _PATIENCE = 0.005  # Seconds until an engine without work looks again.
 _GRACE = 0.25  # Share of a step's time that the next one waits for calls that are still sampling.
@@ -50,16 +55,24 @@ class Engine:
         self.pool = pool
         self.keys = list(pool.groups)
         self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
+        self._buffers = StepBuffers(self.keys[0].device)
+        self.scheduler.prefix.counts = pool.prefix_counts
         self._condition = threading.Condition()
         self._seats: dict[Request, _Seat] = {}
         self._is_driven = False
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
         pool.caches.add(self)
+        pool.engines.add(self)
 
     @property
     def block_pools(self):
         """The block pool of each attention group, in the order of a request's tables."""
         return [group.blocks for group in self.scheduler.groups]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there are rows of calls under way."""
+        return bool(self._seats)
 
     def tables_in(self, key: GroupKey):
         """Tables of the running rows in one attention group (for statistics and checks)."""
@@ -82,19 +95,32 @@ class Engine:
             What a processor, criterion, streamer or the model raises; the other calls go on.
         """
         seat = _Seat(call)
+        identity = self._identity(model)
         with self._condition, self.pool.lock:
+            if identity is not None:
+                self.scheduler.prefix.use(identity)
             for request in call.requests:
+                # Tokens that a row brings along may have been stored in any way.
+                request.salt = current_salt() if identity is not None and request.num_stored == 0 else None
                 self._seats[request] = seat
             for request in call.leaders:
                 self.scheduler.add(request)
         try:
-            while not call.is_done:
-                delivery = self._next_logits(model, seat)
-                if delivery is not None:
-                    self._hand_back(seat, call.sample(*delivery))
-            return call.close()
+            with entered(self.pool):
+                while not call.is_done:
+                    delivery = self._next_logits(model, seat)
+                    if delivery is not None:
+                        self._hand_back(seat, call.sample(*delivery))
+                return call.close()
         finally:
             self._leave(call)
+
+    def _identity(self, model: PreTrainedModel) -> bytes | None:
+        """What stored blocks depend on besides their tokens; None: nothing is to be found again."""
+        if not self.pool.config.prefix_cache:
+            return None
+        weights = fingerprint(model)
+        return None if weights is None else weights + repr((self.pool.config.cache_salt, self.keys)).encode()
 
     def _next_logits(self, model, seat: _Seat) -> tuple[list[Request], torch.Tensor] | None:
         """Logits for some of the call's rows, as soon as a step of this or another thread has them."""
@@ -141,6 +167,8 @@ class Engine:
             seat.is_sampling = False
             for request, token in sampled:
                 if token is None:
+                    if seat.call.cache is not None:
+                        adopt(seat.call.cache, request, self.pool, self.keys)
                     self._seats.pop(request, None)
                     self.scheduler.remove(request)
                 else:
@@ -166,6 +194,7 @@ class Engine:
         began = time.monotonic()
         with self._condition:
             with self.pool.lock:
+                self.scheduler.is_closed = self.pool.num_waiting > 0
                 schedule = self.scheduler.schedule()
                 for group, copies in zip(self.scheduler.groups, schedule.copies):
                     # Before the lock is let go: a row that gave a source up may leave it to another cache.
@@ -212,7 +241,7 @@ class Engine:
         # Tensors made under one caller's inference_mode could not be changed by another's processors.
         with torch.inference_mode(False), torch.no_grad():
             windows = [group.window for group in groups]
-            step = pack(schedule.chunks, windows, [group.layers for group in groups], model.device)
+            step = pack(schedule.chunks, windows, [group.layers for group in groups], self._buffers)
             logits = run_step(model, step)
         self.pool.page_reads += step.page_reads
         return logits

@@ -138,6 +138,21 @@ class PagedMask(LazyTensor):
     def __repr__(self):
         return f"PagedMask(shape={tuple(self.shape)}, pattern={self.pattern})"
 
+    def to(self, *args, **kwargs) -> torch.Tensor:
+        """As `torch.Tensor.to`; lazy still where only the device changes: hooks move masks to each layer's device."""
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if kwargs.get("copy") or memory_format is not None or dtype not in (None, self.dtype):
+            return super().to(*args, **kwargs)
+        if device is None or device == self.device:
+            return self
+
+        def make(may_skip: bool) -> torch.Tensor | None:
+            mask = self._make(may_skip)
+            return None if mask is None else mask.to(device)
+
+        parts = (self.pattern, self.obstacle, self.offset, self.visible_lens)
+        return PagedMask(self.shape, self.dtype, device, make, *parts)
+
     def sdpa(self) -> torch.Tensor | None:
         """The mask as sdpa would have got it: None where `is_causal` says it all."""
         return self._make(True)

@@ -13,6 +13,8 @@ from hf_paged.kernels import ops
 from .config import PagedConfig, physical_memory
 from .errors import OutOfBlocksError
 from .pool import BlockPool
+from .prefix import PrefixCounts
+from .reservation import Reservation, draw
 from .storage import KVStorage
 
 logger = logging.get_logger(__name__)
@@ -61,6 +63,7 @@ class GroupPool:
         OutOfBlocksError
             If the memory of the device cannot hold them.
         """
+        draw(self, num_blocks)
         try:
             return self.blocks.allocate(num_blocks)
         except OutOfBlocksError as error:
@@ -101,11 +104,15 @@ class KVPool:
         self.config = config
         self.lock = threading.RLock()
         self.groups: dict[GroupKey, GroupPool] = {}
-        self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `Sequences`, for statistics and checks.
+        self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `Sequences`, and engines.
+        self.engines: weakref.WeakSet = weakref.WeakSet()
+        self.reservations: list[Reservation] = []
+        self.num_waiting = 0  # Calls that wait for a reservation; new packed rows let them go first.
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
         self.packed_calls = 0
         self.fallbacks: Counter[str] = Counter()
+        self.prefix_counts = PrefixCounts()
 
     def group(self, group_key: GroupKey, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> GroupPool:
         """The group of that key; sized at its first use from one layer's states and the model's layer count."""

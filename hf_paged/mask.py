@@ -9,7 +9,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 
 from . import binding
 from .handle import MaskPattern, PagedMask
-from .packed import NotPackableError, PackedMask
+from .packed import PACKED_OFFSET, NotPackableError, packed_mask
 from .stored import visible_lens
 
 
@@ -36,6 +36,14 @@ def paged_mask(
         without us: sdpa's, or eager's additive one for a model that knows no other.
     """
     device = torch.device(device)
+    if kv_offset == PACKED_OFFSET:
+        if torch.compiler.is_compiling():
+            # Dynamo cannot look into a function that was made while it traces. The engine did, uncompiled, at first.
+            return packed_mask(None, device)
+        pattern = causal_pattern(mask_function)
+        if pattern is None or attention_mask is not None:
+            raise NotPackableError("the attention pattern is not causal")
+        return packed_mask(pattern.window, device)
     call = binding.current_call()
     fused = call is None or call.model._supports_sdpa
     make_mask = sdpa_mask if fused else eager_mask
@@ -58,11 +66,6 @@ def paged_mask(
 
     if torch.compiler.is_compiling():
         return make(True)
-    if binding.take_packed_mask_request():
-        pattern = causal_pattern(mask_function)
-        if pattern is None or attention_mask is not None:
-            raise NotPackableError("the attention pattern is not causal")
-        return PackedMask(pattern.window, device)
     # Where few logits are wanted, some models (gemma4) attend with the last queries only, unless the
     # implementation is named "sdpa": without a mask these would count from the first key.
     kept = binding.argument("logits_to_keep")

@@ -13,11 +13,12 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from hf_paged.kernels import ops
 
-from . import binding
 from .scheduler import Chunk
+from .step_buffers import StepBuffers
 from .storage import KVStorage
 
 ARGUMENT = "hf_paged_step"  # The keyword under which a step travels from the model's call to its attention.
+PACKED_OFFSET = -1  # No mask begins there: by it the mask function knows a packed step, with no state to trace.
 
 
 class NotPackableError(Exception):
@@ -83,7 +84,8 @@ class PackedStep:
         if fresh[0] is not key or fresh[1] is not value:
             raise NotPackableError("the model computes with its keys and values before it attends")
         storage, group = self.layers[index]
-        if not isinstance(mask, PackedMask) or mask.window != group.window:
+        knows_window = torch.compiler.is_compiling() or mask.shape[-1] == (group.window or 0)
+        if not is_packed_mask(mask) or not knows_window:
             raise NotPackableError("the attention pattern is not that of the layer's cache")
         sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
         self.page_reads += 1
@@ -103,16 +105,20 @@ class PackedStep:
         return out[None]
 
 
-class PackedMask(torch.Tensor):
-    """A mask without content: the step knows the rows, this says which window a layer was given."""
+def packed_mask(window: int | None, device: torch.device) -> torch.Tensor:
+    """A mask without content: the step knows the rows, the last dimension says which window a layer was given.
 
-    window: int | None
+    Returns
+    -------
+    torch.Tensor
+        ``[1, 1, 0, window]``, 0 for no window.
+    """
+    return torch.empty(1, 1, 0, window or 0, device=device)
 
-    @staticmethod
-    def __new__(cls, window: int | None, device: torch.device) -> "PackedMask":
-        self = torch.Tensor._make_subclass(cls, torch.empty(0, device=device))
-        self.window = window
-        return self
+
+def is_packed_mask(mask: torch.Tensor | None) -> bool:
+    """Whether `packed_mask` made this: no other mask is for no queries."""
+    return mask is not None and mask.dim() == 4 and mask.shape[2] == 0
 
 
 class _PackedMixin:
@@ -128,8 +134,7 @@ class _PackedMixin:
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        binding.request_packed_mask()
-        return query_length, 0
+        return query_length, PACKED_OFFSET
 
 
 class PackedLayer(_PackedMixin, DynamicLayer):
@@ -159,7 +164,7 @@ class PackedCache(Cache):
         super().__init__(layers=layers)
 
 
-def pack(chunks: Sequence[Chunk], windows, storages, device: torch.device) -> PackedStep:
+def pack(chunks: Sequence[Chunk], windows, storages, buffers: StepBuffers) -> PackedStep:
     """Describe a step's chunks as tensors.
 
     Parameters
@@ -169,25 +174,33 @@ def pack(chunks: Sequence[Chunk], windows, storages, device: torch.device) -> Pa
         The window of each attention group, in the order of the requests' tables.
     storages : list of dict of int to KVStorage
         For each group its layers.
+    buffers : StepBuffers
+        Filled: the step before, if it was packed into the same, is over.
     """
     tokens = [token for chunk in chunks for token in chunk.request.tokens[chunk.start : chunk.end]]
     positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
     ends = np.cumsum([chunk.end - chunk.start for chunk in chunks])
     samples = [end - 1 for chunk, end in zip(chunks, ends.tolist()) if chunk.samples]
-    starts = torch.from_numpy(np.concatenate([[0], ends])).to(device)
+    starts = buffers.fill("cu_seqlens_q", np.concatenate([[0], ends]))
     layers = {}
     for number, (window, layer_storages) in enumerate(zip(windows, storages)):
-        group = _group_step([(chunk, chunk.request.tables[number]) for chunk in chunks], window, starts, device)
+        rows = [(chunk, chunk.request.tables[number]) for chunk in chunks]
+        slots, tables, lens = (
+            buffers.fill(f"{name} {number}", values)
+            for name, values in zip(("slot_mapping", "block_tables", "context_lens"), _places(rows))
+        )
+        group = GroupStep(window, slots, tables, lens, starts)
         layers.update({index: (storage, group) for index, storage in layer_storages.items()})
     return PackedStep(
-        torch.tensor([tokens], device=device),
-        torch.from_numpy(positions[None]).to(device),
-        torch.tensor(samples, dtype=torch.long, device=device),
+        buffers.fill("input_ids", np.array([tokens])),
+        buffers.fill("position_ids", positions[None]),
+        buffers.fill("sample_index", np.array(samples, dtype=np.int64)),
         layers,
     )
 
 
-def _group_step(rows, window: int | None, starts: torch.Tensor, device: torch.device) -> GroupStep:
+def _places(rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slot mapping, block tables and context lengths of (chunk, block table) pairs."""
     tables = np.zeros((len(rows), max(len(table.blocks) for _, table in rows)), dtype=np.int64)
     slots = []
     for row, (chunk, table) in enumerate(rows):
@@ -200,5 +213,4 @@ def _group_step(rows, window: int | None, starts: torch.Tensor, device: torch.de
             at = np.arange(chunk.start, chunk.end) - table.base
             slots.append(tables[row, at // size] * size + at % size)
     lens = np.array([chunk.end - table.base for chunk, table in rows], dtype=np.int64)
-    parts = (torch.from_numpy(part).to(device) for part in (np.concatenate(slots), tables, lens))
-    return GroupStep(window, *parts, starts)
+    return np.concatenate(slots), tables, lens

@@ -1,7 +1,7 @@
 """BlockPool: which blocks are free, cached or used, and by how many block tables. No tensors here."""
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .errors import BlockError, OutOfBlocksError
 
@@ -13,8 +13,8 @@ class BlockPool:
 
     * free: nobody owns it, its content is meaningless;
     * used: one or more block tables own it (the reference count);
-    * cached: nobody owns it, but its content is worth keeping. It is evicted, least recently used
-      first, when an allocation finds no free block.
+    * cached: nobody owns it, but somebody asked to `keep` its content. It is evicted, least recently
+      used first, when an allocation finds no free block.
 
     The pool is not locked: its owner calls it under a lock. `give_back` alone is safe from any thread
     and from a finalizer.
@@ -30,12 +30,15 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int):
         self.block_size = block_size
         self.total_blocks = num_blocks
+        self.num_evictions = 0  # Cached blocks that an allocation took.
         # Blocks are numbered as they are first handed out: a large pool costs nothing until it is used,
         # and the memory that is touched stays compact.
         self._ref_counts: list[int] = []
         self._free: list[int] = []
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._kept: dict[int, Callable[[int], None]] = {}  # Used or cached -> who is told when it is evicted.
         self._returned: deque[list[int]] = deque()
+        self.reserved = 0  # Blocks, free or cached, that are promised to calls under way.
 
     @property
     def free_blocks(self) -> int:
@@ -50,6 +53,11 @@ class BlockPool:
     @property
     def used_blocks(self) -> int:
         return self.total_blocks - self.free_blocks - len(self._cached)
+
+    @property
+    def spare_blocks(self) -> int:
+        """Blocks that an allocation can get: free or cached, and promised to nobody."""
+        return max(0, self.free_blocks + len(self._cached) - self.reserved)
 
     @property
     def high_water(self) -> int:
@@ -70,9 +78,9 @@ class BlockPool:
         Raises
         ------
         OutOfBlocksError
-            If fewer are free or evictable. The pool is left as it was.
+            If fewer are free or evictable and not reserved. The pool is left as it was.
         """
-        available = self.free_blocks + len(self._cached)
+        available = self.spare_blocks
         if num_blocks > available:
             raise OutOfBlocksError(num_blocks, available, self.total_blocks)
         blocks = []
@@ -84,6 +92,8 @@ class BlockPool:
                 self._ref_counts.append(0)
             else:
                 block, _ = self._cached.popitem(last=False)
+                self._kept.pop(block)(block)
+                self.num_evictions += 1
             self._ref_counts[block] = 1
             blocks.append(block)
         return blocks
@@ -103,8 +113,10 @@ class BlockPool:
         for block in blocks:
             self._ref_counts[block] += 1
 
-    def free(self, blocks: Iterable[int], keep: bool = False) -> None:
-        """Take an owner from each of `blocks`; those without any become free or, with `keep`, cached.
+    def free(self, blocks: Iterable[int]) -> None:
+        """Take an owner from each of `blocks`; those without any become free or, if they are kept, cached.
+
+        Of blocks that become cached the first counts as the least recently used.
 
         Raises
         ------
@@ -116,10 +128,39 @@ class BlockPool:
                 raise BlockError(f"block {block} is freed twice")
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
-                if keep:
+                if block in self._kept:
                     self._cached[block] = None
                 else:
                     self._free.append(block)
+
+    def keep(self, block: int, on_eviction: Callable[[int], None]) -> None:
+        """Let a used block become cached, not free, when its last owner frees it.
+
+        Parameters
+        ----------
+        on_eviction : callable
+            Called with `block` when its content is about to be lost, by `allocate` or `evict`. It must not
+            call the pool.
+
+        Raises
+        ------
+        BlockError
+            If the block is not in use, or kept already.
+        """
+        if self._ref_counts[block] == 0 or block in self._kept:
+            raise BlockError(f"block {block} is not in use, or kept already: it cannot be kept")
+        self._kept[block] = on_eviction
+
+    def is_kept(self, block: int) -> bool:
+        """Whether somebody asked to keep the content of `block`."""
+        return block in self._kept
+
+    def evict(self, block: int) -> None:
+        """Undo `keep`: who asked for it is told, and a cached block becomes free."""
+        self._kept.pop(block)(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
 
     def revive(self, block: int) -> None:
         """Take a cached block back into use with one owner, its content untouched.
@@ -159,6 +200,7 @@ class BlockPool:
         unnumbered = self.total_blocks - len(self._ref_counts)
         assert len(free) == len(self._free), "a block is in the free list twice"
         assert not (free & cached or free & used or cached & used), "a block is in two states"
+        assert cached <= self._kept.keys() <= cached | used, "a block is cached for nobody, or kept for nothing"
         assert len(free) + unnumbered + len(cached) + len(used) == self.total_blocks, "free + cached + used != total"
         assert owners == self._ref_counts, "reference counts differ from the owners in the block tables"
 

@@ -39,11 +39,19 @@ class Request:
     followers : list of Request
         Rows with the same prompt: they wait for this one's prefill and fork its tables. If this one is taken
         out before, so are they.
+    salt : str or None
+        Separates whom the row belongs to in the prefix cache. None: its blocks depend on more than its tokens, so
+        they are neither looked up nor stored there.
+    chain : list of bytes
+        What the prefix cache has hashed of `tokens` so far.
     order : int
         Place in the queue, given once: first come, first served, preempted or not.
     """
 
-    __slots__ = ("tokens", "num_stored", "num_sampled", "state", "tables", "followers", "order", "num_preemptions")
+    __slots__ = (
+        *("tokens", "num_stored", "num_sampled", "state", "tables", "followers", "salt", "chain", "order"),
+        "num_preemptions",
+    )
 
     def __init__(self, tokens: list[int], pools: list[BlockPool]):
         self.tokens = tokens
@@ -51,6 +59,8 @@ class Request:
         self.state = State.NEW
         self.tables = [BlockTable(pool) for pool in pools]
         self.followers: list[Request] = []
+        self.salt: str | None = None
+        self.chain: list[bytes] = []
         self.order = -1
         self.num_preemptions = 0
 

@@ -1,7 +1,8 @@
 """The scheduler: which rows run which of their tokens in the next step. No tensors here.
 
 First come, first served. A step mixes decode tokens and chunks of prompts under a token budget. When blocks
-run out, the row that came last is preempted: its blocks are freed, and it runs its tokens again later.
+run out, the row that came last is preempted: its blocks are freed, and it runs its tokens again later. A row
+that starts takes what the prefix cache has of it, and runs the rest.
 """
 
 import bisect
@@ -14,6 +15,7 @@ from typing import Protocol
 from .block_table import BlockTable, make_writable
 from .errors import OutOfBlocksError
 from .pool import BlockPool
+from .prefix import Hit, PrefixCache
 from .request import Request, State
 
 
@@ -69,13 +71,20 @@ class Scheduler:
         The model's attention groups.
     token_budget : int
         Tokens that one step may run.
+
+    Attributes
+    ----------
+    prefix : PrefixCache
+        Of the groups' pools.
     """
 
     def __init__(self, groups: Sequence[Group], token_budget: int):
         self.groups, self.token_budget = groups, token_budget
+        self.prefix = PrefixCache([group.blocks for group in groups], [group.window for group in groups])
         self.waiting: list[Request] = []  # Both in order of arrival.
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.is_closed = False  # Whether rows that wait stay out while others run: a rectangular call is to come in.
         self._queues = {State.WAITING: self.waiting, State.RUNNING: self.running}
         self._arrivals = itertools.count()
 
@@ -92,6 +101,7 @@ class Scheduler:
                 continue
             follower.tables = [table.fork() for table in request.tables]
             follower.num_stored, follower.num_sampled = request.num_stored, request.num_sampled
+            follower.chain = list(request.chain)
             self._move(follower, State.RUNNING)
         request.followers = []
 
@@ -111,7 +121,8 @@ class Scheduler:
             if request.state is State.RUNNING and not request.is_sampling:
                 left -= self._run(request, left, step)
         # What a preempted row gave up is not for those that wait: it was needed just now.
-        if self.waiting and left and self.num_preemptions == preemptions:
+        is_closed = self.is_closed and self.running
+        if self.waiting and left and self.num_preemptions == preemptions and not is_closed:
             self._admit(left, step)
         return step
 
@@ -119,6 +130,7 @@ class Scheduler:
         """Note that a step has run: its tokens are stored, and next tokens are being sampled."""
         for chunk in step.chunks:
             chunk.request.num_stored = chunk.end
+            self.prefix.store(chunk.request, chunk.start, chunk.end)
             if chunk.samples:
                 chunk.request.num_sampled = chunk.end
 
@@ -154,8 +166,15 @@ class Scheduler:
         return max(count, 1)
 
     def _admit(self, left: int, step: Schedule) -> None:
-        """Start waiting rows, the first that came first, until one does not fit beside those that run."""
+        """Start waiting rows, the first that came first, until one does not fit beside those that run.
+
+        A row whose next block is computed in this very step, for another row, starts in the next one and finds it;
+        nobody gets the blocks that it will need.
+        """
         spare = [self._spare(index) for index in range(len(self.groups))]
+        underway: set[bytes] = set()
+        for chunk in step.chunks:
+            underway.update(self.prefix.digests(chunk.request, chunk.start, chunk.end))
         for request in list(self.waiting):
             if left == 0:
                 break
@@ -165,13 +184,27 @@ class Scheduler:
             if error is not None:
                 self._fail(request, error, step)
                 continue
-            blocks = [self._blocks(request, index, ahead=1) for index in range(len(self.groups))]
+            hit = self.prefix.match(request)
+            blocks = [self._wanted(request, index, hit) for index in range(len(self.groups))]
             if self.running and any(map(operator.gt, blocks, spare)):
                 break
             spare = list(map(operator.sub, spare, blocks))
+            if self.prefix.next_digest(request, hit) in underway:
+                continue
+            self.prefix.take(request, hit)
             self._move(request, State.RUNNING)
-            left -= self._run(request, left, step)
+            count = self._run(request, left, step)
+            left -= count
+            underway.update(self.prefix.digests(request, request.num_stored, request.num_stored + count))
         step.chunks.sort(key=lambda chunk: chunk.request.order)
+
+    def _wanted(self, request: Request, index: int, hit: Hit) -> int:
+        """Free or cached blocks that a waiting row takes at most until its next token is sampled, one token ahead."""
+        group = self.groups[index]
+        num_blocks = self._blocks(request, index, ahead=1, stored=hit.num_blocks * group.blocks.block_size)
+        if group.window is not None:  # What it shares there it gives up soon, and nobody gets it.
+            return num_blocks
+        return num_blocks - sum(group.blocks.ref_count(block) > 0 for block in hit.blocks[index])
 
     def _make_room(self, request: Request, count: int, copies: list, beyond: bool = False) -> OutOfBlocksError | None:
         """Blocks for the row's next `count` tokens in every group; the error of the first that has too few.
@@ -219,17 +252,20 @@ class Scheduler:
         promised = sum(
             max(0, self._blocks(row, index, ahead=1) - len(row.tables[index].blocks)) for row in self.running
         )
-        return pool.free_blocks + pool.cached_blocks - promised
+        return pool.spare_blocks - promised
 
-    def _blocks(self, request: Request, index: int, ahead: int = 0) -> int:
-        """Blocks that the row holds at most until its next token is sampled, and `ahead` tokens more."""
+    def _blocks(self, request: Request, index: int, ahead: int = 0, stored: int = 0) -> int:
+        """Blocks that the row holds at most until its next token is sampled, and `ahead` tokens more.
+
+        `stored`: how many tokens it would find stored, if it does not run.
+        """
         group, pool = self.groups[index], self.groups[index].blocks
         tokens = len(request.tokens) + ahead
         if group.window is None:
             return -(-tokens // pool.block_size)
         # Before a chunk lies the window of its first token, which may begin at a block's last slot.
         before = group.window - 1 + pool.block_size - 1
-        chunk = min(max(request.num_pending, 1), self.token_budget)
+        chunk = min(max(request.num_pending - stored, 1), self.token_budget)
         least, most = (-(-min(tokens, before + count) // pool.block_size) for count in (1, chunk))
         return max(least, min(most, pool.total_blocks))
 
@@ -253,5 +289,7 @@ def _is_private(table: BlockTable, start: int, end: int) -> bool:
     """Whether the row alone owns blocks for these tokens already, as for most tokens of a decode."""
     size = table.pool.block_size
     first, last = (start - table.base) // size, (end - 1 - table.base) // size
-    blocks = table.blocks
-    return last < len(blocks) and all(table.pool.ref_count(block) == 1 for block in blocks[first : last + 1])
+    blocks, pool = table.blocks, table.pool
+    return last < len(blocks) and all(
+        pool.ref_count(block) == 1 and not pool.is_kept(block) for block in blocks[first : last + 1]
+    )

@@ -267,7 +267,7 @@ class Sequences:
             if valid is None:
                 dense[row] = tokens
             else:
-                dense[row][:, valid[row]] = tokens
+                dense[row][:, valid[row].to(cache.device)] = tokens
         return dense
 
     def drop_layer(self, layer: int) -> None:

@@ -32,6 +32,12 @@ class Stats:
     fallbacks : dict of str to int
         Calls of `generate` that ran transformers' own loop over the paged cache, by reason. Beams, assisted
         decoding and models with a loop of their own are not counted.
+    prefix_lookups : int
+        Packed rows that looked for their first tokens in the prefix cache when they started, preempted ones again.
+    prefix_hit_tokens : int
+        Tokens that they found there, and did not compute.
+    evictions : int
+        Cached blocks that were given up because others needed them.
     implementation : str
         The model's attention implementation now. Some models change it themselves: Whisper goes to "eager" for
         word timestamps, and stays there until ``model.set_attn_implementation("paged")``.
@@ -48,6 +54,9 @@ class Stats:
     gathers: dict[str, int]
     packed_calls: int
     fallbacks: dict[str, int]
+    prefix_lookups: int
+    prefix_hit_tokens: int
+    evictions: int
     implementation: str
 
 
@@ -63,7 +72,7 @@ def stats(model: torch.nn.Module) -> Stats:
     Stats
     """
     pools = binding.pools_under(model)
-    total = used = cached = free = tokens = reads = packed = 0
+    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = 0
     gathers: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
     for pool in pools:
@@ -72,15 +81,18 @@ def stats(model: torch.nn.Module) -> Stats:
                 blocks = group.blocks
                 free, cached = free + blocks.free_blocks, cached + blocks.cached_blocks
                 used, total = used + blocks.used_blocks, total + blocks.total_blocks
+                evictions += blocks.num_evictions
                 tokens += _tokens_stored(pool, key)
             reads += pool.page_reads
             packed += pool.packed_calls
+            lookups += pool.prefix_counts.lookups
+            hits += pool.prefix_counts.hit_tokens
             gathers.update(pool.gathers)
             fallbacks.update(pool.fallbacks)
     block_size = pools[0].config.block_size if pools else binding.config_of(model).block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
     counts = (total, used, cached, free, block_size, tokens, waste, reads, dict(gathers), packed, dict(fallbacks))
-    return Stats(*counts, binding.implementation_of(model))
+    return Stats(*counts, lookups, hits, evictions, binding.implementation_of(model))
 
 
 def _tokens_stored(pool: KVPool, key: GroupKey) -> int:

@@ -107,7 +107,7 @@ class Step:
         context_lens = [last - table.base for last, table in zip(self.last, self.tables)]
         query_index, counts = None, torch.full((batch,), positions)
         if self.valid is not None and positions > 1:
-            query_index = self.valid.flatten().nonzero().flatten()
+            query_index = self.valid.flatten().nonzero().flatten().to(self.device)
             counts = self.valid.sum(1).cpu()
         cu_seqlens_q = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
         return Reads(

@@ -28,7 +28,7 @@ def same_rows(input_ids: torch.Tensor, valid: torch.Tensor | None) -> list[int] 
     list of int or None
         None if all rows differ.
     """
-    rows = input_ids if valid is None else torch.cat([input_ids, valid.to(input_ids.dtype)], dim=1)
+    rows = input_ids if valid is None else torch.cat([input_ids, valid.to(input_ids)], dim=1)
     first: dict[tuple, int] = {}
     twins = [first.setdefault(tuple(tokens), row) for row, tokens in enumerate(rows.tolist())]
     return twins if len(first) < len(twins) else None

@@ -1,7 +1,10 @@
 """``generate``'s decoding loop for "paged" models: packed rows on the engine, or the original loop and why."""
 
+import threading
+
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged import binding
 from hf_paged.call import ROW_WISE, ROW_WISE_CRITERIA, Call
@@ -13,11 +16,16 @@ from hf_paged.packed import NotPackableError, pack
 from hf_paged.padding import Padding
 from hf_paged.request import Request
 from hf_paged.scheduler import Chunk, Schedule, Scheduler
+from hf_paged.step_buffers import StepBuffers
+
+from .rectangle import run_rectangle
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
 _MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
 _ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
+# The stance of the compiler is the process's: threads that set it in turns would leave each other's behind.
+_making = threading.RLock()
 
 
 def scheduled_sample(
@@ -37,18 +45,24 @@ def scheduled_sample(
     )
     engine = None
     if reason is None:
-        engine = binding.engine_of(model, _make_engine)
+        engine = binding.engine_of(model, lambda model: _make_engine(model, _device_of(model, input_ids)))
         reason = engine if isinstance(engine, str) else None
     if reason is None:
         mask = model_kwargs.get("attention_mask")
         valid = None if mask is None else mask.bool()
+        cache = model_kwargs["past_key_values"]
         call = Call(
-            input_ids, valid, logits_processor, stopping_criteria, generation_config, streamer, engine.block_pools
+            *(input_ids, valid, logits_processor, stopping_criteria, generation_config, streamer, engine.block_pools),
+            cache=cache if _outlives_call(cache, generation_config) else None,
         )
         try:
-            output = engine.run(model, call)
+            sequences = engine.run(model, call)
             engine.pool.packed_calls += 1
-            return output
+            if not generation_config.return_dict_in_generate:
+                return sequences
+            return GenerateDecoderOnlyOutput(
+                sequences=sequences, scores=call.scores, logits=call.logits, past_key_values=cache
+            )
         except NotPackableError as error:
             # The model was changed since its engine was made, say to return attentions.
             if call.has_begun:
@@ -56,7 +70,8 @@ def scheduled_sample(
                     f"{type(model).__name__} was changed while it generated: {error}. Call generate again"
                 ) from error
             reason = str(error)
-    output = original(
+    output = run_rectangle(
+        original,
         model,
         input_ids,
         logits_processor=logits_processor,
@@ -74,24 +89,31 @@ def scheduled_sample(
 def _why_not_this_call(model, ids, processors, criteria, config, synced_gpus, streamer, kwargs) -> str | None:
     """Why the packed loop cannot serve this call with the results of the original one; None if it can."""
     return (
-        _why_not_this_model(model)
+        _why_not_this_model(model, _device_of(model, ids))
         or _why_not_these_inputs(ids, kwargs)
         or _why_not_these_options(config, ids, synced_gpus, streamer)
+        or _why_not_this_cache(ids, config, kwargs)
         or _why_not_these_hooks(processors, criteria)
     )
 
 
-def _why_not_this_model(model) -> str | None:
-    if model.training or torch.is_autocast_enabled(model.device.type):
+def _device_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.device:
+    """Where a forward of the model begins; between forwards, offloaded weights are on "meta"."""
+    return ids.device if model.device.type == "meta" else model.device
+
+
+def _why_not_this_model(model, device: torch.device) -> str | None:
+    if model.training or torch.is_autocast_enabled(device.type):
         return "training or autocast"
     if model.config.is_encoder_decoder:
         return "an encoder-decoder"
     for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
-        if getattr(type(model), method) is not getattr(GenerationMixin, method):
+        # Asked of the model itself: PEFT gives one to the instance, for the time of a call.
+        if getattr(getattr(model, method), "__func__", None) is not getattr(GenerationMixin, method):
             return f"the model has a {method} of its own"
     if not model._supports_logits_to_keep():
         return "the model computes every logit"
-    if any(_is_row_by_row(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+    if any(_is_of_peft(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
         return "adapters chosen row by row"
     text = model.config.get_text_config(decoder=True)
     ropes = [getattr(text, "rope_parameters", None) or {}]
@@ -101,9 +123,9 @@ def _why_not_this_model(model) -> str | None:
     return None
 
 
-def _is_row_by_row(hook) -> bool:
-    """Whether a hook is the one by which PEFT tells its layers the adapter of each row of the batch."""
-    return getattr(getattr(hook, "func", hook), "__name__", "") == "_adapter_names_pre_forward_hook"
+def _is_of_peft(hook) -> bool:
+    """Whether PEFT made a hook: for the time of a call, they tell its layers something for each row of the batch."""
+    return (getattr(getattr(hook, "func", hook), "__module__", None) or "").startswith("peft.")
 
 
 def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> str | None:
@@ -133,6 +155,11 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> str | None:
     return None
 
 
+def _outlives_call(cache: DynamicCache, config) -> bool:
+    """Whether the caller will see what the call leaves in its cache."""
+    return bool(config.return_dict_in_generate or getattr(cache, "_is_user_defined", False))
+
+
 def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> bool:
     if given.shape[-1] != expected.shape[-1] or given.dim() != 2:
         return False
@@ -141,8 +168,8 @@ def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor 
 
 
 def _why_not_these_options(config, ids: torch.Tensor, synced_gpus: bool, streamer) -> str | None:
-    if config.return_dict_in_generate:
-        return "return_dict_in_generate"
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        return "returned attentions or hidden states"
     if synced_gpus or config.is_assistant or config.compile_config is not None:
         return "synced_gpus, an assistant or a compiled forward"
     if streamer is not None and len(ids) > 1:
@@ -152,29 +179,49 @@ def _why_not_these_options(config, ids: torch.Tensor, synced_gpus: bool, streame
     return None
 
 
+def _why_not_this_cache(ids: torch.Tensor, config, kwargs: dict) -> str | None:
+    """Of several rows dense returns a rectangle, with pads and with what finished rows went on to store."""
+    if not _outlives_call(kwargs["past_key_values"], config):
+        return None
+    mask = kwargs.get("attention_mask")
+    if len(ids) > 1 or not (mask is None or bool(mask.all())):
+        return "a returned cache, or returned scores, of several or padded rows"
+    return None
+
+
 def _why_not_these_hooks(processors, criteria) -> str | None:
     unknown = [type(processor).__name__ for processor in processors if type(processor) not in ROW_WISE]
     if unknown:
         return f"a processor that may look at other rows: {unknown[0]}"
     kinds = {type(criterion) for criterion in criteria}
-    if kinds - ROW_WISE_CRITERIA:
-        return f"a criterion that may look at other rows: {sorted(kind.__name__ for kind in kinds)[0]}"
+    if unknown := sorted(kind.__name__ for kind in kinds - ROW_WISE_CRITERIA):
+        return f"a criterion that may look at other rows: {unknown[0]}"
     if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds) > 1:
         return "rows that go on after they are finished"
     return None
 
 
-def _make_engine(model: PreTrainedModel) -> Engine | str:
-    """The engine of a model, or why it can have none: found out with two tiny forwards."""
+def _make_engine(model: PreTrainedModel, device: torch.device) -> Engine | str:
+    """The engine of a model, or why it can have none: found out with two tiny forwards.
+
+    They run uncompiled, whatever the user compiled: what they check is not checked again in compiled steps.
+    """
+    with _making, torch.compiler.set_stance("force_eager"):
+        return _tried_engine(model, device)
+
+
+def _tried_engine(model: PreTrainedModel, device: torch.device) -> Engine | str:
     token = model.generation_config.bos_token_id
-    ids = torch.tensor([[token if isinstance(token, int) and token >= 0 else 0]], device=model.device)
+    ids = torch.tensor([[token if isinstance(token, int) and token >= 0 else 0]], device=device)
     with torch.no_grad():
         # One token through an ordinary cache makes the pool, in the shape of the model's states.
         alone = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True).logits[0, -1]
     pools = binding.pools_under(model)
     if len(pools) != 1 or not pools[0].groups:
         return "no pool of its own, or several"
-    if any(key.device != model.device for key in pools[0].groups):
+    # Hooks of accelerate move what an offloaded model is given to where its layers run: to one device, if to any.
+    begins = device if model.device.type != "meta" else next(iter(pools[0].groups)).device
+    if any(key.device != begins for key in pools[0].groups):
         return "layers on several devices"
     engine = Engine(pools[0])
     try:
@@ -207,7 +254,7 @@ def _try_step(model, engine: Engine, pool: KVPool, token: int) -> torch.Tensor:
                     storage.ensure(group.blocks.high_water)
             with torch.inference_mode(False), torch.no_grad():
                 windows, storages = [group.window for group in groups], [group.layers for group in groups]
-                return run_step(model, pack(chunks, windows, storages, model.device))[1]
+                return run_step(model, pack(chunks, windows, storages, StepBuffers(engine.keys[0].device)))[1]
         finally:
             for request in requests:
                 request.release()

@@ -1,9 +1,10 @@
 """The hooks in transformers: installed by `enable`, taken out again by `disable`.
 
-Five places are touched, and only for models and caches whose attention implementation is "paged":
+Seven places are touched, and only for models and caches whose attention implementation is "paged":
 the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
 ``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that
-can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed.
+can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed;
+``_beam_search`` and ``_assisted_decoding`` reserve their blocks first.
 """
 
 import functools
@@ -21,6 +22,7 @@ from hf_paged.errors import PagedError
 from hf_paged.mask import paged_mask
 
 from .generate import scheduled_sample
+from .rectangle import run_rectangle
 from .refusals import settle
 
 NAME = "paged"
@@ -30,6 +32,14 @@ _SIGNATURES = {
     (GenerationMixin, "_sample"): [
         *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
         *("streamer", "model_kwargs"),
+    ],
+    (GenerationMixin, "_beam_search"): [
+        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
+        "model_kwargs",
+    ],
+    (GenerationMixin, "_assisted_decoding"): [
+        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
+        *("streamer", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "model_kwargs"),
     ],
     (PreTrainedModel, "get_correct_attn_implementation"): ["self", "requested_attention", "is_init_check"],
 }
@@ -51,7 +61,9 @@ def enable() -> None:
         AttentionMaskInterface.register(NAME, paged_mask)
         _wrap(DynamicCache, "__init__", _after(_page_new_cache))
         _wrap(PreTrainedModel, "get_correct_attn_implementation", _after(_track_paged_model))
-        _wrap(GenerationMixin, "_sample", _sample)
+        _wrap(GenerationMixin, "_sample", _for_paged(scheduled_sample))
+        _wrap(GenerationMixin, "_beam_search", _for_paged(run_rectangle))
+        _wrap(GenerationMixin, "_assisted_decoding", _for_paged(run_rectangle))
 
 
 def disable() -> None:
@@ -109,9 +121,14 @@ def _after(function):
     return lambda original, self, *args, **kwargs: function(self, original(self, *args, **kwargs), *args, **kwargs)
 
 
-def _sample(original, model, *args, **kwargs):
-    is_paged = model.config.get_text_config(decoder=True)._attn_implementation == NAME
-    return scheduled_sample(original, model, *args, **kwargs) if is_paged else original(model, *args, **kwargs)
+def _for_paged(loop):
+    """Let ``loop(original, model, ...)`` decode for "paged" models, and the original for all others."""
+
+    def decode(original, model, *args, **kwargs):
+        is_paged = model.config.get_text_config(decoder=True)._attn_implementation == NAME
+        return loop(original, model, *args, **kwargs) if is_paged else original(model, *args, **kwargs)
+
+    return decode
 
 
 def _page_new_cache(

@@ -4,11 +4,24 @@ from hf_paged.errors import OutOfBlocksError
 from hf_paged.pool import BlockPool
 
 
+class WatchedPool(BlockPool):
+    """Tells `on_hand_out` which blocks it hands out; evicts no cached block while others are free."""
+
+    on_hand_out = staticmethod(lambda blocks: None)
+
+    def allocate(self, num_blocks):
+        free, evictions = self.free_blocks, self.num_evictions
+        blocks = super().allocate(num_blocks)
+        assert self.num_evictions - evictions == max(0, num_blocks - free)
+        self.on_hand_out(blocks)
+        return blocks
+
+
 class FakeGroup:
     """Blocks of 4 tokens, as a rule; past the budget the pool grows up to `capacity` as `GroupPool` does."""
 
     def __init__(self, num_blocks, window=None, capacity=0, block_size=4):
-        self.blocks, self.window = BlockPool(num_blocks, block_size), window
+        self.blocks, self.window = WatchedPool(num_blocks, block_size), window
         self.capacity = max(num_blocks, capacity)
 
     def allocate(self, num_blocks):

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import transformers
 
 import hf_paged
 from hf_paged import PagedConfig, binding, cli, doctor, machine, selfcheck
-from hf_paged.integrations import hooks
+from hf_paged.integrations import autoload, hooks
 from hf_paged.kernels import ops
 
 ROOT = Path(__file__).parent.parent
@@ -159,3 +160,21 @@ def test_the_command_outlives_an_import_that_fails(tmp_path):
 def test_the_command_runs_the_package():
     done = command("plan", "demo", "--batch", "0", "--context", "1")
     assert done.returncode == 1 and done.stderr == "hf-paged: --batch must be at least 1; got 0\n"
+
+
+def test_zero_code_activation(capsys, monkeypatch):
+    def said(points, **environment):
+        monkeypatch.setattr(autoload, "entry_points", lambda group: points)
+        for name in (autoload.SWITCH, autoload.TORCH_SWITCH):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return examine(capsys)[2]["zero-code"]
+
+    ours = [EntryPoint("hf_paged", "hf_paged_autoload:install", "torch.backends")]
+    assert said(ours) == 'on: attn_implementation="paged" works without `import hf_paged`'
+    assert said([]).endswith(
+        "needs `import hf_paged`: hf_paged is not installed, or by a version without it: pip install it anew"
+    )
+    for name in (autoload.SWITCH, autoload.TORCH_SWITCH):
+        assert said(ours, **{name: "0"}) == f'off, attn_implementation="paged" needs `import hf_paged`: {name}=0 is set'

@@ -71,6 +71,13 @@ def test_the_pages_are_as_good_as_dense(task, files):
     assert section.flags == [] and figures(section)["page reads"].value > 0
 
 
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_dense_against_itself(task, files):
+    section = evaluate(task, options_for(task, *files, settings=TASKS[task], backend="sdpa"))
+    names = [figure.name for figure in section.figures]
+    assert section.flags == [] and len(set(names)) == len(names)
+
+
 def test_every_row_is_equal_in_float32(files):
     task = next(iter(TASKS))
     equal = figures(evaluate(task, options_for(task, *files, settings=TASKS[task])))["rows equal"]
@@ -195,7 +202,7 @@ def problems(monkeypatch):
 
 
 def test_pass_at_1_is_paired(files, problems, monkeypatch):
-    right, wrong = [list(map(ord, text)) for text in ("    return 2 * x", "    return x")]
+    right, wrong = [list(map(ord, text)) for text in ("\n    return 2 * x", "\n    return x")]
     spoken = iter([[right] * 10, [wrong] * 7 + [right] * 3])
     monkeypatch.setattr(humaneval, "generate", lambda *args, **options: next(spoken))
     monkeypatch.setattr(humaneval, "completions", lambda tokenizer, prompts, rows: ["".join(map(chr, r)) for r in rows])

@@ -75,6 +75,16 @@ def test_other_options_are_refused(tmp_path):
         run(Squares(), tmp_path, dtype="bfloat16")
 
 
+def test_other_settings_are_refused_and_other_tasks_are_welcome(tmp_path):
+    expected = run(Squares(), tmp_path)
+    cubes = Squares()
+    cubes.name = "cubes"
+    run(cubes, tmp_path, extra={"cubes": {"count": 4}})
+    assert run(Squares(), tmp_path) == expected
+    with pytest.raises(ValueError, match=r"\(cubes.count was 4 and is 5\)"):
+        run(cubes, tmp_path, extra={"cubes": {"count": 5}})
+
+
 def test_other_versions_are_refused(tmp_path, monkeypatch):
     run(Squares(), tmp_path)
     monkeypatch.setattr(store, "versions", lambda: {"torch": "0.1"})

@@ -54,7 +54,7 @@ PROBLEM = {
 }
 
 
-@pytest.mark.parametrize("completion, passes", [("    return 2 * x\n", True), ("    return x\n", False), ("", False)])
+@pytest.mark.parametrize("completion, passes", [("\n    return 2 * x", True), ("\n    return x", False), ("", False)])
 def test_a_problem(completion, passes):
     assert (run_program(program(PROBLEM, completion), SECONDS) is None) == passes
 

@@ -47,14 +47,60 @@ def test_a_shared_block_lives_until_its_last_owner_frees_it():
 def test_cached_blocks_are_evicted_least_recently_used_first():
     pool = BlockPool(3, 4)
     a, b, c = pool.allocate(3)
-    pool.free([b], keep=True)
-    pool.free([a], keep=True)
+    evicted = []
+    for block in (a, b):
+        pool.keep(block, evicted.append)
+    pool.free([b, a])
     assert (pool.free_blocks, pool.cached_blocks, pool.used_blocks) == (0, 2, 1)
-    assert pool.allocate(1) == [b]
+    assert pool.allocate(1) == evicted == [b]
     pool.revive(a)
     with pytest.raises(BlockError, match="not cached"):
         pool.revive(a)
-    assert pool.used_blocks == 3 and c not in (a, b)
+    assert pool.used_blocks == 3 and c not in (a, b) and pool.num_evictions == 1
+
+
+def test_free_blocks_go_before_cached_ones():
+    pool = BlockPool(3, 4)
+    a, b = pool.allocate(2)
+    pool.keep(a, pytest.fail)
+    pool.free([a, b])
+    assert a not in pool.allocate(2)
+
+
+def test_what_is_evicted_by_name_is_free():
+    pool = BlockPool(2, 4)
+    cached, used = pool.allocate(2)
+    evicted = []
+    for block in (cached, used):
+        pool.keep(block, evicted.append)
+    with pytest.raises(BlockError, match="kept already"):
+        pool.keep(used, evicted.append)
+    pool.free([cached])
+    with pytest.raises(BlockError, match="not in use"):
+        pool.keep(cached, evicted.append)
+    pool.evict(cached), pool.evict(used)
+    assert evicted == [cached, used] and (pool.free_blocks, pool.used_blocks) == (1, 1)
+    pool.free([used])
+    assert pool.free_blocks == 2 and pool.num_evictions == 0
+
+
+def test_a_kept_block_that_is_written_again_is_forgotten():
+    pool = BlockPool(8, 4)
+    table, evicted = BlockTable(pool), []
+    make_writable([table], [(0, 8)], pool.allocate)
+    first, second = table.blocks
+    for block in table.blocks:
+        pool.keep(block, evicted.append)
+    sharer = table.fork()
+    table.truncate(6)
+    assert make_writable([table], [(6, 8)], pool.allocate) == [(second, table.blocks[1])]
+    assert evicted == [], "the other row still has what was kept"
+    sharer.truncate(2)
+    table.release()
+    make_writable([sharer], [(2, 4)], pool.allocate)
+    assert evicted == [first]
+    sharer.release()
+    assert pool.cached_blocks == 1 and pool.is_kept(second)
 
 
 def test_give_back_is_seen_by_the_next_call():
@@ -111,6 +157,7 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
         self.memory: dict[int, int] = {}
         self.tables: dict[int, BlockTable] = {}
         self.model: dict[int, list[int]] = {}
+        self.kept: dict[int, list[int]] = {}  # Tokens of kept blocks.
         self.next_row = self.next_token = 0
 
     def _add(self, table, tokens):
@@ -170,18 +217,30 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
         self.pool.give_back(self.tables.pop(row).blocks)
         del self.model[row]
 
-    @rule(row=consumes(rows))
-    def end_and_keep(self, row):
-        table = self.tables.pop(row)
-        self.pool.free(table.blocks, keep=True)
-        del self.model[row]
+    @rule(row=rows)
+    def keep(self, row):
+        """Whoever starts like this row may have its full blocks, as they are now."""
+        table, tokens = self.tables[row], self.model[row]
+        for index, block in enumerate(table.blocks):
+            start = table.base + index * self.BLOCK
+            if start + self.BLOCK <= len(tokens) and block not in self.kept:
+                self.pool.keep(block, self.kept.pop)
+                self.kept[block] = tokens[start : start + self.BLOCK]
 
-    @precondition(lambda self: self.pool.cached_blocks > 0)
-    @rule()
-    def revive(self):
-        block = next(iter(self.pool._cached))
-        self.pool.revive(block)
-        self.pool.free([block])
+    @precondition(lambda self: self.kept)
+    @rule(target=rows, pick=st.integers(0, 10**6))
+    def reuse(self, pick):
+        block, tokens = list(self.kept.items())[pick % len(self.kept)]
+        table = BlockTable(self.pool)
+        table.reuse([block], self.BLOCK)
+        return self._add(table, list(tokens))
+
+    @precondition(lambda self: self.kept)
+    @rule(pick=st.integers(0, 10**6))
+    def evict(self, pick):
+        block = list(self.kept)[pick % len(self.kept)]
+        self.pool.evict(block)
+        assert block not in self.kept
 
     @invariant()
     def rows_read_back(self):
@@ -189,6 +248,13 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
             table = self.tables[row]
             stored = tokens[table.base :]
             assert [self.memory[slot] for slot in table.slots(table.base, len(tokens))] == stored
+
+    @invariant()
+    def kept_blocks_hold_what_they_held(self):
+        for block, tokens in self.kept.items():
+            assert self.pool.is_kept(block)
+            assert [self.memory[block * self.BLOCK + at] for at in range(self.BLOCK)] == tokens
+        assert self.pool.cached_blocks <= len(self.kept)
 
     @invariant()
     def pool_is_whole(self):

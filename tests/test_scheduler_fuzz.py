@@ -1,4 +1,4 @@
-"""The scheduler driven at random, compared with dictionaries: what each row holds, and what each slot holds."""
+"""The scheduler driven at random, compared with dictionaries: what rows hold, what slots hold, what can be found."""
 
 import itertools
 
@@ -6,6 +6,7 @@ from fake_groups import FakeGroup
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from known_blocks import KnownBlocks
 
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.request import Request, State
@@ -17,14 +18,16 @@ picks = st.integers(0, 10**6)
 
 
 class SchedulerAgainstDictionaries(RuleBasedStateMachine):
-    """Prompts arrive, steps run, calls hand tokens back or leave, and somebody else takes blocks.
+    """Prompts arrive, steps run, calls hand tokens back or leave, weights change, and somebody else takes blocks.
 
     As in the engine, only steps exclude each other: all else may happen while one is under way. A token is
-    written into a fake memory at its slot; at the end of a step each row must find all that its queries see.
+    written into a fake memory at its slot, with the weights and the salt that it was computed with; at the end of
+    a step each row must find all that its queries see. No token is in two prompts unless all before it is, too;
+    so a token says what its block is a function of.
     """
 
     @initialize(
-        budgets=st.tuples(st.integers(1, 14), st.integers(1, 10)),
+        budgets=st.tuples(st.integers(1, 20), st.integers(1, 16)),
         slack=st.integers(0, 6),
         block_size=st.integers(1, 4),
         window=st.integers(1, 9),
@@ -40,22 +43,52 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.sampling: dict[Request, None] = {}
         self.out: dict[Request, None] = {}
         self.held: list[dict[int, None]] = [{} for _ in self.groups]
-        self.memory: list[dict[int, int]] = [{} for _ in self.groups]
+        self.memory: list[dict[int, tuple]] = [{} for _ in self.groups]
+        self.states: dict[Request, list[tuple]] = {}  # What each row has stored, by token.
+        self.weights = 0
+        self.born: dict[Request, int] = {}  # The weights that a row started with.
+        self.known = KnownBlocks(self.groups)
         self.step = None
         self.new_tokens = itertools.count()
+        self.take, self.scheduler.prefix.take = self.scheduler.prefix.take, self.check_hit
 
     @property
     def live(self):
         return [request for request in self.tokens if request not in self.out]
 
-    @rule(length=st.integers(1, 24), more=st.integers(1, 12), followers=st.integers(0, 3))
-    def arrive(self, length, more, followers):
-        prompt = [next(self.new_tokens) for _ in range(length)]
+    @rule(
+        pick=picks,
+        shared=st.integers(0, 20),
+        length=st.integers(1, 24),
+        more=st.integers(1, 12),
+        followers=st.integers(0, 3),
+        salt=st.sampled_from(["", "", "salt", None]),
+    )
+    def arrive(self, pick, shared, length, more, followers, salt):
+        earlier = list(self.tokens.values())
+        prompt = earlier[pick % len(earlier)][: min(shared, length)] if earlier else []
+        prompt += [next(self.new_tokens) for _ in range(length - len(prompt))]
         rows = [Request(list(prompt), [group.blocks for group in self.groups]) for _ in range(1 + followers)]
         rows[0].followers = rows[1:]
         for row in rows:
-            self.tokens[row], self.limits[row] = list(prompt), length + more
+            self.tokens[row], self.limits[row], row.salt = list(prompt), length + more, salt
         self.scheduler.add(rows[0])
+
+    @rule(identity=st.sampled_from([b"weights", b"other weights"]))
+    def call(self, identity):
+        """A call finds the model as it is now."""
+        if identity != self.scheduler.prefix._identity:
+            self.weights += 1
+            self.known.clear()
+        self.scheduler.prefix.use(identity)
+
+    def check_hit(self, request, hit):
+        """A row starts: it must find what the dictionaries say, no more and no less."""
+        tokens = self.tokens[request]
+        assert hit.num_blocks == self.known.longest(request, tokens)
+        self.take(request, hit)
+        self.born[request] = self.weights
+        self.states[request] = [(self.weights, request.salt, token) for token in tokens[: request.num_stored]]
 
     @between_steps
     @rule()
@@ -100,10 +133,20 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         preempted = [row for row in running if row.state is State.WAITING]
         admitted = [row for row in waiting if row.state is State.RUNNING]
         assert not (preempted and admitted)
-        stays = [row for row in self.scheduler.waiting if row not in self.sampling]
+        # Who waits for a block that is computed in this step may be overtaken by the others of the step.
+        stays = [row for row in self.scheduler.waiting if row not in self.sampling and not self.finds_more(row)]
         assert not (stays and admitted) or max(map(arrivals.get, admitted)) < arrivals[stays[0]], "a row is overtaken"
         last = max((arrivals[row] for row in self.scheduler.running), default=-1)
         assert all(arrivals[row] > last for row in preempted), "not the last one was preempted"
+
+    def finds_more(self, request):
+        """Whether the step computes a block that the row could find."""
+        computed = set()
+        for chunk in self.step.chunks:
+            if self.born[chunk.request] == self.weights:
+                computed.update(self.known.keys(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end))
+        tokens = self.tokens[request]
+        return not computed.isdisjoint(self.known.keys(request, tokens, 0, len(tokens) - 1))
 
     def check_copies(self, number, copies):
         sources, destinations = [source for source, _ in copies], [destination for _, destination in copies]
@@ -113,25 +156,34 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         size, memory = self.groups[number].blocks.block_size, self.memory[number]
         for source, destination in copies:
             for offset in range(size):
-                memory[destination * size + offset] = memory.get(source * size + offset, -1)
+                memory[destination * size + offset] = memory.get(source * size + offset)
 
     @within_a_step
     @rule()
     def end_step(self):
         step, self.step = self.step, None
+        for chunk in step.chunks:
+            states, tokens = self.states[chunk.request], self.tokens[chunk.request][chunk.start : chunk.end]
+            assert len(states) == chunk.start
+            states += [(self.weights, chunk.request.salt, token) for token in tokens]
         for number, (group, memory) in enumerate(zip(self.groups, self.memory)):
             for chunk in step.chunks:
                 slots = chunk.request.tables[number].slots(chunk.start, chunk.end)
-                memory.update(zip(slots, self.tokens[chunk.request][chunk.start : chunk.end]))
+                memory.update(zip(slots, self.states[chunk.request][chunk.start : chunk.end]))
             for chunk in step.chunks:
                 seen = 0 if group.window is None else max(0, chunk.start - group.window + 1)
                 found = [memory[slot] for slot in chunk.request.tables[number].slots(seen, chunk.end)]
-                assert found == self.tokens[chunk.request][seen : chunk.end]
+                assert found == self.states[chunk.request][seen : chunk.end]
+        for chunk in step.chunks:
+            if self.born[chunk.request] == self.weights:
+                self.known.learn(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end)
         self.scheduler.done(step)
         for chunk in step.chunks:
             if chunk.samples:
                 followers = [row for row in chunk.request.followers if row not in self.out]
                 self.scheduler.follow(chunk.request)
+                self.born.update(dict.fromkeys(followers, self.born[chunk.request]))
+                self.states.update({row: list(self.states[chunk.request]) for row in followers})
                 self.sampling.update(dict.fromkeys([chunk.request, *followers]))
 
     @precondition(lambda self: self.sampling)
@@ -175,14 +227,15 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         except OutOfBlocksError:
             return
         self.held[number].update(dict.fromkeys(taken))
-        self.memory[number].update({b * blocks.block_size + at: -2 for b in taken for at in range(blocks.block_size)})
+        size = blocks.block_size
+        self.memory[number].update({block * size + at: "another's" for block in taken for at in range(size)})
 
     @precondition(lambda self: any(self.held))
-    @rule(number=st.integers(0, 1), keep=st.booleans(), at_once=st.booleans())
-    def let_go(self, number, keep, at_once):
+    @rule(number=st.integers(0, 1), at_once=st.booleans())
+    def let_go(self, number, at_once):
         blocks, self.held[number] = list(self.held[number]), {}
         if at_once:
-            self.groups[number].blocks.free(blocks, keep=keep)
+            self.groups[number].blocks.free(blocks)
         else:
             self.groups[number].blocks.give_back(blocks)
 
@@ -206,6 +259,13 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             blocks = group.blocks
             blocks.check_integrity([*(row.tables[number].blocks for row in self.tokens), list(self.held[number])])
             assert blocks.free_blocks + blocks.cached_blocks + blocks.used_blocks == blocks.total_blocks
+
+    @invariant()
+    def what_can_be_found_is_there(self):
+        self.scheduler.prefix.check_integrity()
+        for group, known in zip(self.groups, self.known.blocks):
+            kept = filter(group.blocks.is_kept, range(group.blocks.high_water))
+            assert sorted(known.values()) == list(kept)
 
     def teardown(self):
         """Whatever happened, every row gets to its end, even if nobody gives blocks back."""

@@ -17,7 +17,7 @@ class BatchInvariance:
     name = "batch"
     title = "Batch invariance"
     settings = {"humaneval": 16, "sharegpt": 16, "sizes": [2, 8, 32], "probes": 8, "new_tokens": 32, "max_prompt": 256}
-    quick = {"humaneval": 4, "sharegpt": 4, "sizes": [2, 8], "probes": 4, "new_tokens": 16}
+    quick = {"humaneval": 2, "sharegpt": 6, "sizes": [2, 8], "probes": 4, "new_tokens": 12, "max_prompt": 128}
     is_timed = False
 
     def samples(self, options: Options) -> list[Sample]:
@@ -26,8 +26,11 @@ class BatchInvariance:
             load_tokenizer(options), options, settings["humaneval"], settings["sharegpt"], settings["max_prompt"]
         )
         names = list(prompts)
+        sizes = [size for size in settings["sizes"] if size <= len(names)]
+        if not sizes:
+            raise ValueError(f"batches of {settings['sizes']} want more than {len(names)} prompts: raise --limit")
         return [
-            Sample(f"probes {number}", {**settings, "probes": some, "prompts": prompts})
+            Sample(f"probes {number}", {**settings, "sizes": sizes, "probes": some, "prompts": prompts})
             for number, some in enumerate(sources.batches(names, settings["probes"]))
         ]
 
@@ -38,8 +41,8 @@ class BatchInvariance:
         return {"baseline": baseline, "backend": backend, "pages": vars(counts)}
 
     def summarise(self, records: list[dict], options: Options) -> Section:
-        names = {"baseline": options.baseline, "backend": options.backend}
-        sizes = options.settings_of(self)["sizes"]
+        names = {"baseline": options.baseline_name, "backend": options.backend_name}
+        sizes = sorted({row["size"] for record in records for row in record["backend"]})
         reads, evidence, flags = pages(records, options)
         figures, lines, series = [], [], {}
         for who, name in names.items():
@@ -61,7 +64,7 @@ class BatchInvariance:
             self.name,
             self.title,
             f"In batches of {', '.join(map(str, sizes))}, {equal['backend']} of {total} rows keep the tokens they get "
-            f"alone with {options.backend}, {equal['baseline']} with {options.baseline}.",
+            f"alone with {options.backend_name}, {equal['baseline']} with {options.baseline_name}.",
             figures=[*figures, reads],
             tables=[
                 Table("By batch", ["Backend", "Batch", "Rows", "As alone", "Near-ties", "Unexplained"], lines),

@@ -60,7 +60,7 @@ class MultipleChoice:
         chosen = {who: [_likeliest(row[who], row["tokens"]) for row in records] for who in ("baseline", "backend")}
         answers = [row["answer"] for row in records]
         right = {who: [a == b for a, b in zip(picks, answers)] for who, picks in chosen.items()}
-        words, figures, table, flags, _ = describe(
+        words, figures, table, flags = describe(
             "right answers", PairedOutcomes.count(right["baseline"], right["backend"]), options
         )
         reads, evidence, unread = pages(records, options)
@@ -129,7 +129,7 @@ def _likeliest(likelihoods: list[float], tokens: list[int]) -> int:
 
 
 def _differing(records: list[dict], chosen: dict[str, list[int]], options: Options) -> Table:
-    columns = ["Question", "Answer", options.baseline, options.backend]
+    columns = ["Question", "Answer", options.baseline_name, options.backend_name]
     lines = [
         [row["question"], row["answer"], first, second]
         for row, first, second in zip(records, chosen["baseline"], chosen["backend"])

@@ -2,6 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+from transformers import StoppingCriteriaList, StopStringCriteria
+
 from hf_paged.evals.suite.models import Models
 from hf_paged.evals.suite.options import Options
 from hf_paged.evals.suite.statistics import PairedOutcomes
@@ -23,7 +25,7 @@ class HumanEval:
 
     name = "humaneval"
     title = "HumanEval pass@1"
-    settings = {"problems": 164, "new_tokens": 256, "batch": 32, "baseline_batch": 8, "seconds": 10.0}
+    settings = {"problems": 164, "new_tokens": 256, "batch": 16, "baseline_batch": 8, "seconds": 10.0}
     quick = {"problems": 8, "new_tokens": 64}
     is_timed = False
 
@@ -38,8 +40,10 @@ class HumanEval:
     def run(self, sample: Sample, models: Models) -> dict:
         given, tokenizer = sample.payload, models.tokenizer
         problems = given["problems"]
-        prompts = [tokenizer(problem["prompt"])["input_ids"] for problem in problems]
-        options = {"max_new_tokens": given["new_tokens"], "stop_strings": _STOPS, "tokenizer": tokenizer}
+        # Without its last line break: tokens of code hold a line break and the indentation after it.
+        prompts = [tokenizer(problem["prompt"].rstrip())["input_ids"] for problem in problems]
+        stops = StoppingCriteriaList([StopStringCriteria(tokenizer, _STOPS)])
+        options = {"max_new_tokens": given["new_tokens"], "stopping_criteria": stops}
         baseline = generate(models.baseline, tokenizer, prompts, given["baseline_batch"], **options)
         with models.counting() as counts:
             backend = generate(models.backend, tokenizer, prompts, given["batch"], **options)
@@ -61,7 +65,7 @@ class HumanEval:
         rows = [row for record in records for row in record["rows"]]
         passed = {who: [row[f"{who}_failure"] is None for row in rows] for who in ("baseline", "backend")}
         outcomes = PairedOutcomes.count(passed["baseline"], passed["backend"])
-        words, figures, table, flags, _ = describe("pass@1", outcomes, options)
+        words, figures, table, flags = describe("pass@1", outcomes, options)
         reads, evidence, unread = pages(records, options)
         same = sum(row["baseline"] == row["backend"] for row in rows)
         differing = [
@@ -72,7 +76,7 @@ class HumanEval:
         equal = Figure("programs equal", 100 * same / len(rows), "%", better="higher")
         tables = [table, evidence]
         if differing:
-            columns = ["Problem", options.baseline, options.backend]
+            columns = ["Problem", options.baseline_name, options.backend_name]
             tables.insert(1, Table("Problems with two different programs", columns, differing))
         return Section(
             self.name,
@@ -101,4 +105,4 @@ def completions(tokenizer, prompts: list[list[int]], rows: list[list[int]]) -> l
 
 def program(problem: dict, completion: str) -> str:
     """The problem's prompt, a completion, and the tests that it must pass."""
-    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+    return f"{problem['prompt'].rstrip()}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"

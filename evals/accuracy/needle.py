@@ -32,7 +32,8 @@ class NeedleInHaystack:
             hidden = [haystack.needle(options.seed, length, depth) for depth in depths]
             prompts = [haystack.prompt(tokenizer, hay, one, length, depth) for one, depth in zip(hidden, depths)]
             payload = {"length": length, "depths": depths, "prompts": prompts, "new_tokens": settings["new_tokens"]}
-            found.append(Sample(f"length {length}", {**payload, "answers": [one.answer for one in hidden]}))
+            payload |= {"answers": [one.answer for one in hidden], "source": source}
+            found.append(Sample(f"length {length}", payload))
         return found
 
     def run(self, sample: Sample, models: Models) -> dict:
@@ -52,23 +53,22 @@ class NeedleInHaystack:
             }
             for depth, answer, first, second in zip(given["depths"], given["answers"], baseline, backend)
         ]
-        return {"rows": rows, "pages": vars(counts)}
+        return {"rows": rows, "source": given["source"], "pages": vars(counts)}
 
     def summarise(self, records: list[dict], options: Options) -> Section:
         rows = [row for record in records for row in record["rows"]]
         found = {who: [row["answer"] in row[who] for row in rows] for who in ("baseline", "backend")}
         outcomes = PairedOutcomes.count(found["baseline"], found["backend"])
-        words, figures, table, flags, _ = describe("needles found", outcomes, options)
+        words, figures, table, flags = describe("needles found", outcomes, options)
         reads, evidence, unread = pages(records, options)
         same = sum(row["same"] for row in rows)
         maps = [
             _heat_map(title, rows, [float(hit) for hit in found[who]])
             for title, who in (
-                (f"Needle found, {options.baseline}", "baseline"),
-                (f"Needle found, {options.backend}", "backend"),
+                (f"Needle found, {options.baseline_name}", "baseline"),
+                (f"Needle found, {options.backend_name}", "backend"),
             )
         ]
-        source, _ = sources.texts(options)
         return Section(
             self.name,
             self.title,
@@ -76,7 +76,7 @@ class NeedleInHaystack:
             figures=[*figures, Figure("answers equal", 100 * same / len(rows), "%", better="higher"), reads],
             tables=[table, _answers(rows, options), evidence],
             plots=maps,
-            notes=[f"Hay: {source}. A needle is found if the answer contains its five-digit number."],
+            notes=[f"Hay: {records[0]['source']}. A needle is found if the answer contains its five-digit number."],
             flags=[*flags, *unread],
         )
 
@@ -112,7 +112,7 @@ def _heat_map(title: str, rows: list[dict], values: list[float]) -> Plot:
 
 
 def _answers(rows: list[dict], options: Options) -> Table:
-    columns = ["Context", "Depth", "Needle", options.baseline, options.backend]
+    columns = ["Context", "Depth", "Needle", options.baseline_name, options.backend_name]
     lines = [
         [
             row["length"],

@@ -1,16 +1,14 @@
 """How yes-or-no tasks report: both shares, their paired difference, and who got what right."""
 
 from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.statistics import Estimate, PairedOutcomes
+from hf_paged.evals.suite.statistics import PairedOutcomes
 from hf_paged.evals.suite.task import Figure, Table
 
 _LEVEL = 0.05
 
 
-def describe(
-    name: str, outcomes: PairedOutcomes, options: Options
-) -> tuple[str, list[Figure], Table, list[str], Estimate]:
-    """A sentence, figures, a table and flags about paired outcomes, and their difference in percent points.
+def describe(name: str, outcomes: PairedOutcomes, options: Options) -> tuple[str, list[Figure], Table, list[str]]:
+    """A sentence, figures, a table and flags about paired outcomes.
 
     Parameters
     ----------
@@ -21,21 +19,22 @@ def describe(
     """
     change, p_value = outcomes.difference().times(100), outcomes.p_value()
     baseline, backend = outcomes.first.times(100), outcomes.second.times(100)
+    shares = f"{baseline.value:.1f} % with {options.baseline_name}, {backend.value:.1f} % with {options.backend_name}"
     words = (
-        f"{name}: {baseline.value:.1f} % with {options.baseline}, {backend.value:.1f} % with {options.backend} "
-        f"({outcomes.total} samples); the paired difference is {change.value:+.1f} points, 95 % interval "
-        f"{change.low:+.1f} to {change.high:+.1f} (half-width {change.half_width:.1f}), McNemar p = {p_value:.3g}."
+        f"{name}: {shares} ({outcomes.total} samples); the paired difference is {change.value:+.1f} points, 95 % "
+        f"interval {change.low:+.1f} to {change.high:+.1f} (half-width {change.half_width:.1f}), "
+        f"McNemar p = {p_value:.3g}."
     )
     figures = [
-        Figure(f"{name}, {options.baseline}", baseline.value, "%", baseline.low, baseline.high, "higher"),
-        Figure(f"{name}, {options.backend}", backend.value, "%", backend.low, backend.high, "higher"),
+        Figure(f"{name}, {options.baseline_name}", baseline.value, "%", baseline.low, baseline.high, "higher"),
+        Figure(f"{name}, {options.backend_name}", backend.value, "%", backend.low, backend.high, "higher"),
         Figure(f"{name}, paired difference", change.value, "points", change.low, change.high, "higher"),
         Figure("McNemar p", p_value, ""),
     ]
-    columns = ["", f"{options.backend} right", f"{options.backend} wrong"]
+    columns = ["", f"{options.backend_name} right", f"{options.backend_name} wrong"]
     rows: list[list[str | int]] = [
-        [f"{options.baseline} right", outcomes.both, outcomes.only_first],
-        [f"{options.baseline} wrong", outcomes.only_second, outcomes.neither],
+        [f"{options.baseline_name} right", outcomes.both, outcomes.only_first],
+        [f"{options.baseline_name} wrong", outcomes.only_second, outcomes.neither],
     ]
     flags = [f"{name} differs by {change.value:+.1f} points, p = {p_value:.3g}"] if p_value < _LEVEL else []
-    return words, figures, Table(f"Samples by outcome, {name}", columns, rows), flags, change
+    return words, figures, Table(f"Samples by outcome, {name}", columns, rows), flags

@@ -34,7 +34,7 @@ class Perplexity:
         if not found:
             raise ValueError(f"{source} holds no window of {length} tokens: set perplexity.length lower")
         return [
-            Sample(f"windows {number}", {"windows": some, "chunk": chunk})
+            Sample(f"windows {number}", {"windows": some, "chunk": chunk, "source": source})
             for number, some in enumerate(sources.batches(found, settings["batch"]))
         ]
 
@@ -52,7 +52,7 @@ class Perplexity:
             }
             for first, second in zip(baseline, backend)
         ]
-        return {"rows": rows, "pages": vars(counts)}
+        return {"rows": rows, "source": sample.payload["source"], "pages": vars(counts)}
 
     def summarise(self, records: list[dict], options: Options) -> Section:
         rows = [row for record in records for row in record["rows"]]
@@ -60,10 +60,10 @@ class Perplexity:
         finite = [row for row in rows if math.isfinite(row["backend"]) and math.isfinite(row["baseline"])]
         if len(finite) < len(rows):
             flags.append(f"the likelihood is not finite in {len(rows) - len(finite)} of {len(rows)} windows")
-        settings, (source, _) = options.settings_of(self), sources.texts(options)
+        settings, source = options.settings_of(self), records[0]["source"]
         notes = [
-            f"Text: {source}. Windows of {settings['length']} tokens every {settings['stride']}, through the cache "
-            f"{settings['chunk']} tokens at a time; both backends get the same calls.",
+            f"Text: {source}. Windows of {settings['length']} tokens every {settings['stride']}, through the "
+            f"cache {settings['chunk']} tokens at a time; both backends get the same calls.",
             f"Flagged if the interval excludes 0 and the difference is more than {settings['margin']:g} nats/token.",
         ]
         if not finite:
@@ -78,7 +78,7 @@ class Perplexity:
         figures = [
             *(
                 Figure(f"perplexity, {name}", math.exp(one.value), "", math.exp(one.low), math.exp(one.high), "lower")
-                for name, one in ((options.baseline, baseline), (options.backend, backend))
+                for name, one in ((options.baseline_name, baseline), (options.backend_name, backend))
             ),
             Figure("paired difference", change.value, "nats/token", change.low, change.high, "lower"),
             Figure("largest difference of one token", max(row["largest"] for row in finite), "nats", better="lower"),
@@ -87,8 +87,8 @@ class Perplexity:
         return Section(
             self.name,
             self.title,
-            f"{math.exp(baseline.value):.4f} with {options.baseline}, {math.exp(backend.value):.4f} with "
-            f"{options.backend}; the paired difference is {change.value:+.1e} nats/token, 95 % interval "
+            f"{math.exp(baseline.value):.4f} with {options.baseline_name}, {math.exp(backend.value):.4f} with "
+            f"{options.backend_name}; the paired difference is {change.value:+.1e} nats/token, 95 % interval "
             f"{change.low:+.1e} to {change.high:+.1e} (half-width {change.half_width:.1e}).",
             figures=figures,
             tables=[_totals(finite), table],

@@ -5,6 +5,8 @@ import json
 import shlex
 from pathlib import Path
 
+from hf_paged.errors import PagedError
+
 from .options import DTYPES, DatasetChoice, Options
 
 _DESCRIPTION = "Accuracy, speed and memory of a paged cache beside the dense one, on the same samples in one run."
@@ -40,9 +42,13 @@ def _compare(argv: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    from . import models, registry, results, runner
-
     arguments = _parser().parse_args(argv)
+    try:
+        from hf_paged.evals import report
+
+        from . import models, registry, results, runner
+    except ModuleNotFoundError as error:
+        raise PagedError(f'{error.name} is not installed: pip install -c constraints.txt -e ".[evals]"') from error
     if arguments.list:
         for task in registry.TASKS.values():
             print(f"{task.name:12} {task.title}")
@@ -57,8 +63,6 @@ def _evaluate(argv: list[str]) -> int:
     found = results.collect(options, sections, shlex.join(["hf-paged", "eval", *argv]))
     folder = Path(options.out)
     results.save(found, folder)
-    from hf_paged.evals import report
-
     report.write(found, folder)
     for section in sections:
         print(f"{section.title}: {section.summary}")
@@ -114,8 +118,9 @@ def _settings(texts: list[str]) -> dict[str, dict]:
         task, dot, key = name.partition(".")
         if not (equals and dot and task and key):
             raise ValueError(f"--set wants TASK.KEY=VALUE, such as perplexity.stride=256; got {text!r}")
+        settings = found.setdefault(task, {})
         try:
-            found.setdefault(task, {})[key] = json.loads(value)
+            settings[key] = json.loads(value)
         except json.JSONDecodeError:
-            found[task][key] = value
+            settings[key] = value
     return found

@@ -53,7 +53,7 @@ class Models:
 
     def __init__(self, options: Options):
         self.options = options
-        self.device = PartialState().device
+        self.device = PartialState().device  # Of this process, as the runner set it up.
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -94,6 +94,17 @@ class Options:
         """How the backend's cache is paged."""
         return PagedConfig(self.block_size, self.memory_budget, self.token_budget)
 
+    @property
+    def baseline_name(self) -> str:
+        """The baseline in tables and figures."""
+        return self.baseline
+
+    @property
+    def backend_name(self) -> str:
+        """The backend in tables and figures: not the baseline's name, even where it is judged against itself."""
+        name = self.backend if self.kv_dtype is None else f"{self.backend} ({self.kv_dtype} KV)"
+        return name if name != self.baseline else f"{name} again"
+
     def settings_of(self, task) -> dict:
         """The settings of a task: its own, those of ``quick``, then `extra`.
 

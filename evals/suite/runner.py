@@ -5,6 +5,7 @@ import datetime
 import time
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
@@ -35,9 +36,11 @@ def run(options: Options, tasks: list[Task]) -> list[Section] | None:
     ValueError, ImportError, PagedError
         If a task cannot be run as the options say; before any sample is run.
     """
-    state, folder = PartialState(timeout=_PATIENCE), Path(options.out)
+    # Without a GPU, accelerate knows of other processes only if it is told to use the CPU.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+    folder = Path(options.out)
     with state.local_main_process_first():
-        store.claim(options, folder)
+        store.claim(options, tasks, folder)
     samples = {task.name: _samples(task, options) for task in tasks}
     models, sections = Models(options), []
     for task in tasks:

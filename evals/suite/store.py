@@ -1,18 +1,20 @@
 """The samples that were run, kept in the folder of a report: a run that was cut off goes on where it was."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from .machine import versions
 from .options import Options
+from .task import Task
 
 _RUN = "run.json"
 _SAMPLES = "samples"
 
 
-def claim(options: Options, folder: Path) -> None:
-    """Make `folder` that of this run, or go on with the one it holds.
+def claim(options: Options, tasks: list[Task], folder: Path) -> None:
+    """Make `folder` that of this run, or go on with the one it holds; other tasks may join it.
 
     Raises
     ------
@@ -20,22 +22,29 @@ def claim(options: Options, folder: Path) -> None:
         If it holds samples of a run whose options or versions were others: one report cannot mix them.
     """
     path = folder / _RUN
-    mine = json.loads(json.dumps({"options": options.identity(), "versions": versions()}))
+    shared = {key: value for key, value in options.identity().items() if key not in ("tasks", "extra")}
+    settings = {task.name: options.settings_of(task) for task in tasks}
+    mine = json.loads(json.dumps({"options": shared, "versions": versions(), "settings": settings}))
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"{name} was {theirs[part].get(name)!r} and is {mine[part].get(name)!r}"
-            for part in mine
-            for name in {**theirs[part], **mine[part]}
-            if theirs[part].get(name) != mine[part].get(name)
-        ]
+        mine["settings"] = {**theirs["settings"], **mine["settings"]}
+        differing = [*_differing(theirs, mine, "options"), *_differing(theirs, mine, "versions")]
+        for task in theirs["settings"]:
+            differing += [f"{task}.{words}" for words in _differing(theirs["settings"], mine["settings"], task)]
         if differing:
             raise ValueError(
                 f"{folder} holds samples of another run ({'; '.join(differing)}): choose another --out, or delete it"
             )
-        return
     (folder / _SAMPLES).mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    draft = path.with_suffix(f".{os.getpid()}.new")
+    draft.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _differing(theirs: dict, mine: dict, part: str) -> list[str]:
+    before, now = theirs[part], mine[part]
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
 
 
 class Shard:

@@ -1,0 +1,36 @@
+"""A row that ran packed leaves its blocks to the cache that the caller goes on with."""
+
+from collections.abc import Sequence
+
+from transformers import DynamicCache
+
+from .group_rows import GroupRows
+from .kv_pool import GroupKey, KVPool
+from .request import Request
+
+
+def adopt(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequence[GroupKey]) -> None:
+    """Let an empty cache of one row hold what `request` has stored, as if its forwards had gone through the cache.
+
+    The cache owns a reference to each block from now on. Called under the pool's lock.
+
+    Parameters
+    ----------
+    cache : DynamicCache
+        Its layers are paged. Changed in place.
+    request : Request
+        A row without pads; not changed.
+    keys : sequence of GroupKey
+        The attention group of each of the request's tables.
+    """
+    sequences = cache.layers[0].sequences
+    sequences.bind(pool)
+    sequences.batch_size = 1
+    for key, table in zip(keys, request.tables):
+        group = pool.groups[key]
+        sequences.groups[key] = rows = GroupRows(group, 0)
+        rows.tables = [table.fork()]
+        for index, storage in group.layers.items():
+            rows.lengths[index] = request.num_stored
+            cache.layers[index].lazy_initialization(storage.key_cache, storage.value_cache)
+            cache.layers[index].epoch = sequences.epoch

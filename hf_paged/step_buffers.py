@@ -1,0 +1,45 @@
+"""StepBuffers: the tensors that describe a step, allocated once and filled anew for every step."""
+
+import numpy as np
+import torch
+
+
+class StepBuffers:
+    """One int64 tensor a name, written in place: every step of an engine has its metadata at the same addresses.
+
+    A step's tensors are good until the next step is packed. Steps of one engine never overlap.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the tensors go.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._host: dict[str, torch.Tensor] = {}  # name -> [capacity]
+        self._on_device: dict[str, torch.Tensor] = {}
+
+    def fill(self, name: str, values: np.ndarray) -> torch.Tensor:
+        """Put `values` into the buffer `name`; it grows when they need more than ever before.
+
+        Returns
+        -------
+        torch.Tensor
+            A contiguous tensor in the shape of `values`, over the buffer's memory.
+        """
+        count = values.size
+        if name not in self._host or len(self._host[name]) < count:
+            self._host[name] = torch.empty(_capacity(count), dtype=torch.long)
+            self._on_device[name] = self._host[name].to(self.device)  # On the CPU: the same tensor.
+        host, tensor = self._host[name], self._on_device[name]
+        host.numpy()[:count] = values.ravel()
+        if tensor.device != host.device:
+            tensor[:count].copy_(host[:count])
+        # No view: a compiler would guard on the size of what it is a view of.
+        return tensor.new_empty(0).set_(tensor.untyped_storage(), 0, torch.Size(values.shape))
+
+
+def _capacity(count: int) -> int:
+    """The next power of two: a buffer that grows with its rows is replaced a few times at most."""
+    return max(64, 1 << (count - 1).bit_length())
