@@ -1,4 +1,4 @@
-"""What a decode step costs before and after the forward: schedule, pack and done, without a model.
+"""What a decode step costs before and after the forward: schedule, pack and done (with the prefix cache), no model.
 
 python evals/scheduler_cost.py [--rows 64 --rows 256 --rows 1024] [--context 512] [--window 256] [--steps 32]
 
@@ -50,7 +50,9 @@ def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str,
     """Seconds of each part of each decode step. Rows differ in length, so that few need a block at a time."""
     scheduler = Scheduler(groups, token_budget=rows * context)
     for row in range(rows):
-        scheduler.add(Request([1] * (context - row % BLOCK_SIZE), [group.blocks for group in groups]))
+        request = Request([row] * (context - row % BLOCK_SIZE), [group.blocks for group in groups])
+        request.salt = ""  # Its blocks are hashed and stored.
+        scheduler.add(request)
     buffers = StepBuffers(torch.device("cpu"))
     seconds = {"schedule": [], "pack": [], "done": []}
     for step in range(1 + steps):

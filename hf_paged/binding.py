@@ -22,6 +22,7 @@ _configs: "weakref.WeakKeyDictionary[PreTrainedModel, PagedConfig]" = weakref.We
 # What runs packed steps on the pool of a model, or why it has none. An engine holds its pool, not the reverse.
 _engines: "weakref.WeakKeyDictionary[PreTrainedModel, Any]" = weakref.WeakKeyDictionary()
 _registry_lock = threading.Lock()
+_engine_lock = threading.RLock()  # Held while one is tried out: calls that begin together wait for it.
 
 
 @dataclass
@@ -127,12 +128,13 @@ def pools_under(model: torch.nn.Module) -> list[KVPool]:
 
 def engine_of(model: PreTrainedModel, make) -> Any:
     """What `make` returned for this model since its pools were last let go of."""
-    with _registry_lock:
-        if model in _engines:
-            return _engines[model]
-    made = make(model)
-    with _registry_lock:
-        return _engines.setdefault(model, made)
+    with _engine_lock:
+        with _registry_lock:
+            if model in _engines:
+                return _engines[model]
+        made = make(model)
+        with _registry_lock:
+            return _engines.setdefault(model, made)
 
 
 def implementation_of(model: torch.nn.Module) -> str:

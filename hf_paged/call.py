@@ -5,10 +5,12 @@ import copy
 import torch
 from transformers.generation import logits_process, stopping_criteria
 
+from .cancellation import Cancellation
 from .errors import OutOfBlocksError
-from .noise import Noise
+from .noise import Noise, draw_freely, draws_freely
 from .pool import BlockPool
 from .request import Request
+from .row_streamer import RowStreamer
 from .twins import same_rows
 
 # Processors of transformers that treat each row by itself. The first kind never looks at the tokens so far.
@@ -29,17 +31,23 @@ ROW_WISE = TOKEN_FREE | {
         *("SuppressTokensAtBeginLogitsProcessor",),
     )
 }
-ROW_WISE_CRITERIA = {
-    getattr(stopping_criteria, name)
-    for name in ("MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria", "EosTokenCriteria")
+# These cost so little that whoever drives the engine may apply them for other calls.
+_QUICK = ROW_WISE - {
+    getattr(logits_process, name)
+    for name in ("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor")
 }
+_QUICK_CRITERIA = {Cancellation} | {
+    getattr(stopping_criteria, name) for name in ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria")
+}
+ROW_WISE_CRITERIA = _QUICK_CRITERIA | {stopping_criteria.StopStringCriteria}
 
 
 class Call:
     """The rows of one call, its processors and criteria, and its share of the random numbers.
 
-    Everything here runs in the caller's thread. A row's tokens so far are seen by processors as in dense
-    ``generate``: pads on the left, then the prompt, then what was generated.
+    Everything here runs in the caller's thread, but for `sample` of a quick call, for which that thread waits. A
+    row's tokens so far are seen by processors as in dense ``generate``: pads on the left, then the prompt, then
+    what was generated.
 
     Parameters
     ----------
@@ -66,6 +74,7 @@ class Call:
         self.logits = () if returns and generation_config.output_logits else None
         self.scores = () if returns and generation_config.output_scores else None
         self._noise: Noise | None = None
+        self._draws_freely = draws_freely()
         prompts = (
             input_ids.tolist()
             if valid is None
@@ -76,10 +85,20 @@ class Call:
         self._lead(same_rows(input_ids, valid))
         batch, self._width = input_ids.shape
         room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
-        self._ids = torch.cat([input_ids, self._pads(room)], dim=1)
+        with torch.inference_mode(False):  # Another thread may write to it.
+            self._ids = torch.cat([input_ids, self._pads(room)], dim=1)
         self._counts = [0] * batch  # Tokens generated, by row.
         self._open = set(range(batch))
         self.failures: list[OutOfBlocksError] = []
+
+        self._row_streamer = streamer if isinstance(streamer, RowStreamer) else None
+        # Whether another call's thread may sample for this one: nothing of the caller's runs, nothing is slow.
+        self.is_quick = (
+            streamer is self._row_streamer
+            and _QUICK.issuperset(map(type, processors))
+            and _QUICK_CRITERIA.issuperset(map(type, criteria))
+        )
+        self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
 
     def _lead(self, twins: list[int] | None) -> None:
         """Let rows with the same prompt follow the first of them."""
@@ -99,6 +118,16 @@ class Call:
     def is_done(self) -> bool:
         """Whether every row is finished or has failed."""
         return not self._open
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the call shall end with the tokens it has."""
+        is_closed = self._row_streamer is not None and self._row_streamer.is_closed
+        return is_closed or any(cancellation.is_cancelled for cancellation in self._cancellations)
+
+    def cancel(self) -> None:
+        """End all rows."""
+        self._open.clear()
 
     @property
     def has_begun(self) -> bool:
@@ -126,6 +155,10 @@ class Call:
         list of (Request, token)
             None for a row that is finished.
         """
+        with torch.inference_mode(False), torch.no_grad():
+            return self._sample(requests, logits)
+
+    def _sample(self, requests: list[Request], logits: torch.Tensor) -> list[tuple[Request, int | None]]:
         order = sorted(range(len(requests)), key=lambda index: self._row_of[requests[index]])
         requests = [requests[index] for index in order]
         rows = [self._row_of[request] for request in requests]
@@ -136,10 +169,12 @@ class Call:
         if self.scores is not None:
             self.scores += (scores,)
         tokens = self._draw(rows, scores) if self._do_sample else scores.argmax(dim=-1)
-        if self.streamer is not None:
+        if self.streamer is not self._row_streamer:
             self.streamer.put(tokens.cpu())
         self._append(rows, tokens)
         finished = self._finished(rows, scores)
+        if self._row_streamer is not None:
+            self._row_streamer.tell(rows, tokens.tolist(), [row for row, over in zip(rows, finished) if over])
         self._open -= {row for row, is_over in zip(rows, finished) if is_over}
         if self._noise is not None and self._open:
             self._noise.forget_before(min(self._counts[row] for row in self._open))
@@ -176,6 +211,8 @@ class Call:
 
     def _draw(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
         probabilities = scores.softmax(dim=-1)
+        if self._draws_freely:
+            return draw_freely(probabilities)
         if not bool((probabilities.max() < float("inf")) & (probabilities.min() >= 0)):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         if self._noise is None:
@@ -201,6 +238,8 @@ class Call:
             over = self._criteria(self._ids[chosen, : self._width + step], (scores[indices],))
             for index, is_over in zip(indices, over.tolist()):
                 finished[index] = is_over
+        if self._row_streamer is not None:
+            finished = [over or self._row_streamer.is_gone(row) for over, row in zip(finished, rows)]
         return finished
 
     def close(self) -> torch.Tensor:
@@ -214,8 +253,8 @@ class Call:
         longest = max(self._counts)
         if self._noise is not None:
             self._noise.close(longest)
-        if self.streamer is not None:
-            self.streamer.end()
+        if self.streamer is not None and not (self.failures and self._row_streamer):
+            self.streamer.end()  # One that knows rows is told of the error instead.
         sequences = self._ids[:, : self._width + longest].clone()
         if self.failures:
             error = max(self.failures, key=lambda error: error.needed)

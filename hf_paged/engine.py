@@ -1,45 +1,33 @@
 """The engine: runs the rows of all calls on one model, a packed step at a time.
 
 Whose thread does what: every call keeps to its caller's thread. One of the threads that have calls drives the
-next step for all of them (schedule, pack, forward) and hands each call its rows' logits; each call samples,
-streams and checks its criteria in its own thread, outside the engine's lock, and hands the tokens back. A call
-that is slow to do so misses steps; the others go on. No thread outlives its call. After a fork the child has
-the parent's rows as they were, and none of its threads: make no fork while a call runs.
+steps for all of them (schedule, pack, forward) until its own call is done, and then passes that on. The driver
+samples for calls that run nothing but what transformers brings, so that their threads sleep until they are done;
+any other call samples, streams and checks its criteria in its own thread, outside the engine's lock, and hands the
+tokens back. One that is slow to do so misses steps; the others go on. No thread outlives its call. After a fork
+the child has the parent's rows as they were, and none of its threads: make no fork while a call runs.
 """
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
 
 from .adopt import adopt
 from .call import Call
-from .errors import OutOfBlocksError
 from .fingerprint import fingerprint
 from .kv_pool import GroupKey, KVPool
-from .packed import ARGUMENT, NotPackableError, PackedCache, PackedStep, pack
+from .packed import pack, run_step
 from .request import Request
 from .reservation import entered
 from .salt import current_salt
 from .scheduler import Chunk, Schedule, Scheduler
+from .seat import Seat
 from .step_buffers import StepBuffers
 
 _PATIENCE = 0.005  # Seconds until an engine without work looks again.
 _GRACE = 0.25  # Share of a step's time that the next one waits for calls that are still sampling.
-
-
-class _Seat:
-    """A call in the engine."""
-
-    def __init__(self, call: Call):
-        self.call = call
-        self.logits: deque[tuple[list[Request], torch.Tensor]] = deque()
-        self.failed: list[tuple[Request, OutOfBlocksError]] = []
-        self.error: BaseException | None = None
-        self.is_sampling = False
 
 
 class Engine:
@@ -48,7 +36,7 @@ class Engine:
     Parameters
     ----------
     pool : KVPool
-        Holds blocks of every attention group already.
+        Knows every attention group already.
     """
 
     def __init__(self, pool: KVPool):
@@ -57,8 +45,11 @@ class Engine:
         self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
         self._buffers = StepBuffers(self.keys[0].device)
         self.scheduler.prefix.counts = pool.prefix_counts
-        self._condition = threading.Condition()
-        self._seats: dict[Request, _Seat] = {}
+        self._lock = threading.RLock()
+        self._handed_back = threading.Condition(self._lock)
+        self._stepped = threading.Condition(self._lock)
+        self._seats: dict[Request, Seat] = {}
+        self._leaving: list[Call] = []
         self._is_driven = False
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
         pool.caches.add(self)
@@ -94,9 +85,9 @@ class Engine:
         Exception
             What a processor, criterion, streamer or the model raises; the other calls go on.
         """
-        seat = _Seat(call)
+        seat = Seat(call, self._lock)
         identity = self._identity(model)
-        with self._condition, self.pool.lock:
+        with self._lock, self.pool.lock:
             if identity is not None:
                 self.scheduler.prefix.use(identity)
             for request in call.requests:
@@ -122,9 +113,9 @@ class Engine:
         weights = fingerprint(model)
         return None if weights is None else weights + repr((self.pool.config.cache_salt, self.keys)).encode()
 
-    def _next_logits(self, model, seat: _Seat) -> tuple[list[Request], torch.Tensor] | None:
-        """Logits for some of the call's rows, as soon as a step of this or another thread has them."""
-        with self._condition:
+    def _next_logits(self, model, seat: Seat) -> tuple[list[Request], torch.Tensor] | None:
+        """Logits for some of the call's rows, as soon as a step has them; None: look whether the call is done."""
+        with self._lock:
             while True:
                 if seat.error is not None:
                     try:
@@ -136,21 +127,36 @@ class Engine:
                     for request, error in failed:
                         seat.call.fail(request, error)
                     return None
-                if seat.logits:
-                    seat.is_sampling = True
+                if seat.logits and not (seat.call.is_quick and self._is_driven):
+                    self._pass_on()
                     return seat.logits.popleft()
+                if seat.call.is_cancelled and not self._is_driven:
+                    seat.call.cancel()
+                if seat.call.is_done:
+                    return None
                 if self._is_driven:
-                    self._condition.wait()
+                    seat.is_asleep = True
+                    seat.news.wait()
+                    seat.is_asleep = False
                 elif not self._wait_for_others():
                     self._is_driven = True
                     break
         try:
             self._step(model)
         finally:
-            with self._condition:
+            with self._lock:
                 self._is_driven = False
-                self._condition.notify_all()
+                self._take_out(*self._leaving)
+                self._leaving.clear()
+                self._stepped.notify_all()
         return None
+
+    def _pass_on(self) -> None:
+        """Wake a call that drives on, now that this thread does not."""
+        if not self._is_driven:
+            asleep = next((seat for seat in self._seats.values() if seat.is_asleep), None)
+            if asleep is not None:
+                asleep.news.notify()
 
     def _wait_for_others(self) -> bool:
         """Wait a moment for calls that are sampling, so that they do not miss the step; False: go on."""
@@ -158,13 +164,13 @@ class Engine:
         left = ended + _GRACE * took - time.monotonic()
         if left <= 0 or not any(seat.is_sampling for seat in set(self._seats.values())):
             return False
-        self._condition.wait(left)
+        self._handed_back.wait(left)
         return True
 
-    def _hand_back(self, seat: _Seat, sampled: list[tuple[Request, int | None]]) -> None:
+    def _hand_back(self, seat: Seat, sampled: list[tuple[Request, int | None]]) -> None:
         """Give sampled rows their tokens; the blocks of finished ones are free at once."""
-        with self._condition, self.pool.lock:
-            seat.is_sampling = False
+        with self._lock, self.pool.lock:
+            seat.is_sampling = bool(seat.logits)
             for request, token in sampled:
                 if token is None:
                     if seat.call.cache is not None:
@@ -173,26 +179,32 @@ class Engine:
                     self.scheduler.remove(request)
                 else:
                     request.tokens.append(token)
-            self._condition.notify_all()
+            self._handed_back.notify_all()
 
     def _leave(self, call: Call) -> None:
         """Take all that is left of a call out, however it ended."""
-        with self._condition:
-            while self._is_driven:  # A step under way writes to its rows' blocks: they are not free yet.
-                self._condition.wait()
-            self._take_out(call)
+        with self._lock:
+            if self._is_driven and any(request in self._seats for request in call.requests):
+                # A step under way writes to its rows' blocks: its driver frees them when it is over.
+                self._leaving.append(call)
+                while call in self._leaving:
+                    self._stepped.wait()
+            else:
+                self._take_out(call)
+            self._pass_on()
 
-    def _take_out(self, call: Call) -> None:
+    def _take_out(self, *calls: Call) -> None:
         with self.pool.lock:
-            for request in call.requests:
-                if self._seats.pop(request, None) is not None:
-                    self.scheduler.remove(request)
-        self._condition.notify_all()
+            for call in calls:
+                for request in call.requests:
+                    if self._seats.pop(request, None) is not None:
+                        self.scheduler.remove(request)
+        self._handed_back.notify_all()
 
     def _step(self, model) -> None:
         """Run one step for every row that can run."""
         began = time.monotonic()
-        with self._condition:
+        with self._lock:
             with self.pool.lock:
                 self.scheduler.is_closed = self.pool.num_waiting > 0
                 schedule = self.scheduler.schedule()
@@ -203,14 +215,18 @@ class Engine:
                         storage.ensure(group.blocks.high_water)
             for request, error in schedule.failed:
                 self._seats[request].failed.append((request, error))
+                self._seats[request].news.notify()
             if not schedule.chunks and not schedule.failed:
                 # What does not fit waits for rows that other threads are sampling.
-                self._condition.wait(_PATIENCE)
-        if not schedule.chunks:
-            return
-        self._run(model, schedule)
-        with self._condition:
+                self._handed_back.wait(_PATIENCE)
+        if schedule.chunks:
+            self._run(model, schedule)
             self._last_step = (time.monotonic(), time.monotonic() - began)
+        with self._lock:
+            for seat in set(self._seats.values()):
+                if seat.call.is_cancelled and not seat.is_sampling:
+                    seat.call.cancel()
+                    seat.news.notify()
 
     def _run(self, model, schedule: Schedule) -> None:
         """Run scheduled chunks and deliver their logits, or an error to the call whose chunks raise it."""
@@ -220,17 +236,39 @@ class Engine:
             parts = self._by_call(schedule)
             for seat, chunks in parts.items():
                 if len(parts) == 1:
-                    seat.error = error
+                    self._tell(seat, error)
                 else:  # Which call it was shows when each is run by itself.
                     self._run(model, Schedule(chunks, [], []))
             return
-        with self._condition, self.pool.lock:
+        with self._lock, self.pool.lock:
             self.scheduler.done(schedule)
-            self._deliver(schedule, logits)
+            seats = self._deliver(schedule, logits)
+        for seat in sorted(seats, key=lambda seat: seat.call.is_quick):  # The others begin meanwhile.
+            if seat.call.is_quick:
+                self._sample_for(seat)
+            else:
+                self._tell(seat)
 
-    def _by_call(self, schedule: Schedule) -> dict[_Seat, list[Chunk]]:
-        parts: dict[_Seat, list[Chunk]] = {}
-        with self._condition:
+    def _tell(self, seat: Seat, error: BaseException | None = None) -> None:
+        """Wake a call: there are logits for it, it is done, or it has failed."""
+        with self._lock:
+            seat.error = error or seat.error
+            seat.news.notify()
+
+    def _sample_for(self, seat: Seat) -> None:
+        """Sample for a call in the driver's thread."""
+        try:
+            self._hand_back(seat, seat.call.sample(*seat.logits.popleft()))
+        except BaseException as error:
+            self._tell(seat, error)
+            if not isinstance(error, Exception):  # It was meant for the driver; the call cannot go on either.
+                raise
+        if seat.call.is_done:
+            self._tell(seat)
+
+    def _by_call(self, schedule: Schedule) -> dict[Seat, list[Chunk]]:
+        parts: dict[Seat, list[Chunk]] = {}
+        with self._lock:
             for chunk in schedule.chunks:
                 if chunk.request in self._seats:
                     parts.setdefault(self._seats[chunk.request], []).append(chunk)
@@ -246,10 +284,11 @@ class Engine:
         self.pool.page_reads += step.page_reads
         return logits
 
-    def _deliver(self, schedule: Schedule, logits: torch.Tensor) -> None:
+    def _deliver(self, schedule: Schedule, logits: torch.Tensor) -> list[Seat]:
+        """Queue the calls' logits; the calls that got some."""
         sampled = [chunk.request for chunk in schedule.chunks if chunk.samples]
-        parts: dict[_Seat, list[int]] = {}
-        rows: dict[_Seat, list[Request]] = {}
+        parts: dict[Seat, list[int]] = {}
+        rows: dict[Seat, list[Request]] = {}
         for index, request in enumerate(sampled):
             seat = self._seats.get(request)
             if seat is None:  # Its call has left meanwhile.
@@ -261,27 +300,5 @@ class Engine:
         for seat, requests in rows.items():
             is_all = parts[seat] == list(range(len(logits)))
             seat.logits.append((requests, logits if is_all else logits[parts[seat]]))
-
-
-def run_step(model: Callable, step: PackedStep) -> torch.Tensor:
-    """The model's logits where `step` wants them, ``[samples, vocab]``.
-
-    Raises
-    ------
-    NotPackableError
-        If the model's layers did not attend through the step.
-    """
-    layer_windows = {index: group.window for index, (_, group) in step.layers.items()}
-    windows = [layer_windows.get(index) for index in range(max(layer_windows) + 1)]
-    output = model(
-        input_ids=step.input_ids,
-        position_ids=step.position_ids,
-        past_key_values=PackedCache(step, windows),
-        logits_to_keep=step.sample_index,
-        use_cache=True,
-        return_dict=True,
-        **{ARGUMENT: step},
-    )
-    if step.fresh or step.page_reads != len(step.layers):
-        raise NotPackableError("some layers attend to their keys and values in their own way")
-    return output.logits[0]
+            seat.is_sampling = not seat.call.is_quick
+        return list(rows)

@@ -138,13 +138,15 @@ class PagedMask(LazyTensor):
     def __repr__(self):
         return f"PagedMask(shape={tuple(self.shape)}, pattern={self.pattern})"
 
-    def to(self, *args, **kwargs) -> torch.Tensor:
-        """As `torch.Tensor.to`; lazy still where only the device changes: hooks move masks to each layer's device."""
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        if kwargs.get("copy") or memory_format is not None or dtype not in (None, self.dtype):
-            return super().to(*args, **kwargs)
-        if device is None or device == self.device:
-            return self
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
+            return args[0]._on(kwargs.get("device") or args[0].device)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _on(self, device: torch.device) -> "PagedMask":
+        """The same mask, lazy still, on another device: hooks of accelerate move masks to that of each layer."""
 
         def make(may_skip: bool) -> torch.Tensor | None:
             mask = self._make(may_skip)

@@ -158,7 +158,7 @@ class PagedLayerMixin:
         has_begun = self.sequences.length(self.index) > 0
         if has_begun and self._stored_kind is not None and self._stored_kind == _kind(key, value):
             return None
-        if key.is_meta or key.shape[:3] != value.shape[:3]:
+        if key.is_meta or key.shape[:3] != value.shape[:3] or key.dtype != value.dtype:
             return "keys and values differ in more than their head size"
         if not has_begun and not self.sequences.admits(key.shape[2]):
             return "the layer holds other positions than its siblings"

@@ -3,14 +3,60 @@
 Dense draws for the whole batch at every logical step, finished rows included. Here a row may be ahead of
 another, wait in the queue, or be preempted, and still gets the numbers of its own row and step: the state of
 the generator is kept every few rows, and what a late row needs is drawn again.
+
+Where nobody has seeded torch, and calls run at the same time that dense would run in turn, there are no numbers to
+follow. Such calls may draw freely: one number a token instead of one for every word of the vocabulary.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 _CHUNK_ROWS = 8
 _lock = threading.Lock()
+_thread = threading.local()
+_SEED_AT_IMPORT = torch.initial_seed()
+# A process starts with a random seed of 64 bits. A smaller one was chosen by somebody, before this module came.
+_LEAST_RANDOM_SEED = 2**40
+
+
+def is_unseeded() -> bool:
+    """Whether nobody has seeded torch, so that no particular sampled result can be expected."""
+    return torch.initial_seed() == _SEED_AT_IMPORT >= _LEAST_RANDOM_SEED
+
+
+@contextmanager
+def free_draws() -> Iterator[None]:
+    """Let the calls that this thread makes meanwhile draw freely."""
+    _thread.draws_freely = True
+    try:
+        yield
+    finally:
+        _thread.draws_freely = False
+
+
+def draws_freely() -> bool:
+    """Whether a call that this thread makes now may draw freely."""
+    return getattr(_thread, "draws_freely", False)
+
+
+def draw_freely(probabilities: torch.Tensor) -> torch.Tensor:
+    """Sample one index a row, ``[rows]`` int64, from ``[rows, vocab]``.
+
+    Raises
+    ------
+    RuntimeError
+        If a row is no distribution.
+    """
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    totals = sums[:, -1:]
+    if not bool((totals.isfinite() & (totals > 0)).all()):
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+    drawn = torch.rand(totals.shape, dtype=torch.float64, device=totals.device) * totals
+    below = torch.nextafter(totals, torch.zeros_like(totals))
+    return torch.searchsorted(sums, drawn.minimum(below), right=True).squeeze(1)
 
 
 class Noise:

@@ -4,7 +4,7 @@ On this path a cache layer's ``update`` returns the new states untouched, and th
 and reads with one op, found by the layer's index in the step that the model's call carries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -214,3 +214,27 @@ def _places(rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             slots.append(tables[row, at // size] * size + at % size)
     lens = np.array([chunk.end - table.base for chunk, table in rows], dtype=np.int64)
     return np.concatenate(slots), tables, lens
+
+
+def run_step(model: Callable, step: PackedStep) -> torch.Tensor:
+    """The model's logits where `step` wants them, ``[samples, vocab]``.
+
+    Raises
+    ------
+    NotPackableError
+        If the model's layers did not attend through the step.
+    """
+    layer_windows = {index: group.window for index, (_, group) in step.layers.items()}
+    windows = [layer_windows.get(index) for index in range(max(layer_windows) + 1)]
+    output = model(
+        input_ids=step.input_ids,
+        position_ids=step.position_ids,
+        past_key_values=PackedCache(step, windows),
+        logits_to_keep=step.sample_index,
+        use_cache=True,
+        return_dict=True,
+        **{ARGUMENT: step},
+    )
+    if step.fresh or step.page_reads != len(step.layers):
+        raise NotPackableError("some layers attend to their keys and values in their own way")
+    return output.logits[0]

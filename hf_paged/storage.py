@@ -1,10 +1,13 @@
 """The tensors behind the block ids: one K and one V tensor for each attention layer."""
 
 import mmap
+import sys
 
 import torch
 
 from .errors import PagedError
+
+_MAP_NORESERVE = 0x4000  # Linux's. Python has no name for it before 3.13.
 
 
 class KVStorage:
@@ -68,9 +71,14 @@ class KVStorage:
 def _reserve(num_bytes: int) -> mmap.mmap:
     """Address space without memory behind it yet; freed with the last tensor that views it."""
     # Private: a forked child that writes gets its own copy instead of its parent's pages.
-    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    # Not reserved: with it in the books as memory that is needed, the system would refuse any fork.
+    options = {}
+    if sys.platform == "linux":
+        options["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    elif hasattr(mmap, "MAP_PRIVATE"):
+        options["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     try:
-        return mmap.mmap(-1, num_bytes, **flags)
+        return mmap.mmap(-1, num_bytes, **options)
     except OSError as error:
         raise PagedError(
             f"the system refused to reserve {num_bytes / 2**20:.0f} MiB of address space for a layer's KV "

@@ -3,25 +3,28 @@
 import threading
 
 import torch
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged import binding
 from hf_paged.call import ROW_WISE, ROW_WISE_CRITERIA, Call
-from hf_paged.engine import Engine, run_step
+from hf_paged.cancellation import Cancellation
+from hf_paged.engine import Engine
 from hf_paged.errors import OutOfBlocksError, UnsupportedError
 from hf_paged.kv_pool import KVPool
 from hf_paged.layer import PagedLayerMixin
-from hf_paged.packed import NotPackableError, pack
+from hf_paged.packed import NotPackableError, pack, run_step
 from hf_paged.padding import Padding
 from hf_paged.request import Request
+from hf_paged.row_streamer import RowStreamer
 from hf_paged.scheduler import Chunk, Schedule, Scheduler
 from hf_paged.step_buffers import StepBuffers
 
 from .rectangle import run_rectangle
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
-_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
+# The tokenizer is there for stop strings, whose criterion has it already.
+_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "tokenizer"}
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
 _ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
 # The stance of the compiler is the process's: threads that set it in turns would leave each other's behind.
@@ -84,6 +87,23 @@ def scheduled_sample(
     for pool in binding.pools_under(model)[:1]:
         pool.fallbacks[reason] += 1
     return output
+
+
+def why_not_packable(model: PreTrainedModel, config: GenerationConfig) -> str | None:
+    """Why no call with this config runs packed, whatever its inputs; None if calls may.
+
+    Parameters
+    ----------
+    config : GenerationConfig
+        Complete, as ``_prepare_generation_config`` returns it.
+    """
+    if not config.use_cache or config.cache_implementation is not None:
+        return "no cache, or not transformers' DynamicCache"
+    if config.guidance_scale not in (None, 1) or config.watermarking_config is not None:
+        return "a processor that may look at other rows"
+    no_ids = torch.empty(1, 0)
+    no_ids = no_ids.to(_device_of(model, no_ids))
+    return _why_not_this_model(model, no_ids.device) or _why_not_these_options(config, no_ids, False, None)
 
 
 def _why_not_this_call(model, ids, processors, criteria, config, synced_gpus, streamer, kwargs) -> str | None:
@@ -172,7 +192,7 @@ def _why_not_these_options(config, ids: torch.Tensor, synced_gpus: bool, streame
         return "returned attentions or hidden states"
     if synced_gpus or config.is_assistant or config.compile_config is not None:
         return "synced_gpus, an assistant or a compiled forward"
-    if streamer is not None and len(ids) > 1:
+    if streamer is not None and len(ids) > 1 and not isinstance(streamer, RowStreamer):
         return "a streamer for several rows"
     if config.do_sample and ids.device.type != "cpu":
         return "sampling on a device whose random numbers are not drawn row by row"
@@ -196,7 +216,7 @@ def _why_not_these_hooks(processors, criteria) -> str | None:
     kinds = {type(criterion) for criterion in criteria}
     if unknown := sorted(kind.__name__ for kind in kinds - ROW_WISE_CRITERIA):
         return f"a criterion that may look at other rows: {unknown[0]}"
-    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds) > 1:
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds - {Cancellation}) > 1:
         return "rows that go on after they are finished"
     return None
 

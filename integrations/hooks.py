@@ -1,10 +1,11 @@
 """The hooks in transformers: installed by `enable`, taken out again by `disable`.
 
-Seven places are touched, and only for models and caches whose attention implementation is "paged":
+Eight places are touched, and only for models and caches whose attention implementation is "paged":
 the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
 ``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that
 can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed;
-``_beam_search`` and ``_assisted_decoding`` reserve their blocks first.
+``_beam_search`` and ``_assisted_decoding`` reserve their blocks first. ``Pipeline.get_iterator`` runs the items
+of their text-generation pipelines together.
 """
 
 import functools
@@ -13,15 +14,25 @@ import threading
 from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    GenerationMixin,
+    Pipeline,
+    PreTrainedModel,
+    TextGenerationPipeline,
+)
 
 from hf_paged import binding
 from hf_paged.attention import paged_attention_forward
 from hf_paged.cache import page_layers
 from hf_paged.errors import PagedError
 from hf_paged.mask import paged_mask
+from hf_paged.row_streamer import RowStreamer, by_rows
 
 from .generate import scheduled_sample
+from .pipelines import iterate
 from .rectangle import run_rectangle
 from .refusals import settle
 
@@ -42,6 +53,9 @@ _SIGNATURES = {
         *("streamer", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "model_kwargs"),
     ],
     (PreTrainedModel, "get_correct_attn_implementation"): ["self", "requested_attention", "is_init_check"],
+    (Pipeline, "get_iterator"): [
+        *("self", "inputs", "num_workers", "batch_size", "preprocess_params", "forward_params", "postprocess_params"),
+    ],
 }
 _WRAPPED = "_hf_paged_original"
 _lock = threading.Lock()
@@ -61,9 +75,10 @@ def enable() -> None:
         AttentionMaskInterface.register(NAME, paged_mask)
         _wrap(DynamicCache, "__init__", _after(_page_new_cache))
         _wrap(PreTrainedModel, "get_correct_attn_implementation", _after(_track_paged_model))
-        _wrap(GenerationMixin, "_sample", _for_paged(scheduled_sample))
+        _wrap(GenerationMixin, "_sample", _sample)
         _wrap(GenerationMixin, "_beam_search", _for_paged(run_rectangle))
         _wrap(GenerationMixin, "_assisted_decoding", _for_paged(run_rectangle))
+        _wrap(Pipeline, "get_iterator", _get_iterator)
 
 
 def disable() -> None:
@@ -121,14 +136,33 @@ def _after(function):
     return lambda original, self, *args, **kwargs: function(self, original(self, *args, **kwargs), *args, **kwargs)
 
 
+def _is_paged(model) -> bool:
+    return model.config.get_text_config(decoder=True)._attn_implementation == NAME
+
+
 def _for_paged(loop):
     """Let ``loop(original, model, ...)`` decode for "paged" models, and the original for all others."""
 
     def decode(original, model, *args, **kwargs):
-        is_paged = model.config.get_text_config(decoder=True)._attn_implementation == NAME
-        return loop(original, model, *args, **kwargs) if is_paged else original(model, *args, **kwargs)
+        return loop(original, model, *args, **kwargs) if _is_paged(model) else original(model, *args, **kwargs)
 
     return decode
+
+
+def _sample(original, model, *args, **kwargs):
+    streamer, sample = kwargs.get("streamer"), by_rows(original)
+    try:
+        return _for_paged(scheduled_sample)(sample, model, *args, **kwargs)
+    except BaseException as error:
+        if isinstance(streamer, RowStreamer):
+            streamer.fail(error)
+        raise
+
+
+def _get_iterator(original, pipe, *args, **kwargs):
+    is_ours = isinstance(pipe, TextGenerationPipeline) and isinstance(pipe.model, PreTrainedModel)
+    is_ours = is_ours and _is_paged(pipe.model)
+    return iterate(original, pipe, *args, **kwargs) if is_ours else original(pipe, *args, **kwargs)
 
 
 def _page_new_cache(

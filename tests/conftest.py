@@ -4,11 +4,14 @@ import os
 import weakref
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # A process a core: more threads would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 import hf_paged
+from hf_paged import engine
 from hf_paged.kv_pool import GroupPool, KVPool
 
 _pools: "weakref.WeakSet[KVPool]" = weakref.WeakSet()
@@ -78,3 +81,14 @@ def models(request, block_size):
     config = hf_paged.PagedConfig() if block_size is None else hf_paged.PagedConfig(block_size=block_size)
     hf_paged.configure(paged, config)
     return dense, paged
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Rows of each step that the engine ran."""
+    seen = []
+    run_step = engine.run_step
+    monkeypatch.setattr(
+        engine, "run_step", lambda model, step: (seen.append(len(step.sample_index)), run_step(model, step))[1]
+    )
+    return seen

@@ -1,5 +1,7 @@
 """Models that accelerate has placed: device maps, weights that are elsewhere between forwards, moved inputs."""
 
+import contextlib
+
 import pytest
 import torch
 import zoo
@@ -125,3 +127,18 @@ def test_layers_on_several_devices_run_the_loop_of_transformers():
     handle.remove()
     stats = hf_paged.stats(paged)
     assert stats.fallbacks == {"layers on several devices": 1} and stats.packed_calls == 0
+
+
+@pytest.mark.parametrize("place", ["around generate", "inside forward"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_mixed_precision(place, options):
+    """Autocast rounds the values and, after the rotation, not the keys: such states go into no pages."""
+    models = [zoo.build("llama", name) for name in ("sdpa", "paged")]
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    if place == "inside forward":  # As Accelerator.prepare does it.
+        for model in models:
+            model.forward = autocast(model.forward)
+    arguments = {**zoo.prompts([9, 4]), "max_new_tokens": 12, "pad_token_id": 0, **options}
+    with autocast if place == "around generate" else contextlib.nullcontext():
+        dense, paged = (model.generate(**arguments) for model in models)
+    assert torch.equal(dense, paged)

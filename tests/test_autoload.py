@@ -6,7 +6,6 @@ from installed import install, run
 
 # How programs come to their model class: torch may be imported first, or from within transformers' own modules.
 WAYS = {
-    "the class": "from transformers import LlamaForCausalLM as Model",
     "torch first": "import torch\nfrom transformers import AutoModelForCausalLM as Model",
     "the base class": "from transformers import PreTrainedModel\nfrom transformers import LlamaForCausalLM as Model",
     "explicit too": "from transformers import LlamaForCausalLM as Model\nimport hf_paged",

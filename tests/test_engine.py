@@ -1,7 +1,5 @@
 """The packed loop: rows queue, are preempted and run with those of other calls, and nobody can tell."""
 
-import functools
-
 import pytest
 import torch
 import zoo
@@ -139,24 +137,6 @@ def test_a_model_whose_rope_depends_on_the_forward_is_not_packed():
     model = zoo.build("llama", "paged", rope_parameters=rope)
     model.generate(**zoo.prompts([9, 3]), **LENGTHS)
     assert list(hf_paged.stats(model).fallbacks) == ["frequencies that depend on the whole forward"]
-
-
-def test_adapters_chosen_row_by_row_are_not_packed():
-    """PEFT registers such a hook on its layers while it generates with ``adapter_names``."""
-
-    def _adapter_names_pre_forward_hook(module, args, kwargs, adapter_names):
-        assert len(args[0]) == len(adapter_names)
-
-    dense, paged = pair()
-    paged.generate(**zoo.prompts([4]), **LENGTHS)
-    inputs = zoo.prompts([9, 9])
-    hook = functools.partial(_adapter_names_pre_forward_hook, adapter_names=["one", "two"])
-    handle = paged.model.layers[0].mlp.up_proj.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        assert torch.equal(paged.generate(**inputs, **LENGTHS), dense.generate(**inputs, **LENGTHS))
-    finally:
-        handle.remove()
-    assert list(hf_paged.stats(paged).fallbacks) == ["adapters chosen row by row"]
 
 
 def test_a_model_that_is_changed_after_its_first_call_runs_the_original_loop(monkeypatch):

@@ -71,6 +71,9 @@ def test_switching_adapters_never_finds_the_states_of_another(pair):
         for name in ("one", "two"):
             both(pair, "set_adapter", name)
             answers[name] = compare(pair, PROMPTS)
+            found = hf_paged.stats(pair[1]).prefix_hit_tokens
+            compare(pair, PROMPTS)
+            assert hf_paged.stats(pair[1]).prefix_hit_tokens > found, "nothing is found again: nothing is proved"
         with pair[0].disable_adapter(), pair[1].disable_adapter():
             answers["none"] = compare(pair, PROMPTS)
     both(pair, "set_adapter", "one")
