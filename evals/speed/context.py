@@ -55,8 +55,9 @@ class Context:
             model, ids = _stand_in(models, given["contender"], ids.shape[1] + count), ids % VOCAB
         ids = ids.to(model.device)
         options = arguments(models, Lengths(count, stops=False)) | ({} if is_real else {"pad_token_id": 0})
-        model.generate(ids[:, :16], attention_mask=torch.ones_like(ids[:, :16]), **{**options, "max_new_tokens": 2})
         hf_paged.release(model)
+        warm = ids[:, -16:]  # The prompt begins otherwise: nothing of it is stored.
+        model.generate(warm, attention_mask=torch.ones_like(warm), **{**options, "max_new_tokens": 2})
         clock, began = Clock(), time.perf_counter()
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options, streamer=clock)
         gaps = [after - before for before, after in zip(clock.times, clock.times[1:])]

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 
-import hf_paged
 from hf_paged.evals.suite.models import Models
 from hf_paged.evals.suite.options import Options
 from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
@@ -14,6 +13,7 @@ from . import workloads
 from .arrivals import Clock, poisson
 from .contenders import Lengths, contender, label
 from .contenders.local import arguments, padded
+from .timing import fresh_pool
 
 _COLUMNS = ["Rate (requests/s)", "Server", "Served (requests/s)"] + [
     f"{name} {kind} (ms)" for name in ("TTFT", "TPOT", "ITL") for kind in ("median", "p99")
@@ -49,8 +49,7 @@ class Latency:
 
     def run(self, sample: Sample, models: Models) -> dict:
         given = sample.payload
-        contender(models, given["server"], given["batch"]).generate(given["warm"], Lengths(4))
-        hf_paged.release(models.backend)
+        fresh_pool(models, contender(models, given["server"], given["batch"]), given["warm"])
         serve = _one_thread_a_request if given["server"] == "paged" else _batch_after_batch
         began = time.perf_counter()
         served = serve(models, given, began)

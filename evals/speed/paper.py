@@ -1,6 +1,6 @@
 """The table of the PagedAttention paper, reproduced: waste, and what sharing saves."""
 
-import hf_paged
+from hf_paged.evals.report.text import NONE
 from hf_paged.evals.suite.models import Models
 from hf_paged.evals.suite.options import Options
 from hf_paged.evals.suite.task import Figure, Sample, Section, Table
@@ -10,7 +10,7 @@ from .contenders import Lengths, contender
 from .contenders.local import arguments, padded
 from .observe import observed
 from .paper_figures import dense_share, rows_beside_paper
-from .timing import rate, ratio, timed
+from .timing import fresh_pool, prefix_hits, rate, ratio, timed
 
 _COLUMNS = ["What", "The paper", "Here"]
 
@@ -46,15 +46,11 @@ class Paper:
         given = options.settings_of(self)
         of = {kind: [record for record in records if record["kind"] == kind] for kind in _RUN}
         (waste,) = of["waste"]
+        groups = _by_prefix(of["prefix speed"])
         gains = {
-            shots: ratio(
-                *(
-                    [one for one in of["prefix speed"] if (one["shots"], one["contender"]) == (shots, name)]
-                    for name in ("dense", "paged")
-                ),
-                what="requests",
-            )
-            for shots in workloads.SHOTS
+            (shots, name): ratio(groups[shots, "dense"], some, what="requests")
+            for (shots, name), some in groups.items()
+            if name != "dense"
         }
         figures = [
             Figure("KV memory that holds tokens, dense", 100 * waste["dense"], "%", better="higher"),
@@ -71,8 +67,8 @@ class Paper:
             if one["rows"] == max(other["rows"] for other in of["sharing"])
         ]
         figures += [
-            Figure(f"{shots} prefix, paged over dense", gain.value, "x", gain.low, gain.high, "higher")
-            for shots, gain in gains.items()
+            Figure(f"{shots} prefix: {name}, over dense", gain.value, "x", gain.low, gain.high, "higher")
+            for (shots, name), gain in gains.items()
         ]
         beside = rows_beside_paper(waste, of["sharing"], of["prefix memory"], gains)
         return Section(
@@ -86,7 +82,7 @@ class Paper:
                     "Beside the paper's figures", _COLUMNS, beside, "Kwon et al., SOSP 2023; its blocks hold 16 tokens."
                 ),
                 _sharing_table(of["sharing"]),
-                _speed_table(of["prefix speed"]),
+                _prefix_table(groups),
             ],
             [],
             [
@@ -94,8 +90,8 @@ class Paper:
                 "over all steps. Waste: mean over all steps.",
                 "Dense memory that holds tokens: of its rectangle of rows and positions, which keeps finished rows. "
                 "The paper's systems reserved room for the longest answer besides.",
-                "The paper shared prefixes with a cache filled before, on a GPU; its factors are over Orca. Here they "
-                "are over dense in one batch, and each run begins with an empty pool.",
+                "The paper's prefixes are stored before, its factors are over Orca, on a GPU. Here they are over dense "
+                "with all requests in one batch, with the prefix stored before and without.",
                 "The paper's traces are ShareGPT (161 tokens in, 338 out on average) and Alpaca (19 in, 58 out). Here: "
                 f"{workloads.source(options)}, and the short ones among them, with {given['new_tokens']} and "
                 f"{given['short_new_tokens']} new tokens.",
@@ -125,25 +121,18 @@ def _prefixes(options: Options, given: dict) -> list[Sample]:
         for shots, prefix in workloads.SHOTS.items():
             prompts = workloads.shared_prefix(options, given["prefix_prompts"], prefix, given["own_tokens"])
             payload = {"shots": shots, "turn": turn, "prompts": prompts, "warm": workloads.warming(prompts, options)}
-            payload["lengths"] = Lengths(given["prefix_new_tokens"], stops=False)
+            payload |= {"prefix": prompts[0][:prefix], "lengths": Lengths(given["prefix_new_tokens"], stops=False)}
             if turn == 0:
                 found.append(Sample(f"{shots}, memory", {**payload, "kind": "prefix memory"}))
-            for name in ("dense", "paged"):
-                timed_one = {**payload, "kind": "prefix speed", "contender": name}
-                found.append(Sample(f"{shots}, {name}, turn {turn}", timed_one))
+            for name, stored in (("dense", False), ("paged", False), ("paged", True)):
+                timed_one = {**payload, "kind": "prefix speed", "contender": name, "stored": stored}
+                found.append(Sample(f"{shots}, {_named(name, stored)}, turn {turn}", timed_one))
     return found
 
 
-def _fresh_pool(models: Models, given: dict) -> None:
-    """Begin with nothing stored. A new engine tries its model on a few tokens, which are none of the prompts'."""
-    hf_paged.release(models.backend)
-    contender(models, "paged").generate(given["warm"], Lengths(1))
-
-
 def _run_waste(given: dict, models: Models) -> dict:
-    rows = []
-    paged = contender(models, "paged")
-    _fresh_pool(models, given)
+    rows, paged = [], contender(models, "paged")
+    fresh_pool(models, paged, given["warm"])
     steps = observed(models.backend, lambda: rows.extend(paged.generate(given["prompts"], given["lengths"])))
     counts = [len(row) for row in rows]
     share = dense_share([len(prompt) for prompt in given["prompts"]], counts)
@@ -153,7 +142,7 @@ def _run_waste(given: dict, models: Models) -> dict:
 def _run_sharing(given: dict, models: Models) -> dict:
     rows, model = given["rows"], models.backend
     mode = {"num_beams": rows} if given["mode"] == "beams" else {"do_sample": True, "num_return_sequences": rows}
-    _fresh_pool(models, given)
+    fresh_pool(models, contender(models, "paged"), given["warm"])
     inputs, options = padded(models, given["prompts"]), {**arguments(models, given["lengths"]), **mode}
     steps = observed(model, lambda: model.generate(**inputs, **options))
     kept = {key: given[key] for key in ("kind", "workload", "mode", "rows")}
@@ -163,15 +152,16 @@ def _run_sharing(given: dict, models: Models) -> dict:
 
 def _run_prefix_memory(given: dict, models: Models) -> dict:
     paged = contender(models, "paged")
-    _fresh_pool(models, given)
+    fresh_pool(models, paged, [*given["warm"], given["prefix"]])
     steps = observed(models.backend, lambda: paged.generate(given["prompts"], given["lengths"]))
     return {"kind": given["kind"], "shots": given["shots"], "saving": steps.saving}
 
 
 def _run_prefix_speed(given: dict, models: Models) -> dict:
     chosen = contender(models, given["contender"])
-    record = timed(models, chosen, given["prompts"], given["warm"], given["lengths"])
-    return {**record, **{key: given[key] for key in ("kind", "shots", "turn", "contender")}}
+    stored = [given["prefix"]] if given["stored"] else []
+    record = timed(models, chosen, given["prompts"], given["warm"], given["lengths"], stored)
+    return {**record, **{key: given[key] for key in ("kind", "shots", "turn", "contender", "stored")}}
 
 
 _RUN = {
@@ -182,19 +172,29 @@ _RUN = {
 }
 
 
+def _named(name: str, stored: bool) -> str:
+    return f"{name}, prefix stored before" if stored else name
+
+
+def _by_prefix(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The turns of each prefix and contender."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for one in records:
+        groups.setdefault((one["shots"], _named(one["contender"], one["stored"])), []).append(one)
+    return groups
+
+
 def _sharing_table(records: list[dict]) -> Table:
     rows = [[one["workload"], one["mode"], one["rows"], one["prompt_tokens"], 100 * one["saving"]] for one in records]
     columns = ["Prompts", "Mode", "Rows a prompt", "Prompt tokens, mean", "Blocks saved (%)"]
     return Table("Saved by sharing", columns, rows)
 
 
-def _speed_table(records: list[dict]) -> Table:
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for one in records:
-        groups.setdefault((one["shots"], one["contender"]), []).append(one)
-    rows = [
-        [shots, name, some[0]["prompt_tokens"] / some[0]["requests"], rate(some, "requests"), rate(some)]
-        for (shots, name), some in groups.items()
-    ]
-    columns = ["Prefix", "Contender", "Prompt tokens, mean", "Requests/s", "New tokens/s"]
+def _prefix_table(groups: dict[tuple[str, str], list[dict]]) -> Table:
+    rows = []
+    for (shots, name), some in groups.items():
+        hits = prefix_hits(some[0])
+        speeds = [rate(some, "requests"), rate(some), NONE if hits is None else 100 * hits]
+        rows.append([shots, name, some[0]["prompt_tokens"] / some[0]["requests"], *speeds])
+    columns = ["Prefix", "Contender", "Prompt tokens, mean", "Requests/s", "New tokens/s", "Prompt tokens found (%)"]
     return Table("Shared prefix", columns, rows, "Medians of the turns.")

@@ -12,7 +12,7 @@ from hf_paged.plan import Plan
 
 from . import workloads
 from .contenders import Lengths, contender
-from .timing import digest, pool_state
+from .timing import digest, fresh_pool, pool_state
 from .watch import Watch, thinned
 
 _EVERY = 0.02  # seconds
@@ -55,8 +55,7 @@ class Pressure:
         )
         hf_paged.configure(model, config)
         try:
-            chosen.generate(given["warm"], Lengths(4))
-            hf_paged.release(model)
+            fresh_pool(models, chosen, given["warm"])
             with models.counting() as counts, Watch(lambda: hf_paged.stats(model), _EVERY) as watch:
                 began = time.perf_counter()
                 rows = chosen.generate(given["prompts"], given["lengths"])

@@ -23,8 +23,13 @@ class Spread(NamedTuple):
     high: float | None
 
 
-def timed(models: Models, contender: Contender, prompts, warm, lengths: Lengths) -> dict:
+def timed(models: Models, contender: Contender, prompts, warm, lengths: Lengths, stored=()) -> dict:
     """Run a contender once, after a short run over other prompts.
+
+    Parameters
+    ----------
+    prompts, warm, stored : list of list of int
+        What is timed; what is run before; what a pool may hold already. Nothing else of `prompts` is stored.
 
     Returns
     -------
@@ -35,8 +40,7 @@ def timed(models: Models, contender: Contender, prompts, warm, lengths: Lengths)
     obstacle = contender.obstacle()
     if obstacle is not None:
         return {"obstacle": obstacle}
-    contender.generate(warm, _WARM)
-    hf_paged.release(models.backend)  # A prefix that an earlier run left would flatter this one.
+    fresh_pool(models, contender, [*warm, *stored])
     with models.counting() as counts:
         began = time.perf_counter()
         rows = contender.generate(prompts, lengths)
@@ -49,6 +53,15 @@ def timed(models: Models, contender: Contender, prompts, warm, lengths: Lengths)
         "answers": [digest(row) for row in rows],
     }
     return record | ({"pool": pool_state(models) | vars(counts)} if contender.name == "paged" else {})
+
+
+def fresh_pool(models: Models, contender: Contender, prompts) -> None:
+    """Forget all that earlier runs stored, which would flatter the next one; then run `prompts`.
+
+    A new pool's engine tries the model on a few tokens: that is over then, too.
+    """
+    hf_paged.release(models.backend)
+    contender.generate(prompts, _WARM)
 
 
 def digest(row: list[int]) -> str:
