@@ -143,6 +143,16 @@ def test_axes_are_labelled_and_pictures_described(plot, written):
     assert f"{plot['title']}: rate (tokens/s) against batch (rows)" in written[1].alts
 
 
+def test_paged_looks_the_same_whoever_stands_beside_it():
+    colours = set()
+    for labels in (["dense", "paged"], ["dense, batch 1", "dense, batch 8", "paged"], ["paged, batch 8"]):
+        series = {label: [[0, 1.0], [1, 2.0]] for label in labels}
+        lines = plots.drawing(reports.plot("Some", "line", series)).axes[0].get_lines()
+        assert len({line.get_color() for line in lines}) == len(labels)
+        colours |= {line.get_color() for line in lines if line.get_label().startswith("paged")}
+    assert len(colours) == 1
+
+
 def test_lines_hold_the_results():
     plot = every_plot()[0]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in plots.drawing(plot).axes[0].get_lines()}
@@ -176,7 +186,8 @@ BLINDNESS = {
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
 def test_lines_can_be_told_apart(blindness):
-    series = {f"line {index}": [[0, index + 1.0], [1, index + 2.0]] for index in range(7)}
+    names = ["dense", "paged", *(f"line {index}" for index in range(5))]
+    series = {name: [[0, index + 1.0], [1, index + 2.0]] for index, name in enumerate(names)}
     lines = plots.drawing(reports.plot("Many", "line", series)).axes[0].get_lines()
     seen = [look(line.get_color(), blindness) for line in lines]
     assert min(numpy.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]) > 0.1

@@ -110,7 +110,7 @@ def test_the_table_holds_date_machine_command_and_figures(tmp_path):
     results["machine"]["CPU kernels"] = "avx2"
     (tmp_path / "one.json").write_text(json.dumps(results))
     text = readme.tables(tmp_path)
-    for words in ("2026-11-23", "A <fast> one", "`hf-paged eval --quick --out OUT`", "5.15 x (4.75 to 5.50)"):
+    for words in ("2026-11-23", "A <fast> one", "`hf-paged eval --quick --out DIR`", "5.15 x (4.75 to 5.50)"):
         assert words in text
 
 

@@ -6,6 +6,7 @@ Every ``evals/results/*.json`` gives a table: date, machine and command above it
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from hf_paged.evals.suite.results import load
@@ -69,7 +70,8 @@ def _run(results: dict) -> str:
         for section in results["sections"]
         for figure in section["figures"]
     ]
-    return f"{words}: `{results['command']}`\n\n" + table(["Evaluation", "Figure", "Result"], rows)
+    command = re.sub(r"--out[ =]\S+", "--out DIR", results["command"])  # Where it lay says nothing to a reader.
+    return f"{words}: `{command}`\n\n" + table(["Evaluation", "Figure", "Result"], rows)
 
 
 def _value(figure: dict) -> str:

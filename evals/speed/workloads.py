@@ -1,6 +1,7 @@
 """Prompts of the speed tasks: real ones, or random tokens where only lengths matter."""
 
 import random
+from pathlib import Path
 
 from hf_paged.evals.accuracy import sources
 from hf_paged.evals.suite.models import load_tokenizer
@@ -27,7 +28,10 @@ def ragged(options: Options, count: int, most: int) -> list[list[int]]:
 
 def source(options: Options) -> str:
     """Where the ragged prompts come from, as a report names them."""
-    return "ShareGPT's ragged prompts" if options.dataset is None else f"the ragged prompts of {options.dataset.name}"
+    if options.dataset is None:
+        return "ShareGPT's ragged prompts"
+    name = options.dataset.name
+    return f"the ragged prompts of {Path(name).name if Path(name).exists() else name}"
 
 
 def uniform(options: Options, count: int, length: int, seed: int = 0) -> list[list[int]]:
