@@ -59,16 +59,16 @@ def _run(results: dict) -> str:
     machine, options, versions = results["machine"], results["options"], results["versions"]
     words = ", ".join(
         [
-            f"{results['created'][:10]}, {machine['processor']}, {machine['threads']} threads",
+            f"{results['created'][:10]}, {machine['processor']}, threads: {machine['threads']}",
             f"CPU kernels {machine['CPU kernels']}",
             *(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions),
             f"{options['model']} in {options['dtype']}, seed {options['seed']}",
         ]
     )
     rows = [
-        [section["title"], figure["name"], _value(figure)]
+        ["" if place else section["title"], figure["name"], _value(figure)]
         for section in results["sections"]
-        for figure in section["figures"]
+        for place, figure in enumerate(section["figures"])
     ]
     command = re.sub(r"--out[ =]\S+", "--out DIR", results["command"])  # Where it lay says nothing to a reader.
     return f"{words}: `{command}`\n\n" + table(["Evaluation", "Figure", "Result"], rows)
