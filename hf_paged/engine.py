@@ -86,7 +86,8 @@ class Engine:
             What a processor, criterion, streamer or the model raises; the other calls go on.
         """
         seat = Seat(call, self._lock)
-        identity = self._identity(model)
+        config = self.pool.config
+        identity = fingerprint(model, config.cache_salt, self.keys) if config.prefix_cache else None
         with self._lock, self.pool.lock:
             if identity is not None:
                 self.scheduler.prefix.use(identity)
@@ -105,13 +106,6 @@ class Engine:
                 return call.close()
         finally:
             self._leave(call)
-
-    def _identity(self, model: PreTrainedModel) -> bytes | None:
-        """What stored blocks depend on besides their tokens; None: nothing is to be found again."""
-        if not self.pool.config.prefix_cache:
-            return None
-        weights = fingerprint(model)
-        return None if weights is None else weights + repr((self.pool.config.cache_salt, self.keys)).encode()
 
     def _next_logits(self, model, seat: Seat) -> tuple[list[Request], torch.Tensor] | None:
         """Logits for some of the call's rows, as soon as a step has them; None: look whether the call is done."""

@@ -13,11 +13,16 @@ _GOLDEN_RATIO = 0.6180339887498949
 _PASSIVE = ("hf_paged.", "transformers.")
 
 
-def fingerprint(model: torch.nn.Module) -> bytes | None:
+def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
     """A digest that changes when the weights of `model`, or its adapters, change.
 
     Looks at where each parameter and buffer lies, how often it was changed in place, and a few elements of its
     content: an edit through ``.data`` leaves no other trace. Such an edit of a few elements can be missed.
+
+    Parameters
+    ----------
+    besides : objects
+        What else stored states depend on: their `repr` is part of it.
 
     Returns
     -------
@@ -25,7 +30,12 @@ def fingerprint(model: torch.nn.Module) -> bytes | None:
         None if a change could not be seen: weights are elsewhere (offloaded), or a forward hook of somebody else may
         change what a module computes.
     """
-    seen: list[object] = [type(model).__module__, type(model).__qualname__, getattr(model, "name_or_path", "")]
+    seen: list[object] = [
+        *besides,
+        type(model).__module__,
+        type(model).__qualname__,
+        getattr(model, "name_or_path", ""),
+    ]
     samples: list[torch.Tensor] = []
     if torch.nn.modules.module._has_any_global_hook():
         return None

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 WINDOW = 32
 # What `generate` takes besides generation parameters. Anything else is an object or a tensor of the caller's, which
 # one item after the other may use and change.
-_KNOWN_ARGUMENTS = {"generation_config", "tokenizer", "synced_gpus", "trust_remote_code"}
+_KNOWN_ARGUMENTS = {"tokenizer"}
 
 
 def iterate(

@@ -5,6 +5,7 @@ one waiting (a generator over a queue) is read in a thread of its own, and only 
 a result that is ready does not wait for the next item to arrive.
 """
 
+import contextvars
 import threading
 import weakref
 from collections import deque
@@ -194,9 +195,10 @@ class RunAhead:
 
     def _start(self, item: _Item) -> None:
         item.cancellation, item.future = Cancellation(), Future()
-        work = (self._function, item.value, item.cancellation, item.future, self._news)
+        context = contextvars.copy_context()  # The cache salt of whoever iterates.
+        work = (_run, self._function, item.value, item.cancellation, item.future, self._news)
         # Not from an executor: the interpreter would wait for its threads before it tells that it exits.
-        threading.Thread(target=_run, args=work, name="hf_paged-item").start()
+        threading.Thread(target=context.run, args=work, name="hf_paged-item").start()
 
     def _wait(self) -> None:
         """Wait until the first item is done, or there is room for another one and it has arrived."""

@@ -5,6 +5,7 @@ and requests share steps and blocks with each other and with plain calls.
 """
 
 import asyncio
+import contextvars
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -169,7 +170,8 @@ class AsyncEngine:
         if len(self._requests) >= self.max_running + self.max_queue:
             raise QueueFullError(len(self._requests) - running, running)
         feed = _Feed(asyncio.get_running_loop())
-        future = self._threads.submit(_generate, self.model, ids, feed, generation_config, options)
+        context = contextvars.copy_context()  # The cache salt of whoever asks.
+        future = self._threads.submit(context.run, _generate, self.model, ids, feed, generation_config, options)
         self._requests[future] = feed
         future.add_done_callback(self._requests.pop)
         return TokenStream(feed, future)

@@ -2,6 +2,7 @@
 
 from pipes import LENGTHS, pipes
 
+import datasets
 import pytest
 import texts
 import torch
@@ -78,7 +79,6 @@ def test_generators_and_dataset_columns(options, rows):
 
 
 def test_a_column_of_datasets():
-    datasets = pytest.importorskip("datasets")
     dense, paged = pipes()
     column = KeyDataset(datasets.Dataset.from_dict({"prompt": texts.prompts(7)}), "prompt")
     assert list(paged(column)) == list(dense(column))
@@ -98,7 +98,7 @@ ONE_BY_ONE = {
     "streamer": lambda: {"streamer": Collected()},
     "several": lambda: {"do_sample": True, "num_return_sequences": 2},
     "time": lambda: {"max_time": 60.0},
-    "scores": lambda: {"return_dict_in_generate": True, "output_scores": True},
+    "attentions": lambda: {"return_dict_in_generate": True, "output_attentions": True},
     "no_cache": lambda: {"use_cache": False},
     "prompt_lookup": lambda: {"prompt_lookup_num_tokens": 2},
 }
