@@ -14,13 +14,8 @@ def sharegpt_prompts(tokenizer, count: int, seed: int = 0, max_tokens: int = 102
 
     Prompts of more than `max_tokens` tokens are passed over.
     """
-    conversations = sharegpt_conversations()
-    random.Random(seed).shuffle(conversations)
     prompts = []
-    for conversation in conversations:
-        turn = next((turn["value"] for turn in conversation["conversations"] if turn["from"] == "human"), None)
-        if not turn:
-            continue
+    for turn in first_turns(seed):
         chat = [{"role": "user", "content": turn}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         if len(ids) <= max_tokens:
@@ -28,6 +23,24 @@ def sharegpt_prompts(tokenizer, count: int, seed: int = 0, max_tokens: int = 102
             if len(prompts) == count:
                 return prompts
     raise ValueError(f"ShareGPT holds {len(prompts)} prompts of at most {max_tokens} tokens, {count} were asked for")
+
+
+def first_turns(seed: int = 0) -> list[str]:
+    """What people said first, in an order that `seed` decides."""
+    conversations = sharegpt_conversations()
+    random.Random(seed).shuffle(conversations)
+    turns = [
+        next((turn["value"] for turn in one["conversations"] if turn["from"] == "human"), "") for one in conversations
+    ]
+    return [turn for turn in turns if turn]
+
+
+def answers(seed: int = 0) -> list[str]:
+    """What the assistant said, conversation by conversation, in an order that `seed` decides."""
+    conversations = sharegpt_conversations()
+    random.Random(seed).shuffle(conversations)
+    said = ["\n".join(turn["value"] for turn in one["conversations"] if turn["from"] == "gpt") for one in conversations]
+    return [text for text in said if text]
 
 
 def sharegpt_conversations() -> list[dict]:

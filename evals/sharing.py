@@ -8,11 +8,11 @@ Saving = blocks saved by sharing / blocks without sharing, over the steps of one
 import argparse
 
 import torch
-from prompts import sharegpt_prompts
 from transformers.utils import logging
 
 import hf_paged
 from hf_paged import binding
+from hf_paged.evals.prompts import sharegpt_prompts
 from hf_paged.smollm2 import load_model, load_tokenizer
 
 JOBS = {

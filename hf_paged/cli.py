@@ -14,8 +14,11 @@ from .plan_report import DTYPES, run_plan
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["eval"]:
+            return _evaluate(argv[1:])
+        arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except (BuildError, ImportError, PagedError, ValueError) as error:
         print(f"hf-paged: {error}", file=sys.stderr)
@@ -45,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory-budget", metavar="SIZE", help='such as "2GiB" (default: as in PagedConfig)')
     plan.set_defaults(run=_plan)
 
+    # Its arguments are its own: `main` hands them over before anything is parsed.
+    commands.add_parser("eval", help="measure accuracy, speed and memory, dense and paged, and write a report")
+
     build = commands.add_parser("build", help="compile the native CPU kernels now instead of at their first use")
     build.set_defaults(run=_build)
     return parser
@@ -69,6 +75,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = PagedConfig(arguments.block_size, arguments.memory_budget)
     run_plan(arguments.model, arguments.batch, arguments.context, config, arguments.dtype)
     return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    # Imported here: it needs the packages of the evals extra.
+    from hf_paged.evals.suite.command import main as evaluate
+
+    return evaluate(argv)
 
 
 def _build(arguments: argparse.Namespace) -> int:

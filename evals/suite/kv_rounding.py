@@ -1,0 +1,47 @@
+"""A lossy KV cache to judge: keys and values rounded to a smaller dtype before they are stored."""
+
+import functools
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+
+def round_kv(model: PreTrainedModel, dtype: str) -> None:
+    """Have whatever cache `model` is given store what a cast to `dtype`, without a scale, leaves.
+
+    The pages keep their own dtype: this shows what the rounding costs, not what it saves.
+
+    Raises
+    ------
+    ValueError
+        If torch has no such dtype, or it holds no fractions.
+    """
+    target = getattr(torch, dtype, None)
+    if not isinstance(target, torch.dtype) or not target.is_floating_point:
+        raise ValueError(f"kv_dtype must be a floating-point dtype of torch, such as float8_e4m3fn; got {dtype!r}")
+
+    def hook(module, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and not isinstance(cache, _Rounding):
+            # Its class, not its method: a method that holds its cache is a cycle, and would keep blocks until gc.
+            cache.__class__ = _rounding(type(cache), target)
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class _Rounding:
+    """Comes before a cache class."""
+
+    target: torch.dtype
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return super().update(self._rounded(key_states), self._rounded(value_states), *args, **kwargs)
+
+    def _rounded(self, states: torch.Tensor) -> torch.Tensor:
+        limit = torch.finfo(self.target).max
+        return states.clamp(-limit, limit).to(self.target).to(states.dtype)
+
+
+@functools.cache
+def _rounding(kind: type[Cache], target: torch.dtype) -> type[Cache]:
+    return type(kind.__name__, (_Rounding, kind), {"target": target})
