@@ -76,7 +76,8 @@ class GreedyMatch:
             plots=[_survival(rows, length)],
             notes=[
                 "A divergence is a near-tie if, in float64, the less likely of the two chosen tokens lies below the "
-                "likeliest by no more than twice the baseline's own largest logit error at that place."
+                "likeliest by no more than twice the baseline's own largest logit error at that place.",
+                "The task batch says how often the baseline alone changes its tokens with the size of its batches.",
             ],
             flags=flags,
         )
