@@ -4,6 +4,7 @@ Nothing here waits for the device or reads a tensor, and shapes alone decide wha
 replays with other lengths, tables and slots. Scratch comes from torch's allocator, which knows streams and graphs.
 """
 
+import functools
 import math
 
 import torch
@@ -15,10 +16,24 @@ from .prefill import prefill_kernel
 from .reduce import reduce_kernel
 from .write import write_kernel
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WRITE_ELEMENTS, _COPY_CHUNK, _REDUCE_SPLITS = 4096, 4096, 16
 
 
+def _on_their_device(op):
+    """Triton launches on the current device; the tensors may be on another one."""
+
+    @functools.wraps(op)
+    def call(*arguments, **options):
+        device = arguments[0].device
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
+            return op(*arguments, **options)
+        with torch.cuda.device(device):
+            return op(*arguments, **options)
+
+    return call
+
+
+@_on_their_device
 def write_kv(key, value, key_cache, value_cache, slot_mapping) -> None:
     """See `ops.write_kv`. A negative slot is not written."""
     num_tokens, num_kv_heads, key_dim = key.shape
@@ -38,6 +53,7 @@ def write_kv(key, value, key_cache, value_cache, slot_mapping) -> None:
     )  # fmt: skip
 
 
+@_on_their_device
 def copy_blocks(key_cache, value_cache, source, destination) -> None:
     """See `ops.copy_blocks`."""
     elements = [cache[0].numel() if len(cache) else 0 for cache in (key_cache, value_cache)]
@@ -51,6 +67,7 @@ def copy_blocks(key_cache, value_cache, source, destination) -> None:
     )  # fmt: skip
 
 
+@_on_their_device
 def paged_attention(
     query,
     key_cache,
