@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .finish import store_result
-from .pages import block_ids, load_states, page_offsets
+from .pages import block_ids, first_slots, load_states, page_offsets
 from .rows import split_tiles, tile_queries, visible_tokens
 from .softmax import LOWEST, capped, rescale
 
@@ -55,9 +55,10 @@ def decode_kernel(
     else:
         named = tokens
         inside = inside * 0
+    slots = (first_slots(named, BLOCK_SIZE, TILE) + inside)[:, :, None]
     table = block_tables + row.to(tl.int64) * table_stride
-    keys_at = key_cache + kv_head * KEY_STRIDES[1] + (inside[:, :, None] * KEY_STRIDES[2] + key_lanes)
-    values_at = value_cache + kv_head * VALUE_STRIDES[1] + (inside[:, :, None] * VALUE_STRIDES[2] + value_lanes)
+    keys_at = key_cache + kv_head * KEY_STRIDES[1] + (slots * KEY_STRIDES[2] + key_lanes)
+    values_at = value_cache + kv_head * VALUE_STRIDES[1] + (slots * VALUE_STRIDES[2] + value_lanes)
 
     maximum = tl.full((PARTS, BLOCK_M), LOWEST, tl.float32)
     total = tl.zeros((PARTS, BLOCK_M), tl.float32)
@@ -69,8 +70,8 @@ def decode_kernel(
         is_stored = tokens < end - passed
         if HAS_WINDOW:
             is_stored = is_stored & (tokens >= begin - passed)
-        key_pages = page_offsets(ids, at, BLOCK_SIZE, KEY_STRIDES)[:, :, None]
-        value_pages = page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES)[:, :, None]
+        key_pages = page_offsets(ids, at, BLOCK_SIZE, KEY_STRIDES, TILE)[:, :, None]
+        value_pages = page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES, TILE)[:, :, None]
         keys = load_states(keys_at + key_pages, is_stored, key_lanes, KEY_DIM, KEY_LANES)
         values = load_states(values_at + value_pages, is_stored, value_lanes, VALUE_DIM, VALUE_LANES)
         ids = block_ids(table, at + TILE, end, BLOCK_SIZE)

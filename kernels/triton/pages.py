@@ -7,13 +7,28 @@ import triton.language as tl
 @triton.jit
 def block_ids(table, tokens, end, BLOCK_SIZE: tl.constexpr):
     """Blocks of tokens of one row, int32; 0 from token `end` on, where the table may have no entry."""
-    return tl.load(table + tokens // BLOCK_SIZE, mask=tokens < end, other=0).to(tl.int32)
+    if end is None:
+        ids = tl.load(table + tokens // BLOCK_SIZE)
+    else:
+        ids = tl.load(table + tokens // BLOCK_SIZE, mask=tokens < end, other=0)
+    return ids.to(tl.int32)
 
 
 @triton.jit
-def page_offsets(ids, tokens, BLOCK_SIZE: tl.constexpr, STRIDES: tl.constexpr):
-    """Offsets of tokens in a cache of strides (block, KV head, slot), int64."""
-    return ids.to(tl.int64) * STRIDES[0] + (tokens % BLOCK_SIZE) * STRIDES[2]
+def page_offsets(ids, tokens, BLOCK_SIZE: tl.constexpr, STRIDES: tl.constexpr, TILE: tl.constexpr):
+    """What a step of TILE tokens adds to the addresses of `first_slots`, in a cache of strides (block, head, slot)."""
+    offsets = ids.to(tl.int64) * STRIDES[0]
+    if TILE % BLOCK_SIZE != 0:
+        offsets += (tokens % BLOCK_SIZE) * STRIDES[2]
+    return offsets
+
+
+@triton.jit
+def first_slots(tokens, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Slots of the first tile's tokens in their blocks, where these are the same in every tile; else 0."""
+    if TILE % BLOCK_SIZE == 0:
+        return tokens % BLOCK_SIZE
+    return tokens * 0
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .finish import store_result
-from .pages import block_ids, load_states, page_offsets
+from .pages import block_ids, first_slots, load_states, page_offsets
 from .rows import split_tiles, tile_queries, visible_tokens, whole_tiles
 from .softmax import LOWEST, capped, rescale
 
@@ -45,28 +45,24 @@ def prefill_kernel(
     queries = load_states(queries_at, is_query, key_lanes, KEY_DIM, KEY_LANES)
 
     tokens = tl.arange(0, TILE)
+    all_stored = tokens >= 0
+    slots = first_slots(tokens, BLOCK_SIZE, TILE)[:, None]
     table = block_tables + row.to(tl.int64) * table_stride
-    keys_at = key_cache + kv_head * KEY_STRIDES[1] + key_lanes[None, :]
-    values_at = value_cache + kv_head * VALUE_STRIDES[1] + value_lanes[None, :]
+    keys_at = key_cache + kv_head * KEY_STRIDES[1] + (slots * KEY_STRIDES[2] + key_lanes[None, :])
+    values_at = value_cache + kv_head * VALUE_STRIDES[1] + (slots * VALUE_STRIDES[2] + value_lanes[None, :])
     maximum = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     summed = tl.zeros((BLOCK_M, VALUE_LANES), tl.float32)
     whole, whole_end = whole_tiles(position, count, window, start, stop, TILE, HAS_WINDOW)
-    all_stored = tokens >= 0
     ids = block_ids(table, tokens + whole * TILE, end, BLOCK_SIZE)
     for index in range(whole, whole_end):
         at = tokens + index * TILE
-        keys = load_states(
-            keys_at + page_offsets(ids, at, BLOCK_SIZE, KEY_STRIDES)[:, None], all_stored, key_lanes, KEY_DIM, KEY_LANES
-        )
-        values = load_states(
-            values_at + page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES)[:, None],
-            all_stored,
-            value_lanes,
-            VALUE_DIM,
-            VALUE_LANES,
-        )
-        ids = block_ids(table, at + TILE, end, BLOCK_SIZE)
+        key_pages = page_offsets(ids, at, BLOCK_SIZE, KEY_STRIDES, TILE)[:, None]
+        value_pages = page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES, TILE)[:, None]
+        keys = load_states(keys_at + key_pages, all_stored, key_lanes, KEY_DIM, KEY_LANES)
+        values = load_states(values_at + value_pages, all_stored, value_lanes, VALUE_DIM, VALUE_LANES)
+        # Of the next tile, as in the decode kernel; after the last one, of the last again.
+        ids = block_ids(table, tokens + tl.minimum(index + 1, whole_end - 1) * TILE, None, BLOCK_SIZE)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         scores, factor = capped(scores, scale, softcap, HAS_SOFTCAP)
         maximum, old, weights = rescale(maximum, scores, factor, 1)
@@ -78,16 +74,10 @@ def prefill_kernel(
         at = tokens + index * TILE
         is_stored = (at >= begin) & (at < end)
         ids = block_ids(table, at, end, BLOCK_SIZE)
-        keys = load_states(
-            keys_at + page_offsets(ids, at, BLOCK_SIZE, KEY_STRIDES)[:, None], is_stored, key_lanes, KEY_DIM, KEY_LANES
-        )
-        values = load_states(
-            values_at + page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES)[:, None],
-            is_stored,
-            value_lanes,
-            VALUE_DIM,
-            VALUE_LANES,
-        )
+        key_pages = page_offsets(ids, at, BLOCK_SIZE, KEY_STRIDES, TILE)[:, None]
+        value_pages = page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES, TILE)[:, None]
+        keys = load_states(keys_at + key_pages, is_stored, key_lanes, KEY_DIM, KEY_LANES)
+        values = load_states(values_at + value_pages, is_stored, value_lanes, VALUE_DIM, VALUE_LANES)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         scores, factor = capped(scores, scale, softcap, HAS_SOFTCAP)
         is_seen = at[None, :] <= last_seen[:, None]
