@@ -120,7 +120,9 @@ def _amd_jump(line: str) -> Jump | None:
 
 def _pipeline(ttgir: str) -> tuple[int, int]:
     """Buffers a pipelined tile has, and the copies that a wait in a loop leaves under way: the best loop's."""
-    buffers = [int(shape.split("x")[0]) for shape in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<([\dx]+)x\w", ttgir)]
+    buffers = [
+        int(shape.split("x")[0]) for shape in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<([\dx]+)x\w", ttgir)
+    ]
     waits = [int(number) for number in re.findall(r"async_wait.*?num = (\d+)", ttgir)]
     return max(buffers, default=1), max(waits, default=0)
 

@@ -17,6 +17,7 @@ from .reduce import reduce_kernel
 from .write import write_kernel
 
 _WRITE_ELEMENTS, _COPY_CHUNK, _REDUCE_SPLITS = 4096, 4096, 16
+_SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # Options of kernels that only move data.
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def write_call(key, value, key_cache, value_cache, slot_mapping) -> Call:
     options = {
         "NUM_KV_HEADS": num_kv_heads,
         "ROWS": rows,
-        "num_warps": 4,
+        **_SMALL,
         **_pages(key_cache, value_cache),
     }
     arguments = (key, value, key_cache, value_cache, slot_mapping.contiguous(), num_tokens, *strides)
@@ -62,7 +63,7 @@ def write_call(key, value, key_cache, value_cache, slot_mapping) -> Call:
 def copy_call(key_cache, value_cache, source, destination) -> Call:
     """The launch of `copy_blocks`; there is at least one copy."""
     elements = [cache[0].numel() for cache in (key_cache, value_cache)]
-    options = {"KEY_ELEMENTS": elements[0], "VALUE_ELEMENTS": elements[1], "CHUNK": _COPY_CHUNK, "num_warps": 4}
+    options = {"KEY_ELEMENTS": elements[0], "VALUE_ELEMENTS": elements[1], "CHUNK": _COPY_CHUNK, **_SMALL}
     blocks = (source.contiguous(), destination.contiguous())
     arguments = (key_cache, value_cache, *blocks, key_cache.stride(0), value_cache.stride(0))
     return Call(copy_kernel, (len(source), -(-max(elements) // _COPY_CHUNK)), arguments, options)
@@ -101,18 +102,21 @@ def attention_calls(
             **_pages(key_cache, value_cache),
             **_tile(launch),
             "BLOCK_M": launch.block_m,
+            # Plain multipliers serve float32: they would hold all queries in registers, so these stay in the cache.
+            "RELOAD_QUERIES": query.dtype == torch.float32 and not device.is_hip,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
             "HAS_SOFTCAP": softcap is not None,
             "IS_SPLIT": launch.splits > 1,
             "num_warps": launch.warps,
             "num_stages": launch.stages,
+            "enable_fp_fusion": True,
         }
         kernel = decode_kernel if launch.parts else prefill_kernel
         arguments = (query, key_cache, value_cache, block_tables, *rows, sinks, out, *scratch, *numbers, *factors)
         calls.append(Call(kernel, grid, arguments, options))
         if launch.splits > 1:
             lanes = {"VALUE_DIM": value_dim, "VALUE_LANES": padded(value_dim)}
-            options = {**shared, **lanes, "TILE": launch.tile, "SPLITS": _REDUCE_SPLITS, "num_warps": 4}
+            options = {**shared, **lanes, "TILE": launch.tile, "SPLITS": _REDUCE_SPLITS, **_SMALL}
             arguments = (*scratch, *rows, sinks, out, num_rows, window or 0, launch.splits)
             calls.append(Call(reduce_kernel, (*grid[:2], launch.heads * launch.block_q), arguments, options))
     return calls

@@ -22,7 +22,7 @@ def decode_kernel(
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KEY_STRIDES: tl.constexpr, VALUE_STRIDES: tl.constexpr, KEY_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
     MAPPING: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, MIN_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    PARTS: tl.constexpr, PART_TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, PART_TOKENS: tl.constexpr, PRECISION: tl.constexpr, RELOAD_QUERIES: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = PARTS * PART_TOKENS
@@ -75,6 +75,9 @@ def decode_kernel(
         keys = load_states(keys_at + key_pages, is_stored, key_lanes, KEY_DIM, KEY_LANES)
         values = load_states(values_at + value_pages, is_stored, value_lanes, VALUE_DIM, VALUE_LANES)
         ids = block_ids(table, at + TILE, end, BLOCK_SIZE)
+        if RELOAD_QUERIES:
+            queries = tl.load(queries_at, mask=is_query[:, None] & (key_lanes < KEY_DIM), other=0.0, volatile=True)
+            queries = tl.broadcast_to(queries[None], (PARTS, BLOCK_M, KEY_LANES))
         scores = tl.dot(queries, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION)
         scores, factor = capped(scores, scale, softcap, HAS_SOFTCAP)
         is_seen = is_stored[:, None, :]

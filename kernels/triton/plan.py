@@ -75,8 +75,6 @@ class Launch:
     parts, tile : int
         Independent parts of a tile of tokens (0: none), and its tokens.
     warps, stages : int
-    max_registers : int or None
-        Limit for the compiler, where its own choice costs programs a processor.
     resident : int
         Programs that fit on a processor at once.
     tiles : int
@@ -95,7 +93,6 @@ class Launch:
     tile: int
     warps: int
     stages: int
-    max_registers: int | None = None
     resident: int = 1
     tiles: int = 0
     splits: int = 1
@@ -156,22 +153,28 @@ def head_tiles(heads: Heads, launch: Launch) -> int:
 
 def decode_launch(device: Device, heads: Heads) -> Launch | None:
     """The decode kernel for rows of a few queries; None if a group of heads is too large for it."""
-    if heads.group > 32:
+    plain = heads.itemsize == 4 and not device.is_hip  # Products without tensor cores: no need to fill 16 rows.
+    if heads.group > (16 if plain else 32):
         return None
-    block_m = 16 if heads.group <= 16 else 32
-    parts, warps = (4, 4) if heads.lanes <= 128 else (2, 4)
+    block_m = max(4 if plain else 16, 1 << (heads.group - 1).bit_length())
+    parts = 2 if heads.lanes * heads.itemsize > 256 else 4
     return Launch(
-        "decode", BY_ROW, heads.group, max(1, block_m // heads.group), block_m, 0, parts, parts * 16, warps,
-        stages=2 if device.is_hip else 3, resident=2,
+        "decode", BY_ROW, heads.group, max(1, block_m // heads.group), block_m, min_q=0,
+        parts=parts, tile=parts * 16, warps=4, stages=2 if device.is_hip else 3, resident=2,
     )  # fmt: skip
 
 
 def prefill_launch(device: Device, heads: Heads) -> Launch:
     """The prefill kernel, for rows of more queries than the decode kernel takes."""
-    block_m = 64
-    packed = min(heads.group, block_m)
     decode = decode_launch(device, heads)
+    plain = heads.itemsize == 4 and not device.is_hip
+    block_m, tile, warps = 64, 64, 4
+    if plain:
+        block_m, tile = 16, 32
+    elif heads.lanes > 128:
+        tile, warps = 32, 8
+    packed = min(heads.group, block_m)
     return Launch(
-        "prefill", BY_TILE, packed, block_m // packed, block_m, decode.block_q + 1 if decode else 0, 0, 64, 4,
-        stages=2 if device.is_hip else 3, resident=2,
+        "prefill", BY_TILE, packed, block_m // packed, block_m, min_q=decode.block_q + 1 if decode else 0,
+        parts=0, tile=tile, warps=warps, stages=2 if device.is_hip else 3, resident=2,
     )  # fmt: skip

@@ -21,7 +21,7 @@ def prefill_kernel(
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KEY_STRIDES: tl.constexpr, VALUE_STRIDES: tl.constexpr, KEY_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
     MAPPING: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, MIN_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, RELOAD_QUERIES: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -63,6 +63,8 @@ def prefill_kernel(
         values = load_states(values_at + value_pages, all_stored, value_lanes, VALUE_DIM, VALUE_LANES)
         # Of the next tile, as in the decode kernel; after the last one, of the last again.
         ids = block_ids(table, tokens + tl.minimum(index + 1, whole_end - 1) * TILE, None, BLOCK_SIZE)
+        if RELOAD_QUERIES:
+            queries = tl.load(queries_at, mask=is_query[:, None] & (key_lanes < KEY_DIM), other=0.0, volatile=True)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         scores, factor = capped(scores, scale, softcap, HAS_SOFTCAP)
         maximum, old, weights = rescale(maximum, scores, factor, 1)
@@ -78,6 +80,8 @@ def prefill_kernel(
         value_pages = page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES, TILE)[:, None]
         keys = load_states(keys_at + key_pages, is_stored, key_lanes, KEY_DIM, KEY_LANES)
         values = load_states(values_at + value_pages, is_stored, value_lanes, VALUE_DIM, VALUE_LANES)
+        if RELOAD_QUERIES:
+            queries = tl.load(queries_at, mask=is_query[:, None] & (key_lanes < KEY_DIM), other=0.0, volatile=True)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         scores, factor = capped(scores, scale, softcap, HAS_SOFTCAP)
         is_seen = at[None, :] <= last_seen[:, None]
