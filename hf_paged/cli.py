@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from hf_paged.evals.triton.command import main as eval_triton
 from hf_paged.kernels.cpu.build import BuildError, build_kernels, find_compiler
 
 from .config import PagedConfig
@@ -44,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", choices=DTYPES, help="of weights and KV (default: the one in the model's config)")
     plan.add_argument("--memory-budget", metavar="SIZE", help='such as "2GiB" (default: as in PagedConfig)')
     plan.set_defaults(run=_plan)
+
+    evaluate = commands.add_parser("eval", help="compile the GPU kernels for GPUs that are not here and judge the code")
+    evaluate.add_argument("suite", choices=["triton"])
+    evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the suite: `hf-paged eval triton -h`")
+    evaluate.set_defaults(run=lambda arguments: eval_triton(arguments.arguments))
 
     build = commands.add_parser("build", help="compile the native CPU kernels now instead of at their first use")
     build.set_defaults(run=_build)
