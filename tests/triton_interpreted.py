@@ -26,7 +26,7 @@ def splits(request, monkeypatch):
     """Contexts in one piece, and cut into splits of a tile or more."""
     if request.param == "split":
         monkeypatch.setattr(plan, "_MIN_SPLIT_TOKENS", 1)
-        monkeypatch.setattr(launch, "describe", lambda device: plan.Device("sm90", 40))
+        monkeypatch.setattr(launch, "describe", lambda device: plan.Device("sm90", 12))
     return request.param
 
 
@@ -178,10 +178,11 @@ def test_each_key_and_value_is_read_once(splits):
 
 
 def test_each_value_is_written_once():
-    states, caches = torch.randn(9, 3, 16), [torch.zeros(5, 3, 4, 16) for _ in range(2)]
+    key, value, *caches = torch.randn(9, 3, 16), torch.randn(9, 3, 8), torch.zeros(5, 3, 4, 16), torch.zeros(5, 3, 4, 8)
     with interpreter.counted_traffic() as traffic:
-        launch.write_kv(states, states, *caches, torch.arange(9))
-    assert traffic.stored["key_cache"] == traffic.loaded["key"] == states.nbytes
+        launch.write_kv(key, value, *caches, torch.arange(9))
+    assert traffic.stored["key_cache"] == traffic.loaded["key"] == key.nbytes
+    assert traffic.stored["value_cache"] == traffic.loaded["value"] == value.nbytes
 
 
 def test_the_count_of_bytes_can_fail():

@@ -28,6 +28,10 @@ class Threshold:
         Of which it holds.
     dims : tuple of int
         Head sizes of which it holds; empty: all.
+    is_full : bool or None
+        Only with, or only without, window, softcap and sinks.
+    max_group : int
+        Largest group of heads of which it holds.
     anchor : str
         What others reach.
     """
@@ -40,6 +44,7 @@ class Threshold:
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
     dims: tuple[int, ...] = ()
     is_full: bool | None = None
+    max_group: int = 64
     anchor: str = ""
 
     def applies(self, case: Case, target: Target) -> bool:
@@ -49,6 +54,7 @@ class Threshold:
             and case.dtype in self.dtypes
             and (not self.dims or max(case.dims) in self.dims)
             and self.is_full in (None, case.is_full)
+            and case.group <= self.max_group
         )
 
     def is_met(self, value: float) -> bool:
@@ -69,13 +75,16 @@ _ONE_BUFFER = "vLLM and SGLang: 1"
 THRESHOLDS = (
     Threshold("spilled", _ALL, _EVERYWHERE, at_most=0, anchor="all anchors: 0"),
     Threshold("shared", _ALL, _EVERYWHERE, at_most=1),
-    Threshold("wide", _ALL, _EVERYWHERE, at_least=1),
+    Threshold("wide", _ALL, _EVERYWHERE, at_least=1, dtypes=_HALF),
+    Threshold("wide", ("reduce", "write", "copy"), _EVERYWHERE, at_least=1, dtypes=("fp32",)),
+    # In float32 the queries are loaded again in the loop, 64 bits at a time where heads are small.
+    Threshold("wide", _ATTENTION, _EVERYWHERE, at_least=0.9, dtypes=("fp32",)),
     Threshold("programs", _ALL, _EVERYWHERE, at_least=1, anchor="vLLM and SGLang: 5 to 7, of smaller tiles"),
     Threshold("programs", ("decode",), _NVIDIA, at_least=2, dtypes=_HALF, dims=(64, 80, 96, 128)),
     Threshold("buffers", _ATTENTION, _NVIDIA, at_least=2, anchor=_ONE_BUFFER),
     Threshold("waits", _ATTENTION, _NVIDIA, at_least=1, anchor="vLLM: 0"),
     Threshold("instructions", ("decode", "rows"), _NVIDIA, at_most=33, dtypes=_HALF, dims=(64, 80, 96, 128),
-              is_full=False, anchor=_VLLM_DECODE),
+              is_full=False, max_group=16, anchor=_VLLM_DECODE),
     Threshold("instructions", ("decode", "rows"), _NVIDIA, at_most=33, is_full=True, anchor=_VLLM_FULL),
     Threshold("instructions", ("prefill",), ("sm90", "sm100"), at_most=38.6, dtypes=_HALF, dims=(64, 80, 96, 128),
               is_full=False, anchor=_VLLM_PREFILL),

@@ -157,7 +157,9 @@ def decode_launch(device: Device, heads: Heads) -> Launch | None:
     if heads.group > (16 if plain else 32):
         return None
     block_m = max(4 if plain else 16, 1 << (heads.group - 1).bit_length())
-    parts = 2 if heads.lanes * heads.itemsize > 256 else 4
+    parts = min(4, 1024 // (heads.lanes * heads.itemsize))  # A tile of keys is 16 KiB at most.
+    if block_m > 16:
+        parts = min(parts, 2)
     return Launch(
         "decode", BY_ROW, heads.group, max(1, block_m // heads.group), block_m, min_q=0,
         parts=parts, tile=parts * 16, warps=4, stages=2 if device.is_hip else 3, resident=2,
@@ -168,11 +170,14 @@ def prefill_launch(device: Device, heads: Heads) -> Launch:
     """The prefill kernel, for rows of more queries than the decode kernel takes."""
     decode = decode_launch(device, heads)
     plain = heads.itemsize == 4 and not device.is_hip
+    # What fits in registers, found by compiling: `hf-paged eval triton` shows what spills and what does not.
     block_m, tile, warps = 64, 64, 4
     if plain:
-        block_m, tile = 16, 32
+        block_m, tile, warps = 16, 16, 4 if heads.lanes <= 128 else 8
     elif heads.lanes > 128:
         tile, warps = 32, 8
+    elif device.arch.startswith("sm8"):  # No products that read their operands from shared memory.
+        tile = 32
     packed = min(heads.group, block_m)
     return Launch(
         "prefill", BY_TILE, packed, block_m // packed, block_m, min_q=decode.block_q + 1 if decode else 0,
