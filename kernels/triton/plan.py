@@ -162,7 +162,8 @@ def decode_launch(device: Device, heads: Heads) -> Launch | None:
         parts = min(parts, 2)
     return Launch(
         "decode", BY_ROW, heads.group, max(1, block_m // heads.group), block_m, min_q=0,
-        parts=parts, tile=parts * 16, warps=4, stages=2 if device.is_hip else 3, resident=2,
+        parts=parts, tile=parts * 16, warps=8 if plain and heads.lanes > 64 else 4,
+        stages=2 if device.is_hip else 3, resident=2,
     )  # fmt: skip
 
 
