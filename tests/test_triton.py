@@ -21,7 +21,7 @@ from hf_paged.evals.triton.targets import TARGETS
 from hf_paged.evals.triton.thresholds import THRESHOLDS
 
 HERE = Path(__file__).parent
-SHARDS = ("dims or blocks or groups", "not (dims or blocks or groups)")
+SHARDS = ("dims or groups", "not (dims or groups)")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -46,7 +46,7 @@ def test_batches(batch, splits):
         check((BATCHES | UNEVEN)[batch], HEADS[number % len(HEADS)], dtype=DTYPES[number % 3], **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(
     "dims", [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (24, 8), (20, 40), (96, 5), (1, 1)], ids=str
 )

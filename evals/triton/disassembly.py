@@ -14,6 +14,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|IMMA|FFMA2?|DMMA)\b|v_mfma_")
 _COPY = re.compile(r"\b(?:LDGSTS|LDG)\b|(?:global|buffer)_load_")
 _WIDE = re.compile(r"\.128\b|_dwordx4\b")
+_ID = re.compile(r"\bLDG\.E(?:\.64)?(?:\.CONSTANT)?\s|_load_dword(?:x2)?\s")
 _ASYNC = re.compile(r"\bLDGSTS\b")
 
 
@@ -49,10 +50,12 @@ class Code:
 
 
 def wide_share(instructions: list[str]) -> float:
-    """Of the loads that move keys and values, the share of 128 bits; loads of a few block ids do not count."""
-    loads = [line for line in instructions if _ASYNC.search(line)]
-    if not loads:
-        loads = [line for line in instructions if _COPY.search(line) and not _is_id(line)]
+    """Of the loads that move keys and values, the share of 128 bits.
+
+    Plain loads of 32 or 64 bits are block ids, slots and totals: keys and values of that width would be copied
+    to shared memory, and narrower ones count as what they are.
+    """
+    loads = [line for line in instructions if _COPY.search(line) and not _ID.search(line)]
     return sum(bool(_WIDE.search(line)) for line in loads) / len(loads) if loads else 1.0
 
 
@@ -125,11 +128,6 @@ def _pipeline(ttgir: str) -> tuple[int, int]:
     ]
     waits = [int(number) for number in re.findall(r"async_wait.*?num = (\d+)", ttgir)]
     return max(buffers, default=1), max(waits, default=0)
-
-
-def _is_id(line: str) -> bool:
-    """Whether a load is that of a block id: one number a thread, at most 64 bits wide."""
-    return bool(re.search(r"\bLDG\.E(\.64)?\b|_load_dword(x2)?\b", line)) and not _WIDE.search(line)
 
 
 def _run(tool: str, *arguments: str) -> str:
