@@ -8,10 +8,12 @@ import psutil
 import torch
 
 from hf_paged.kernels.cpu import native
+from hf_paged.kernels.triton import gpu
 
 from . import __version__
 from .config import DEFAULT_SHARE, PagedConfig
 from .errors import PagedError
+from .gpu_check import check_gpu
 from .integrations import autoload
 from .integrations.hooks import NAME, TESTED_TRANSFORMERS, enable
 from .machine import Compiler, find_compiler, gpu_driver, gpus, vector_units
@@ -25,6 +27,7 @@ _AFTER_A_FAILED_CHECK = (
     'use attn_implementation="sdpa"; install the tested versions (pip install -c constraints.txt .), '
     "and report this output if that does not help"
 )
+_WITHOUT_GPU_KERNELS = "set HF_PAGED_TRITON=0, which gathers instead, and report this output"
 
 
 def run_doctor() -> bool:
@@ -58,6 +61,13 @@ def run_doctor() -> bool:
     passed = f"same tokens dense and paged; {counted.page_reads} page reads, {gathers} gathers, every block returned"
     _print("Check", [("a tiny llama", passed)])
     _print("What is used", kernel_state(bool(gpu_lines)))
+    if gpu_lines and gpu.state().available:
+        try:
+            _print("GPU kernels", _gpu_check())
+        except Exception as error:  # As above.
+            _print("GPU kernels", [("against torch", f"failed: {str(error) or type(error).__name__}")])
+            print(f'\nattn_implementation="{NAME}" does not work on this GPU: {_WITHOUT_GPU_KERNELS}.')
+            return False
     print(f'\nattn_implementation="{NAME}" works here.')
     return True
 
@@ -70,11 +80,23 @@ def kernel_state(has_gpu: bool) -> list[Line]:
     else:
         reason = " ".join((kernels.reason or "").split())
         cpu = f"plain torch, several times slower: gathers the blocks of a layer, then SDPA. No C++ kernels: {reason}"
-    gpu = "plain torch: gathers, then SDPA; never run on a GPU so far" if has_gpu else "nothing: torch sees no GPU"
+    if not has_gpu:
+        on_gpu = "nothing: torch sees no GPU"
+    elif (triton := gpu.state()).available:
+        on_gpu = "Triton kernels read the pages in place (float32, bfloat16, float16)"
+    else:
+        on_gpu = f"plain torch: gathers the blocks of a layer, then SDPA. No Triton kernels: {triton.reason}"
+    return [("CPU attention", cpu), ("GPU attention", on_gpu)]
+
+
+def _gpu_check() -> list[Line]:
+    """The kernels' numbers and speed on the first GPU."""
+    found = check_gpu(torch.device("cuda", 0))
+    share = found.attention / found.copy
     return [
-        ("CPU attention", cpu),
-        ("GPU attention", gpu),
-        ("triton", "not used: this version has no GPU kernels"),
+        ("against torch", f"{found.cases} calls agree with the reference"),
+        ("decode attention", f"reads keys and values at {found.attention / 1e9:,.0f} GB/s"),
+        ("a plain copy", f"reads and writes at {found.copy / 1e9:,.0f} GB/s: attention reaches {share:.0%} of it"),
     ]
 
 

@@ -4,14 +4,15 @@ Blocks are named by id. A slot is ``block * block_size + offset``. The ops own n
 the blocks and guarantees that those written belong to one row only.
 
 Each function is a custom op of its name in ``torch.ops.hf_paged``. On the CPU the C++ kernels register
-themselves for these ops when they are first used; what they do not serve, and every other device, runs in
-torch, which is the op ``<name>_torch``.
+themselves for these ops when they are first used, on GPUs (CUDA and HIP) Triton kernels are launched; what these
+do not serve, and every other device, runs in torch, which is the op ``<name>_torch``.
 """
 
 import torch
 
 from . import gather_sdpa
 from .cpu import native
+from .triton import gpu
 
 _ROWS = "Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q"
 _OPTIONS = "float scale, int? window=None, float? softcap=None, Tensor? sinks=None"
@@ -39,9 +40,11 @@ def _first_call(name: str, in_torch):
 
     def call(*arguments):
         # Arguments of all ops begin with tensors of the device in question.
-        if arguments[0].device.type == "cpu" and native.load():
+        device = arguments[0].device.type
+        if device == "cpu" and native.load():
             return getattr(torch.ops.hf_paged, name).default(*arguments)
-        return in_torch(*arguments)
+        kernel = gpu.find(name, arguments) if device == "cuda" else None
+        return (kernel or in_torch)(*arguments)
 
     return call
 

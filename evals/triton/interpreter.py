@@ -1,0 +1,151 @@
+"""Triton's interpreter made fit for proofs: right bfloat16, a check of every address, a count of every byte.
+
+Import this in a process that has ``TRITON_INTERPRET=1`` set, before any kernel is imported. The interpreter as it
+comes computes on the bit patterns of bfloat16, truncates where it should round, and reads whatever lies behind a
+tensor's end.
+"""
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_builder = interpreter.InterpreterBuilder
+
+
+class OutOfBoundsError(Exception):
+    """A lane reads or writes memory that is not its tensor's."""
+
+
+@dataclass
+class Traffic:
+    """Bytes that kernels moved, by the name of the argument they moved them through."""
+
+    loaded: Counter = field(default_factory=Counter)
+    stored: Counter = field(default_factory=Counter)
+
+
+_traffic: list[Traffic] = []
+_tensors: dict[str, tuple[int, int]] = {}  # Arguments of the running kernel: first address and the one past the last.
+
+
+@contextlib.contextmanager
+def counted_traffic():
+    """Count what kernels move while this is open."""
+    traffic = Traffic()
+    _traffic.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _traffic.remove(traffic)
+
+
+def install() -> None:
+    """Patch the interpreter of this process."""
+    interpreter._get_np_dtype = _np_dtype
+    interpreter._validate_np_data_size = _fits
+    interpreter.TensorHandle.__post_init__ = _rounded
+    for name in ("create_masked_load", "create_masked_store", "cast_impl", "create_fp_to_fp"):
+        setattr(_builder, name, globals()[f"_{name}"])
+    for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
+        setattr(_builder, f"create_{name}", _create_cast)
+    interpreter.GridExecutor._init_args_hst = _init_args_hst
+
+
+def round_to_bfloat16(data: np.ndarray) -> np.ndarray:
+    """float32 numbers rounded to the nearest that bfloat16 holds, ties to even."""
+    bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(data), np.float32("nan"), rounded.view(np.float32))
+
+
+# bfloat16 lives as float32 whose values bfloat16 holds; every handle is rounded as it is made.
+_plain_np_dtype, _plain_fits = interpreter._get_np_dtype, interpreter._validate_np_data_size
+_plain_cast, _plain_init_args = _builder.cast_impl, interpreter.GridExecutor._init_args_hst
+_plain_fp_to_fp = _builder.create_fp_to_fp
+
+
+def _np_dtype(dtype):
+    return np.dtype(np.float32) if dtype.scalar == tl.bfloat16 else _plain_np_dtype(dtype)
+
+
+def _is_bfloat16(dtype) -> bool:
+    return not isinstance(dtype, tl.pointer_type) and dtype.scalar == tl.bfloat16
+
+
+def _fits(data, dtype) -> bool:
+    return _is_bfloat16(dtype) or _plain_fits(data, dtype)
+
+
+def _rounded(handle) -> None:
+    if _is_bfloat16(handle.dtype):
+        handle.data = round_to_bfloat16(handle.data)
+
+
+def _cast_impl(self, source, target):
+    if tl.bfloat16 not in (source.dtype.scalar, target.scalar):
+        return _plain_cast(self, source, target)
+    return interpreter.TensorHandle(source.data.astype(_np_dtype(target)), target.scalar)
+
+
+def _create_cast(self, source, target):
+    return self.cast_impl(source, target)
+
+
+def _create_fp_to_fp(self, source, target, rounding):
+    if tl.bfloat16 in (source.dtype.scalar, target.scalar):
+        return self.cast_impl(source, target)
+    return _plain_fp_to_fp(self, source, target, rounding)
+
+
+def _create_masked_load(self, pointers, mask, other, cache_policy, is_volatile):
+    dtype = pointers.get_element_ty()
+    itemsize = max(1, dtype.primitive_bitwidth // 8)
+    _check(pointers.data, mask.data, itemsize, [traffic.loaded for traffic in _traffic])
+    if dtype != tl.bfloat16:
+        memory = _plain_np_dtype(dtype)
+        default = np.zeros(pointers.data.shape, memory) if other is None else other.data
+        return interpreter.TensorHandle(interpreter._interpreter.load(pointers.data, mask.data, default, memory), dtype)
+    bits = interpreter._interpreter.load(
+        pointers.data, mask.data, np.zeros(pointers.data.shape, np.uint16), np.dtype(np.uint16)
+    )
+    data = (bits.astype(np.uint32) << 16).view(np.float32)
+    return interpreter.TensorHandle(data if other is None else np.where(mask.data, data, other.data), dtype)
+
+
+def _create_masked_store(self, pointers, value, mask, cache_policy):
+    dtype = pointers.get_element_ty()
+    _check(pointers.data, mask.data, max(1, dtype.primitive_bitwidth // 8), [traffic.stored for traffic in _traffic])
+    data = value.data
+    if dtype == tl.bfloat16:
+        data = (round_to_bfloat16(data).view(np.uint32) >> 16).astype(np.uint16)
+    return interpreter._interpreter.store(pointers.data, data, mask.data)
+
+
+def _init_args_hst(self, args_dev, kwargs):
+    args, kwargs = _plain_init_args(self, args_dev, kwargs)
+    _tensors.clear()
+    for name, value in [*zip(self.arg_names, args), *kwargs.items()]:
+        if hasattr(value, "data_ptr") and value.numel():
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
+            _tensors[name] = value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+    return args, kwargs
+
+
+def _check(addresses: np.ndarray, mask: np.ndarray, itemsize: int, counters: list[Counter]) -> None:
+    """That all lanes that are not masked lie in one of the kernel's tensors, and in the same."""
+    wanted = addresses[np.broadcast_to(mask, addresses.shape)]
+    if not wanted.size:
+        return
+    low, high = int(wanted.min()), int(wanted.max()) + itemsize
+    for name, (first, end) in _tensors.items():
+        if first <= low < end:
+            if high > end:
+                raise OutOfBoundsError(f"{name} ends at {end:#x}; a lane reaches {high:#x}")
+            for counter in counters:
+                counter[name] += wanted.size * itemsize
+            return
+    raise OutOfBoundsError(f"no argument of the kernel holds {low:#x}")

@@ -1,0 +1,93 @@
+"""The one table of what compiled kernels must keep to, with the figures of others beside.
+
+The anchors were measured in the same way on kernels of vLLM 0.33 and SGLang 0.5.23: head 128, block 16, 8 KV heads,
+GQA 4, bf16, 4 warps, none of them spills, each holds one tile of keys and values in flight.
+"""
+
+from dataclasses import dataclass
+
+from .cases import Case
+from .targets import Target
+
+_ATTENTION = ("decode", "rows", "prefill")
+_NVIDIA = ("sm80", "sm90", "sm100")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A bound on one figure of some kernels.
+
+    Attributes
+    ----------
+    figure : str
+        ``spilled`` (bytes), ``shared`` (share of what a program may have), ``programs`` (a processor holds),
+        ``instructions`` (of a warp, a KV token and KV head in the hot loop), ``wide`` (share of 128-bit loads),
+        ``buffers`` (tiles of keys and values in flight), ``waits`` (copies under way while the loop computes).
+    at_least, at_most : float or None
+    kernels, archs, dtypes : tuple of str
+        Of which it holds.
+    dims : tuple of int
+        Head sizes of which it holds; empty: all.
+    is_full : bool or None
+        Only with, or only without, window, softcap and sinks.
+    max_group : int
+        Largest group of heads of which it holds.
+    anchor : str
+        What others reach.
+    """
+
+    figure: str
+    kernels: tuple[str, ...]
+    archs: tuple[str, ...]
+    at_least: float | None = None
+    at_most: float | None = None
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    dims: tuple[int, ...] = ()
+    is_full: bool | None = None
+    max_group: int = 64
+    anchor: str = ""
+
+    def applies(self, case: Case, target: Target) -> bool:
+        return (
+            case.kernel in self.kernels
+            and target.arch in self.archs
+            and case.dtype in self.dtypes
+            and (not self.dims or max(case.dims) in self.dims)
+            and self.is_full in (None, case.is_full)
+            and case.group <= self.max_group
+        )
+
+    def is_met(self, value: float) -> bool:
+        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
+
+    def __str__(self) -> str:
+        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+
+
+_ALL = (*_ATTENTION, "reduce", "write", "copy")
+_EVERYWHERE = (*_NVIDIA, "gfx942")
+_HALF = ("bf16", "fp16")
+_VLLM_DECODE = "vLLM split decode: 66.8 (sm90), 67.5 (sm80); SGLang grouped decode: 33.1 at page 1, 50.5 at page 16"
+_VLLM_FULL = "vLLM split decode with window, softcap and sinks: 68.8 (sm90)"
+_VLLM_PREFILL = "vLLM prefill: 38.6 (sm90) for 16 rows of a product; here a tile has 64"
+_ONE_BUFFER = "vLLM and SGLang: 1"
+
+THRESHOLDS = (
+    Threshold("spilled", _ALL, _EVERYWHERE, at_most=0, anchor="all anchors: 0"),
+    Threshold("shared", _ALL, _EVERYWHERE, at_most=1),
+    Threshold("wide", _ALL, _EVERYWHERE, at_least=1, dtypes=_HALF),
+    Threshold("wide", ("reduce", "write", "copy"), _EVERYWHERE, at_least=1, dtypes=("fp32",)),
+    # In float32 the queries are loaded again in the loop, 64 bits at a time where heads are small.
+    Threshold("wide", _ATTENTION, _EVERYWHERE, at_least=0.9, dtypes=("fp32",)),
+    Threshold("programs", _ALL, _EVERYWHERE, at_least=1, anchor="vLLM and SGLang: 5 to 7, of smaller tiles"),
+    Threshold("programs", ("decode",), _NVIDIA, at_least=2, dtypes=_HALF, dims=(64, 80, 96, 128)),
+    Threshold("buffers", _ATTENTION, _NVIDIA, at_least=2, anchor=_ONE_BUFFER),
+    Threshold("waits", _ATTENTION, _NVIDIA, at_least=1, anchor="vLLM: 0"),
+    Threshold("instructions", ("decode", "rows"), _NVIDIA, at_most=33, dtypes=_HALF, dims=(64, 80, 96, 128),
+              is_full=False, max_group=16, anchor=_VLLM_DECODE),
+    Threshold("instructions", ("decode", "rows"), _NVIDIA, at_most=33, is_full=True, anchor=_VLLM_FULL),
+    Threshold("instructions", ("prefill",), ("sm90", "sm100"), at_most=38.6, dtypes=_HALF, dims=(64, 80, 96, 128),
+              is_full=False, anchor=_VLLM_PREFILL),
+    Threshold("instructions", ("prefill",), ("sm80",), at_most=77.2, dtypes=_HALF, dims=(64, 80, 96, 128),
+              is_full=False, anchor="half of vLLM's a row: its 38.6 for 16 rows are 154 for the 64 of a tile here"),
+)  # fmt: skip
