@@ -174,7 +174,9 @@ def prefill_launch(device: Device, heads: Heads) -> Launch:
     # What fits in registers, found by compiling: `hf-paged eval triton` shows what spills and what does not.
     block_m, tile, warps = 64, 64, 4
     if plain:
-        block_m, tile, warps = 16, 16, 4 if heads.lanes <= 128 else 8
+        block_m, tile, warps = 16, 16, 4 if heads.lanes <= 64 else 8
+    elif heads.itemsize == 4:
+        block_m, tile = 32, 32 if heads.lanes <= 128 else 16
     elif heads.lanes > 128:
         tile, warps = 32, 8
     elif device.arch.startswith("sm8"):  # No products that read their operands from shared memory.
