@@ -77,8 +77,8 @@ THRESHOLDS = (
     Threshold("shared", _ALL, _EVERYWHERE, at_most=1),
     Threshold("wide", _ALL, _EVERYWHERE, at_least=1, dtypes=_HALF),
     Threshold("wide", ("reduce", "write", "copy"), _EVERYWHERE, at_least=1, dtypes=("fp32",)),
-    # In float32 the queries are loaded again in the loop, 64 bits at a time where heads are small.
-    Threshold("wide", _ATTENTION, _EVERYWHERE, at_least=0.9, dtypes=("fp32",)),
+    # In float32 the few queries are loaded again in the loop, 32 or 64 bits a thread.
+    Threshold("wide", _ATTENTION, _EVERYWHERE, at_least=0.8, dtypes=("fp32",)),
     Threshold("programs", _ALL, _EVERYWHERE, at_least=1, anchor="vLLM and SGLang: 5 to 7, of smaller tiles"),
     Threshold("programs", ("decode",), _NVIDIA, at_least=2, dtypes=_HALF, dims=(64, 80, 96, 128)),
     Threshold("buffers", _ATTENTION, _NVIDIA, at_least=2, anchor=_ONE_BUFFER),

@@ -47,7 +47,9 @@ def load() -> ModuleType | None:
             try:
                 import triton
 
-                triton.runtime.driver.active.get_current_target()
+                target = triton.runtime.driver.active.get_current_target()
+                if target.backend == "cuda" and target.arch < 80:
+                    raise RuntimeError(f"they need compute capability 8.0 or more, this GPU has {target.arch / 10:.1f}")
                 from . import launch
 
                 _launch = launch

@@ -33,6 +33,11 @@ class Device:
     def is_hip(self) -> bool:
         return self.arch.startswith("gfx")
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether matrix products read their operands from shared memory, of which there is plenty then."""
+        return self.arch in ("sm90", "sm100", "sm103")
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -174,13 +179,18 @@ def prefill_launch(device: Device, heads: Heads) -> Launch:
     # What fits in registers, found by compiling: `hf-paged eval triton` shows what spills and what does not.
     block_m, tile, warps = 64, 64, 4
     if plain:
-        block_m, tile, warps = 16, 16, 4 if heads.lanes <= 128 else 8
+        block_m, tile, warps = 16, 16, 4 if heads.lanes <= 64 else 8
+    elif heads.itemsize == 4:
+        block_m, tile = 32, 32 if heads.lanes <= 128 else 16
     elif heads.lanes > 128:
         tile, warps = 32, 8
-    elif device.arch.startswith("sm8"):  # No products that read their operands from shared memory.
+    elif not device.is_wide and not device.is_hip:
         tile = 32
+    # Large heads in three stages are more than the 99 KiB of small GPUs (sm86, sm89, sm120).
+    large = heads.lanes > 128 and not plain and not device.is_wide and device.arch != "sm80"
+    stages = 2 if device.is_hip or large else 3
     packed = min(heads.group, block_m)
     return Launch(
         "prefill", BY_TILE, packed, block_m // packed, block_m, min_q=decode.block_q + 1 if decode else 0,
-        parts=0, tile=tile, warps=warps, stages=2 if device.is_hip else 3, resident=2,
+        parts=0, tile=tile, warps=warps, stages=stages, resident=2,
     )  # fmt: skip
