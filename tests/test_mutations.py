@@ -89,7 +89,11 @@ def test_a_stored_pad_is_seen(loop, monkeypatch):
         "record",
         lambda self, mask, *rest: record(self, mask if mask is None else one_less(mask), *rest),
     )
-    monkeypatch.setattr(call.Call, "__init__", lambda self, ids, valid, *rest: init(self, ids, one_less(valid), *rest))
+    monkeypatch.setattr(
+        call.Call,
+        "__init__",
+        lambda self, ids, valid, *rest, **options: init(self, ids, one_less(valid), *rest, **options),
+    )
     with pytest.raises(AssertionError):
         check("llama", loop)
 
