@@ -75,6 +75,7 @@ def main():
             result = timed(pipe, options, prompts if turn else warm)
             if turn:
                 found[name].append(result)
+                print(f"turn {turn}, {name}: {result[0]:.1f} s", flush=True)
     print(f"{machine()}, {arguments.dtype}, {len(prompts)} prompts of {sum(map(len, ids[:-2]))} tokens")
     seconds = {name: statistics.median(total for total, *_ in results) for name, results in found.items()}
     for name, total in seconds.items():
