@@ -9,6 +9,17 @@ from .kv_pool import GroupKey, KVPool
 from .request import Request
 
 
+def why_not_adopt(cache: DynamicCache, pool: KVPool) -> str | None:
+    """Why an empty cache cannot take over what is stored in `pool`; None if it can."""
+    sequences = cache.layers[0].sequences
+    if sequences.pool not in (None, pool):
+        return "a cache of another model, or of a pool that was released"
+    windows = {index: key.window for key, group in pool.groups.items() for index in group.layers}
+    if windows != {index: layer.window for index, layer in enumerate(cache.layers)}:
+        return "a cache made for another model's layers"
+    return "a cache that records its past" if sequences.record_past else None
+
+
 def adopt(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequence[GroupKey]) -> None:
     """Let an empty cache of one row hold what `request` has stored, as if its forwards had gone through the cache.
 

@@ -20,7 +20,7 @@ from .fingerprint import fingerprint
 from .kv_pool import GroupKey, KVPool
 from .packed import pack, run_step
 from .request import Request
-from .reservation import entered
+from .reservation import Patience, entered, is_inside
 from .salt import current_salt
 from .scheduler import Chunk, Schedule, Scheduler
 from .seat import Seat
@@ -43,8 +43,8 @@ class Engine:
         self.pool = pool
         self.keys = list(pool.groups)
         self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
-        self._buffers = StepBuffers(self.keys[0].device)
         self.scheduler.prefix.counts = pool.prefix_counts
+        self._buffers, self._patience = StepBuffers(self.keys[0].device), Patience(pool)
         self._lock = threading.RLock()
         self._handed_back = threading.Condition(self._lock)
         self._stepped = threading.Condition(self._lock)
@@ -85,7 +85,7 @@ class Engine:
         Exception
             What a processor, criterion, streamer or the model raises; the other calls go on.
         """
-        seat = Seat(call, self._lock)
+        seat = Seat(call, self._lock, is_inside(self.pool))
         config = self.pool.config
         identity = fingerprint(model, config.cache_salt, self.keys) if config.prefix_cache else None
         with self._lock, self.pool.lock:
@@ -166,10 +166,7 @@ class Engine:
             seat.is_sampling = bool(seat.logits)
             for request, token in sampled:
                 if token is None:
-                    if seat.call.cache is not None:
-                        adopt(seat.call.cache, request, self.pool, self.keys)
-                    self._seats.pop(request, None)
-                    self.scheduler.remove(request)
+                    self._take_out_row(request, seat.call)
                 else:
                     request.tokens.append(token)
             self._handed_back.notify_all()
@@ -190,9 +187,15 @@ class Engine:
         with self.pool.lock:
             for call in calls:
                 for request in call.requests:
-                    if self._seats.pop(request, None) is not None:
-                        self.scheduler.remove(request)
+                    self._take_out_row(request, call)
         self._handed_back.notify_all()
+
+    def _take_out_row(self, request: Request, call: Call) -> None:
+        """Take a row out, finished or not; a cache of its caller's gets what is stored of it."""
+        if self._seats.pop(request, None) is not None:
+            if call.cache is not None and call.is_done and request.num_stored:
+                adopt(call.cache, request, self.pool, self.keys)
+            self.scheduler.remove(request)
 
     def _step(self, model) -> None:
         """Run one step for every row that can run."""
@@ -200,6 +203,9 @@ class Engine:
         with self._lock:
             with self.pool.lock:
                 self.scheduler.is_closed = self.pool.num_waiting > 0
+                # A call from inside another one cannot wait for it.
+                is_awaited = any(seat.is_inside for seat in self._seats.values())
+                self.scheduler.keeps_budget = self._patience.is_for_rectangles and not is_awaited
                 schedule = self.scheduler.schedule()
                 for group, copies in zip(self.scheduler.groups, schedule.copies):
                     # Before the lock is let go: a row that gave a source up may leave it to another cache.

@@ -45,6 +45,8 @@ def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
         if "merged_adapters" in module.__dict__:  # A layer of PEFT.
             active, merged = module.active_adapters, module.merged_adapters
             seen.append((number, active, merged, module.disable_adapters, getattr(module, "scaling", None)))
+        if "forward" in module.__dict__:  # Somebody's own: compiled, hooked by accelerate, or with other results.
+            seen.append((number, id(module.__dict__["forward"])))
         for tensor in _tensors(module):
             if tensor.is_meta:
                 return None

@@ -2,6 +2,7 @@
 
 from .block_table import BlockTable
 from .kv_pool import GroupPool
+from .reservation import keeping
 from .step import Reads, Step
 
 
@@ -15,6 +16,19 @@ class GroupRows:
         self.step: Step | None = None
         self.stored_reads: tuple[tuple, Reads] | None = None  # Of cross-attention: what it is for, and it.
         self.version = 0  # Changes so far; a handle from before the last one is stale.
+
+    def change(self) -> None:
+        """Note that the tables are about to change: a handle on them is stale."""
+        self.step = None
+        self.version += 1
+
+    def select(self, rows: list[int]) -> None:
+        """Make row ``i`` what row ``rows[i]`` is now. Called under the pool's lock."""
+        self.change()
+        with keeping(self.pool):
+            old, self.tables = self.tables, [self.tables[row].fork() for row in rows]
+            for table in old:
+                table.release()
 
     @property
     def length(self) -> int:

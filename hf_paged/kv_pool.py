@@ -107,6 +107,7 @@ class KVPool:
         self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `Sequences`, and engines.
         self.engines: weakref.WeakSet = weakref.WeakSet()
         self.reservations: list[Reservation] = []
+        self.last_reserved = float("-inf")  # When a reservation last ended, on `time.monotonic`'s clock.
         self.num_waiting = 0  # Calls that wait for a reservation; new packed rows let them go first.
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()

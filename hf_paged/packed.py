@@ -84,8 +84,7 @@ class PackedStep:
         if fresh[0] is not key or fresh[1] is not value:
             raise NotPackableError("the model computes with its keys and values before it attends")
         storage, group = self.layers[index]
-        knows_window = torch.compiler.is_compiling() or mask.shape[-1] == (group.window or 0)
-        if not is_packed_mask(mask) or not knows_window:
+        if not is_packed_mask(mask) or not (torch.compiler.is_compiling() or mask.shape[3] == (group.window or 0)):
             raise NotPackableError("the attention pattern is not that of the layer's cache")
         sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
         self.page_reads += 1

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 _PAUSE = 0.005  # Seconds between two looks at the pool.
 _PATIENCE = 10.0  # Seconds without any progress on the pool, after which nobody is worth waiting for.
+_LINGER = 0.1  # Seconds that the cache of a call may outlive its loop, inside ``generate``.
 
 
 class _ThreadState(threading.local):
@@ -28,10 +29,11 @@ class Reservation:
     Parameters
     ----------
     needs : mapping of GroupPool to int
+        What the call holds at most, at any time.
     """
 
     def __init__(self, needs: Mapping):
-        self._left = dict(needs)
+        self._needs, self._left = dict(needs), dict(needs)
 
     def fits(self) -> bool:
         return all(group.blocks.spare_blocks >= count for group, count in self._left.items())
@@ -48,17 +50,65 @@ class Reservation:
             self._left[group] -= drawn
             group.blocks.reserved -= drawn
 
+    def put_back(self, group, num_blocks: int) -> None:
+        """Promise blocks again that the call has freed: it will want as many later."""
+        left = self._left.get(group, 0)
+        back = min(num_blocks, self._needs.get(group, 0) - left)
+        if back > 0:
+            self._left[group] = left + back
+            group.blocks.reserved += back
+
     def give_up(self) -> None:
         """Take back what is left of the promise. Called under the pool's lock."""
         for group, count in self._left.items():
             group.blocks.reserved -= count
-        self._left.clear()
+        self._needs.clear(), self._left.clear()
+
+
+class Patience:
+    """Tells how long it is worth waiting for the calls on a pool. Used under its lock.
+
+    Parameters
+    ----------
+    pool : KVPool
+    """
+
+    def __init__(self, pool):
+        self._pool, self._seen, self._since = pool, None, 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing was read from the pages for long."""
+        if self._pool.page_reads != self._seen:
+            self._seen, self._since = self._pool.page_reads, time.monotonic()
+        return time.monotonic() - self._since > _PATIENCE
+
+    @property
+    def is_for_rectangles(self) -> bool:
+        """Whether rectangular calls run and come on, or one has just ended: blocks will be free soon."""
+        just_ended = time.monotonic() - self._pool.last_reserved < _LINGER
+        return (bool(self._pool.reservations) or just_ended) and not self.is_over
 
 
 def draw(group, num_blocks: int) -> None:
     """Let the call that runs on this thread use what it reserved. Called under the pool's lock."""
     for reservation in _thread.reservations:
         reservation.draw(group, num_blocks)
+
+
+@contextlib.contextmanager
+def keeping(group):
+    """Blocks that the call on this thread frees inside stay promised to it. Entered under the pool's lock."""
+    spare = group.blocks.spare_blocks
+    yield
+    freed = group.blocks.spare_blocks - spare
+    for reservation in _thread.reservations:
+        reservation.put_back(group, freed)
+
+
+def is_inside(pool) -> bool:
+    """Whether this thread runs a call on `pool` already, which waits for what it does now."""
+    return any(other is pool for other in _thread.pools)
 
 
 @contextlib.contextmanager
@@ -85,7 +135,7 @@ def reserve(pool, needs: Mapping):
         Blocks, at most.
     """
     reservation = Reservation(needs)
-    is_kept = not any(other is pool for other in _thread.pools) and _wait(pool, reservation)
+    is_kept = not is_inside(pool) and _wait(pool, reservation)
     with entered(pool):
         if not is_kept:
             yield
@@ -98,11 +148,12 @@ def reserve(pool, needs: Mapping):
             with pool.lock:
                 reservation.give_up()
                 pool.reservations.remove(reservation)
+                pool.last_reserved = time.monotonic()
 
 
 def _wait(pool, reservation: Reservation) -> bool:
     """Whether the blocks were promised; False if they are not there and nobody will free them."""
-    seen, since = None, time.monotonic()
+    patience = Patience(pool)
     with pool.lock:
         pool.num_waiting += 1
     try:
@@ -112,11 +163,9 @@ def _wait(pool, reservation: Reservation) -> bool:
                     reservation.take()
                     pool.reservations.append(reservation)
                     return True
-                if pool.page_reads != seen:
-                    seen, since = pool.page_reads, time.monotonic()
-                others_run = bool(pool.reservations) or any(engine.is_running for engine in pool.engines)
-            if not others_run or time.monotonic() - since > _PATIENCE:
-                return False
+                are_packed = any(engine.is_running for engine in pool.engines)
+                if not (patience.is_for_rectangles or (are_packed and not patience.is_over)):
+                    return False
             time.sleep(_PAUSE)
     finally:
         with pool.lock:

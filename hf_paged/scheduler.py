@@ -85,6 +85,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.is_closed = False  # Whether rows that wait stay out while others run: a rectangular call is to come in.
+        self.keeps_budget = False  # Whether a row alone waits, too: blocks of others will be free soon.
         self._queues = {State.WAITING: self.waiting, State.RUNNING: self.running}
         self._arrivals = itertools.count()
 
@@ -186,7 +187,7 @@ class Scheduler:
                 continue
             hit = self.prefix.match(request)
             blocks = [self._wanted(request, index, hit) for index in range(len(self.groups))]
-            if self.running and any(map(operator.gt, blocks, spare)):
+            if (self.running or self.keeps_budget) and any(map(operator.gt, blocks, spare)):
                 break
             spare = list(map(operator.sub, spare, blocks))
             if self.prefix.next_digest(request, hit) in underway:
@@ -199,9 +200,12 @@ class Scheduler:
         step.chunks.sort(key=lambda chunk: chunk.request.order)
 
     def _wanted(self, request: Request, index: int, hit: Hit) -> int:
-        """Free or cached blocks that a waiting row takes at most until its next token is sampled, one token ahead."""
-        group = self.groups[index]
-        num_blocks = self._blocks(request, index, ahead=1, stored=hit.num_blocks * group.blocks.block_size)
+        """Free or cached blocks that a waiting row takes at most until its next token is sampled.
+
+        Beside other rows one token ahead, so that it does not come in only to be preempted.
+        """
+        group, ahead = self.groups[index], bool(self.running)
+        num_blocks = self._blocks(request, index, ahead, stored=hit.num_blocks * group.blocks.block_size)
         if group.window is not None:  # What it shares there it gives up soon, and nobody gets it.
             return num_blocks
         return num_blocks - sum(group.blocks.ref_count(block) > 0 for block in hit.blocks[index])
@@ -227,11 +231,12 @@ class Scheduler:
 
     def _yield_blocks(self, request: Request, count: int, copies: list, step: Schedule) -> None:
         """Free blocks for `request`: preempt the row that came last, or let a row alone go past the budget."""
-        if len(self.running) > 1:
+        # Alone, and still no room: caches outside the scheduler hold the blocks, or the pool is too small.
+        error = self._shortage(request) if len(self.running) == 1 else None
+        if error is None and (len(self.running) > 1 or self.keeps_budget):
             self._preempt(self.running[-1])
             return
-        # Alone, and still no room: caches outside the scheduler hold the blocks, or the pool is too small.
-        error = self._shortage(request) or self._make_room(request, count, copies, beyond=True)
+        error = error or self._make_room(request, count, copies, beyond=True)
         if error is not None:
             self._fail(request, error, step)
 

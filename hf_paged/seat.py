@@ -20,10 +20,12 @@ class Seat:
     call : Call
     lock : threading.RLock
         The engine's; everything here is read and written under it.
+    is_inside : bool
+        Whether a callback of another call on the pool made this one, and waits for it.
     """
 
-    def __init__(self, call: Call, lock):
-        self.call = call
+    def __init__(self, call: Call, lock, is_inside: bool):
+        self.call, self.is_inside = call, is_inside
         self.news = threading.Condition(lock)
         self.is_asleep = False
         self.logits: deque[tuple[list[Request], torch.Tensor]] = deque()

@@ -11,6 +11,7 @@ from .block_table import BlockTable, make_writable
 from .group_rows import GroupRows
 from .kv_pool import GroupKey, KVPool
 from .padding import Padding
+from .reservation import keeping
 from .step import Step
 from .twins import agree
 
@@ -145,7 +146,8 @@ class Sequences:
         first, last = (self.padding.tokens_before(at, self.batch_size) for at in (start, end))
         twins = self.twins if start == 0 and rows.length == 0 else None
         if rows.window is not None:
-            self._slide(rows, first, last)
+            with keeping(rows.pool):
+                self._slide(rows, first, last)
         writes = {
             row: max(first[row], rows.tables[row].base) for row in (sorted(set(twins)) if twins else range(len(first)))
         }
@@ -197,17 +199,17 @@ class Sequences:
         """Forget the last `removed` positions of one layer; blocks go with the last layer that forgets them."""
         rows = self.group_rows(layer)
         with self.pool.lock:
-            rows.version += 1
-            rows.step = None
+            rows.change()
             rows.lengths[layer] = max(0, rows.lengths[layer] - removed)
             # Its siblings may not have been told yet: keep what the longest and the shortest of them need.
             kept = self.padding.tokens_before(rows.length, self.batch_size)
             seen = self.padding.tokens_before(min(rows.lengths.values()), self.batch_size)
-            for table, last, first in zip(rows.tables, kept, seen):
-                if last < table.num_tokens:
-                    table.truncate(last)
-                if window is not None:
-                    table.evict_before(first - (window - 1))
+            with keeping(rows.pool):
+                for table, last, first in zip(rows.tables, kept, seen):
+                    if last < table.num_tokens:
+                        table.truncate(last)
+                    if window is not None:
+                        table.evict_before(first - (window - 1))
             self.padding.truncate(max(group.length for group in self.groups.values()))
 
     def select(self, epoch: int, indices: torch.Tensor) -> None:
@@ -224,11 +226,7 @@ class Sequences:
             self.epoch, self._last_selection = epoch, rows
             self._last_batch_size, self.batch_size = self.batch_size, len(rows)
             for group in self.groups.values():
-                group.step = None
-                group.version += 1
-                old, group.tables = group.tables, [group.tables[row].fork() for row in rows]
-                for table in old:
-                    table.release()
+                group.select(rows)
             self.padding.select(rows)
 
     def batch_size_at(self, epoch: int) -> int:
@@ -277,8 +275,7 @@ class Sequences:
             rows.lengths.pop(layer, None)
             if not rows.lengths:
                 with self.pool.lock:
-                    rows.version += 1
-                    rows.step = None
+                    rows.change()
                     for table in rows.tables:
                         table.release()
         if not self._held and not any(rows.lengths for rows in self.groups.values()):

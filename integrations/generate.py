@@ -1,12 +1,11 @@
 """``generate``'s decoding loop for "paged" models: packed rows on the engine, or the original loop and why."""
 
-import threading
-
 import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged import binding
+from hf_paged.adopt import why_not_adopt
 from hf_paged.call import ROW_WISE, ROW_WISE_CRITERIA, Call
 from hf_paged.cancellation import Cancellation
 from hf_paged.engine import Engine
@@ -27,8 +26,6 @@ from .rectangle import run_rectangle
 _MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "tokenizer"}
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
 _ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
-# The stance of the compiler is the process's: threads that set it in turns would leave each other's behind.
-_making = threading.RLock()
 
 
 def scheduled_sample(
@@ -50,6 +47,8 @@ def scheduled_sample(
     if reason is None:
         engine = binding.engine_of(model, lambda model: _make_engine(model, _device_of(model, input_ids)))
         reason = engine if isinstance(engine, str) else None
+    if reason is None and _outlives_call(model_kwargs["past_key_values"], generation_config):
+        reason = why_not_adopt(model_kwargs["past_key_values"], engine.pool)
     if reason is None:
         mask = model_kwargs.get("attention_mask")
         valid = None if mask is None else mask.bool()
@@ -226,7 +225,8 @@ def _make_engine(model: PreTrainedModel, device: torch.device) -> Engine | str:
 
     They run uncompiled, whatever the user compiled: what they check is not checked again in compiled steps.
     """
-    with _making, torch.compiler.set_stance("force_eager"):
+    # The stance is the process's: `engine_of` lets one thread at a time come here.
+    with torch.compiler.set_stance("force_eager"):
         return _tried_engine(model, device)
 
 

@@ -15,7 +15,7 @@ def run_rectangle(original, model, input_ids, *args, **kwargs):
     needs = {}
     if len(pools) == 1:
         config = kwargs["generation_config"] if "generation_config" in kwargs else args[2]
-        needs = _needs(pools[0], input_ids, kwargs.get("attention_mask"), config.max_length, _cache_of(kwargs))
+        needs = _needs(pools[0], input_ids, kwargs.get("attention_mask"), config.max_length or 0, _cache_of(kwargs))
     if not needs:  # The first call of all sizes the pool: nobody runs beside it.
         return original(model, input_ids, *args, **kwargs)
     with reserve(pools[0], needs):

@@ -50,3 +50,20 @@ def test_a_pipeline_that_runs_ahead_passes_the_salt_on():
     with hf_paged.cache_salt("a"):
         items = RunAhead(lambda item, cancellation: current_salt(), iter(range(3)), None, 1, 2, threading.Condition())
         assert list(items) == ["a"] * 3
+
+
+def test_a_forward_that_somebody_replaced_finds_nothing_of_before():
+    _, paged = pair()
+    hf_paged.release(paged)
+    inputs = zoo.prompts([40])
+    paged.generate(**inputs, **LENGTHS)
+    block = paged.model.layers[0].mlp
+    forward = block.forward
+    block.forward = lambda hidden: 3 * forward(hidden)
+    try:
+        got = paged.generate(**inputs, **LENGTHS)
+        assert hf_paged.stats(paged).prefix_hit_tokens == 0
+        hf_paged.release(paged)
+        assert torch.equal(got, paged.generate(**inputs, **LENGTHS))
+    finally:
+        del block.forward

@@ -126,6 +126,30 @@ def test_nobody_waits_for_a_call_that_makes_no_progress(models, monkeypatch):
     assert torch.equal(got, dense.generate(**zoo.prompts([30]), **LENGTHS, num_beams=4))
 
 
+def test_what_a_call_frees_stays_promised_to_it(models):
+    _, paged = models
+    pool, group = binding.pools_under(paged)[0], only_group(paged)
+    with reservation.reserve(pool, {group: 20}):
+        with pool.lock, reservation.keeping(group):
+            mine = group.allocate(18)
+            group.blocks.free(mine[5:])
+        assert group.blocks.spare_blocks == 4 and group.blocks.reserved == 15
+        group.blocks.free(mine[:5])
+    assert group.blocks.reserved == 0
+
+
+def test_a_row_waits_for_the_cache_of_a_call_that_has_just_ended(models, monkeypatch):
+    _, paged = models
+    monkeypatch.setattr(reservation, "_LINGER", 30)
+    pool, group = binding.pools_under(paged)[0], only_group(paged)
+    with reservation.reserve(pool, {group: 20}), pool.lock:
+        mine = group.allocate(20)
+    threading.Timer(0.2, lambda: group.blocks.give_back(mine)).start()
+    for options in ({}, {"num_beams": 2}):
+        paged.generate(**zoo.prompts([30]), **LENGTHS, **options)
+        assert hf_paged.stats(paged).total_blocks == 24
+
+
 def test_others_cannot_allocate_what_is_reserved(models):
     _, paged = models
     pool, group = binding.pools_under(paged)[0], only_group(paged)

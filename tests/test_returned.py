@@ -90,3 +90,51 @@ def test_a_cropped_cache_does_not_write_into_blocks_that_others_will_find():
     hits = hf_paged.stats(paged).prefix_hit_tokens
     assert torch.equal(paged.generate(ids, **LENGTHS), dense.generate(ids, **LENGTHS))
     assert hf_paged.stats(paged).prefix_hit_tokens > hits
+
+
+def test_a_cancelled_call_leaves_the_cache_what_it_had():
+    _, paged = pair()
+    hf_paged.release(paged)
+    cache, cancellation = DynamicCache(config=paged.config), hf_paged.Cancellation()
+
+    class Streamer:
+        count = 0
+
+        def put(self, tokens):
+            self.count += 1
+            if self.count == 5:
+                cancellation.cancel()
+
+        def end(self):
+            pass
+
+    ids = paged.generate(
+        **zoo.prompts([9]),
+        **{**LENGTHS, "eos_token_id": None},
+        past_key_values=cache,
+        streamer=Streamer(),
+        stopping_criteria=[cancellation],
+    )
+    assert hf_paged.stats(paged).packed_calls == 1
+    assert 9 < ids.shape[1] < 9 + LENGTHS["max_new_tokens"]
+    assert cache.get_seq_length() == ids.shape[1] - 1
+
+
+@pytest.mark.parametrize("owner", ["released pool", "other windows"])
+def test_an_empty_cache_that_is_not_of_this_pool_is_filled_by_the_original_loop(owner):
+    dense, paged = pair(name="gemma3_text")
+    inputs = zoo.prompts([11])
+    if owner == "released pool":
+        cache = DynamicCache(config=paged.config)
+        paged.generate(**inputs, **LENGTHS, past_key_values=cache)
+        cache.reset()
+    else:
+        cache = DynamicCache(config=pair()[1].config)
+    hf_paged.release(paged)
+    expected = DynamicCache(config=dense.config if owner == "released pool" else pair()[0].config)
+    want = dense.generate(**inputs, **LENGTHS, past_key_values=expected)
+    got = paged.generate(**inputs, **LENGTHS, past_key_values=cache)
+    assert torch.equal(got, want)
+    assert cache.get_seq_length() == expected.get_seq_length()
+    stats = hf_paged.stats(paged)
+    assert stats.packed_calls == 0 and sum(stats.fallbacks.values()) == 1

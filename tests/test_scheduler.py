@@ -190,6 +190,20 @@ def test_a_row_alone_may_exceed_the_budget_when_others_hold_the_blocks():
     assert run(scheduler)[0] == [(second, 0, 8)] and group.blocks.total_blocks == 6
 
 
+def test_a_row_alone_waits_for_blocks_that_will_be_free_soon():
+    group = FakeGroup(4, capacity=8)
+    scheduler, arrive = make(group)
+    held = group.blocks.allocate(1)
+    row = arrive(8)
+    run(scheduler), run(scheduler)
+    scheduler.keeps_budget = True
+    row.tokens += [7, 7, 7]  # More than three blocks hold.
+    assert run(scheduler)[0] == [] and row.state is State.WAITING and not row.tables[0].blocks
+    assert run(scheduler)[0] == [] and group.blocks.total_blocks == 4
+    group.blocks.free(held)
+    assert run(scheduler)[0] == [(row, 0, 13)] and group.blocks.total_blocks == 4
+
+
 @pytest.mark.parametrize("is_running", [False, True])
 def test_a_row_alone_fails_when_memory_refuses_and_leaves_nothing_behind(is_running):
     groups = FakeGroup(4), FakeGroup(4, window=8)

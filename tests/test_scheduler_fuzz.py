@@ -90,6 +90,11 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.born[request] = self.weights
         self.states[request] = [(self.weights, request.salt, token) for token in tokens[: request.num_stored]]
 
+    @rule(keeps_budget=st.booleans())
+    def expect_blocks(self, keeps_budget):
+        """Whether a rectangular call will give its blocks back."""
+        self.scheduler.keeps_budget = keeps_budget
+
     @between_steps
     @rule()
     def schedule(self):
@@ -105,6 +110,9 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             self.check_copies(number, copies)
         ready = [row for row in (*running, *waiting) if row not in self.sampling]
         is_free = not any(row in self.sampling for row in running)
+        if self.scheduler.keeps_budget:
+            assert totals == [group.blocks.total_blocks for group in self.groups], "a pool grew that need not"
+            is_free = is_free and not any(self.held)
         assert step.chunks or step.failed or not (ready and is_free), "rows are ready and none of them gets on"
 
     def check_failure(self, request, error, totals):
@@ -271,6 +279,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         """Whatever happened, every row gets to its end, even if nobody gives blocks back."""
         if not hasattr(self, "scheduler"):
             return
+        self.scheduler.keeps_budget = False
         longest = sum(self.limits.values()) + 1
         for _ in range(longest * (1 + len(self.live))):
             if not self.live:
