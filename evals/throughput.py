@@ -1,5 +1,5 @@
 """Generated tokens a second of `generate` over ShareGPT prompts: dense at several batch sizes, transformers' own
-continuous batching, and paged, in turns of one run.
+continuous batching, and paged with and without prepacked weights, in turns of one run.
 
     python evals/throughput.py [--dtype bfloat16] [--prompts 32] [--new-tokens 128] [--repeats 3] [--dense-batch 8]
 
@@ -8,6 +8,7 @@ timed run. Prints medians, ratios, and how many rows equal those of dense at bat
 """
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -52,11 +53,12 @@ def contenders(models, tokenizer, dense_batches, options):
         rows = [outputs[f"req_{number}"].generated_tokens for number in range(len(prompts))]
         return [_until_end(row, tokenizer.eos_token_id) for row in rows]
 
-    def paged(prompts):
-        hf_paged.release(models["paged"])
-        return padded(tokenizer, prompts, len(prompts), lambda **inputs: models["paged"].generate(**inputs, **options))
+    def paged(prompts, name):
+        hf_paged.release(models[name])
+        return padded(tokenizer, prompts, len(prompts), lambda **inputs: models[name].generate(**inputs, **options))
 
-    return {**found, "generate_batch": batched, "paged": paged}
+    found["generate_batch"] = batched
+    return {**found, **{name: functools.partial(paged, name=name) for name in ("paged", "paged, prepacked")}}
 
 
 def main():
@@ -73,7 +75,9 @@ def main():
     prompts = sharegpt_prompts(tokenizer, arguments.prompts + 2)
     warm, prompts = prompts[-2:], prompts[:-2]
     dtype = getattr(torch, arguments.dtype)
-    models = {name: load_model("sdpa" if name == "batched" else name, dtype) for name in ("sdpa", "batched", "paged")}
+    implementations = {"sdpa": "sdpa", "batched": "sdpa", "paged": "paged", "paged, prepacked": "paged"}
+    models = {name: load_model(implementation, dtype) for name, implementation in implementations.items()}
+    hf_paged.configure(models["paged, prepacked"], hf_paged.PagedConfig(prepack_weights=True))
     options = {"max_new_tokens": arguments.new_tokens, "do_sample": False}
     runs = contenders(models, tokenizer, arguments.dense_batch or [1, 8, 32], options)
     seconds, rows = {name: [] for name in runs}, {}

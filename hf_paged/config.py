@@ -29,6 +29,9 @@ class PagedConfig:
     prefix_cache : bool
         Whether packed rows find again what earlier rows stored for the same first tokens. Blocks of finished rows
         then stay cached until others need them, or the model's weights change.
+    prepack_weights : bool
+        Whether packed steps use a second copy of the linear layers' weights, laid out for the processor's matrix
+        kernels: faster, and the weights take their memory twice. On CPUs only. Edit no weight through ``.data`` then.
     cache_salt : str
         Hashed into every block that is found again; see `hf_paged.cache_salt` for one a tenant.
 
@@ -42,6 +45,7 @@ class PagedConfig:
     memory_budget: int | str | None = None
     token_budget: int = 512
     prefix_cache: bool = True
+    prepack_weights: bool = False
     cache_salt: str = ""
 
     def __post_init__(self):
@@ -52,8 +56,9 @@ class PagedConfig:
         tokens = self.token_budget
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise ValueError(f"token_budget must be a positive number of tokens; got {tokens!r}: try 512")
-        if not isinstance(self.prefix_cache, bool):
-            raise ValueError(f"prefix_cache must be True or False; got {self.prefix_cache!r}")
+        for switch in ("prefix_cache", "prepack_weights"):
+            if not isinstance(getattr(self, switch), bool):
+                raise ValueError(f"{switch} must be True or False; got {getattr(self, switch)!r}")
         if not isinstance(self.cache_salt, str):
             raise ValueError(f"cache_salt must be a text; got {self.cache_salt!r}: try str(...) of it")
 

@@ -19,6 +19,7 @@ from .call import Call
 from .fingerprint import fingerprint
 from .kv_pool import GroupKey, KVPool
 from .packed import pack, run_step
+from .prepacked import linears_of
 from .request import Request
 from .reservation import Patience, entered, is_inside
 from .salt import current_salt
@@ -46,12 +47,11 @@ class Engine:
         self.scheduler.prefix.counts = pool.prefix_counts
         self._buffers, self._patience = StepBuffers(self.keys[0].device), Patience(pool)
         self._lock = threading.RLock()
-        self._handed_back = threading.Condition(self._lock)
-        self._stepped = threading.Condition(self._lock)
+        self._handed_back, self._stepped = threading.Condition(self._lock), threading.Condition(self._lock)
         self._seats: dict[Request, Seat] = {}
         self._leaving: list[Call] = []
-        self._is_driven = False
-        self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
+        self._linears = linears_of(pool.config)
+        self._is_driven, self._last_step = False, (0.0, 0.0)  # When that ended, and how long it took.
         pool.caches.add(self)
         pool.engines.add(self)
 
@@ -273,7 +273,7 @@ class Engine:
     def _forward(self, model, schedule: Schedule) -> torch.Tensor:
         groups = self.scheduler.groups
         # Tensors made under one caller's inference_mode could not be changed by another's processors.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._linears:
             windows = [group.window for group in groups]
             step = pack(schedule.chunks, windows, [group.layers for group in groups], self._buffers)
             logits = run_step(model, step)

@@ -1,0 +1,84 @@
+"""Prepacked weights: packed steps use copies of the linear layers' weights, and nothing else does."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import zoo
+from packing import LENGTHS, SAMPLE, compare
+
+import hf_paged
+from hf_paged import PagedConfig, binding
+
+
+def prepacked(name="llama", dtype=torch.float32):
+    """Dense and paged models of the test's own; the paged one prepacks."""
+    models = tuple(copy.deepcopy(model) for model in zoo.pair(name, dtype))
+    hf_paged.configure(models[1], PagedConfig(block_size=4, token_budget=16, prepack_weights=True))
+    return models
+
+
+def copies(model):
+    (engine,) = binding.pools_under(model)[0].engines
+    return engine._linears._copies
+
+
+def linears(model):
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sample"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt_oss"])
+def test_tokens_equal_dense_with_a_copy_of_every_linear_layer(name, options):
+    models = prepacked(name)
+    compare(models, zoo.prompts([9, 30, 4]), **options)
+    assert set(copies(models[1])) >= {module.weight for module in linears(models[1])}
+
+
+def test_logits_in_bfloat16_are_those_of_plain_weights():
+    _, paged = prepacked(dtype=torch.bfloat16)
+    plain = copy.deepcopy(paged)
+    hf_paged.configure(plain, PagedConfig(block_size=4, token_budget=16))
+    wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 1, "pad_token_id": 0}
+    got, expected = (model.generate(**zoo.prompts([21]), **wanted).logits[0] for model in (paged, plain))
+    assert len(copies(paged)) == len(linears(paged))
+    torch.testing.assert_close(got, expected, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "loaded"])
+def test_changed_weights_are_copied_again(change):
+    models = prepacked()
+    compare(models, zoo.prompts([9, 4]))
+    with torch.no_grad():
+        for model in models:
+            for number, module in enumerate(linears(model)):
+                torch.manual_seed(number)
+                weight = module.weight + torch.randn_like(module.weight) / 4
+                if change == "in place":
+                    module.weight.copy_(weight)
+                elif change == "replaced":
+                    module.weight = torch.nn.Parameter(weight)
+                else:
+                    module.load_state_dict({**module.state_dict(), "weight": weight})
+    compare(models, zoo.prompts([9, 4]))
+    gc.collect()
+    assert len(copies(models[1])) == len(linears(models[1])), "copies of weights that are gone"
+
+
+def test_nothing_but_packed_steps_uses_the_copies():
+    dense, paged = prepacked()
+    inputs = zoo.prompts([9])
+    compare((dense, paged), inputs)
+    with torch.no_grad():
+        for weight in copies(paged):
+            copies(paged)[weight] = None  # Who used them would fail.
+        assert torch.equal(paged(**inputs).logits, dense(**inputs).logits)
+        beams = {**LENGTHS, "num_beams": 2}
+        assert torch.equal(paged.generate(**inputs, **beams), dense.generate(**inputs, **beams))
+
+
+def test_it_is_off_by_default():
+    assert not PagedConfig().prepack_weights
+    with pytest.raises(ValueError, match="prepack_weights must be True or False; got 'yes'"):
+        PagedConfig(prepack_weights="yes")
