@@ -9,6 +9,7 @@ from .cancellation import Cancellation
 from .errors import OutOfBlocksError
 from .noise import Noise, draw_freely, draws_freely
 from .pool import BlockPool
+from .recipe import Recipe
 from .request import Request
 from .row_streamer import RowStreamer
 from .twins import same_rows
@@ -98,7 +99,15 @@ class Call:
             and _QUICK.issuperset(map(type, processors))
             and _QUICK_CRITERIA.issuperset(map(type, criteria))
         )
+        self.recipe = self._own_recipe()
         self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
+
+    def _own_recipe(self) -> Recipe | None:
+        """How the driver may choose tokens for this call, together with others; None if only it itself can."""
+        is_plain = TOKEN_FREE.issuperset(map(type, self._processors)) and self.logits is None and self.scores is None
+        if not (self.is_quick and is_plain and (self._draws_freely or not self._do_sample)):
+            return None
+        return Recipe.of(self._processors, self._do_sample, self.input_ids.device)
 
     def _lead(self, twins: list[int] | None) -> None:
         """Let rows with the same prompt follow the first of them."""
@@ -140,7 +149,9 @@ class Call:
             self._open.discard(self._row_of[lost])
             self.failures.append(error)
 
-    def sample(self, requests: list[Request], logits: torch.Tensor) -> list[tuple[Request, int | None]]:
+    def sample(
+        self, requests: list[Request], logits: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> list[tuple[Request, int | None]]:
         """Choose the next token of some rows.
 
         Parameters
@@ -149,6 +160,8 @@ class Call:
             Not changed: the engine hands them their tokens, under its lock.
         logits : torch.Tensor
             ``[len(requests), vocab]``
+        tokens : torch.Tensor or None
+            ``[len(requests)]`` int64: what the call's recipe has chosen already.
 
         Returns
         -------
@@ -156,19 +169,25 @@ class Call:
             None for a row that is finished.
         """
         with torch.inference_mode(False), torch.no_grad():
-            return self._sample(requests, logits)
+            order = sorted(range(len(requests)), key=lambda index: self._row_of[requests[index]])
+            requests = [requests[index] for index in order]
+            rows = [self._row_of[request] for request in requests]
+            if tokens is not None:
+                return self._accept(requests, rows, tokens[order], None)
+            logits = logits[order].to(device=self.input_ids.device, dtype=torch.float32, copy=True)
+            return self._accept(requests, rows, *self._choose(rows, logits))
 
-    def _sample(self, requests: list[Request], logits: torch.Tensor) -> list[tuple[Request, int | None]]:
-        order = sorted(range(len(requests)), key=lambda index: self._row_of[requests[index]])
-        requests = [requests[index] for index in order]
-        rows = [self._row_of[request] for request in requests]
-        logits = logits[order].to(device=self.input_ids.device, dtype=torch.float32, copy=True)
+    def _choose(self, rows: list[int], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of some rows, and their scores."""
         scores = self._process(rows, logits)
         if self.logits is not None:
             self.logits += (logits,)
         if self.scores is not None:
             self.scores += (scores,)
-        tokens = self._draw(rows, scores) if self._do_sample else scores.argmax(dim=-1)
+        return self._draw(rows, scores) if self._do_sample else scores.argmax(dim=-1), scores
+
+    def _accept(self, requests, rows: list[int], tokens: torch.Tensor, scores: torch.Tensor | None):
+        """Note the next tokens of some rows, in order; what `sample` returns. Without scores nobody asks for them."""
         if self.streamer is not self._row_streamer:
             self.streamer.put(tokens.cpu())
         self._append(rows, tokens)
@@ -231,11 +250,13 @@ class Call:
         for row in rows:
             self._counts[row] += 1
 
-    def _finished(self, rows: list[int], scores: torch.Tensor) -> list[bool]:
+    def _finished(self, rows: list[int], scores: torch.Tensor | None) -> list[bool]:
         finished = [False] * len(rows)
         for step, indices in self._steps(rows).items():
             chosen = [rows[index] for index in indices]
-            over = self._criteria(self._ids[chosen, : self._width + step], (scores[indices],))
+            over = self._criteria(
+                self._ids[chosen, : self._width + step], None if scores is None else (scores[indices],)
+            )
             for index, is_over in zip(indices, over.tolist()):
                 finished[index] = is_over
         if self._row_streamer is not None:

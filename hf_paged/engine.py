@@ -20,11 +20,12 @@ from .fingerprint import fingerprint
 from .kv_pool import GroupKey, KVPool
 from .packed import pack, run_step
 from .prepacked import linears_of
+from .recipe import choose_together
 from .request import Request
 from .reservation import Patience, entered, is_inside
 from .salt import current_salt
 from .scheduler import Chunk, Schedule, Scheduler
-from .seat import Seat
+from .seat import Seat, deliver
 from .step_buffers import StepBuffers
 
 _PATIENCE = 0.005  # Seconds until an engine without work looks again.
@@ -241,9 +242,11 @@ class Engine:
             return
         with self._lock, self.pool.lock:
             self.scheduler.done(schedule)
-            seats = self._deliver(schedule, logits)
-        for seat in sorted(seats, key=lambda seat: seat.call.is_quick):  # The others begin meanwhile.
-            (self._sample_for if seat.call.is_quick else self._tell)(seat)
+            seats = deliver(self._seats, self.scheduler, schedule, logits)
+        for seat in seats:
+            if not seat.call.is_quick:
+                self._tell(seat)  # It begins meanwhile.
+        self._sample_for([seat for seat in seats if seat.call.is_quick])
 
     def _tell(self, seat: Seat, error: BaseException | None = None) -> None:
         """Wake a call: there are logits for it, it is done, or it has failed."""
@@ -251,16 +254,18 @@ class Engine:
             seat.error = error or seat.error
             seat.news.notify()
 
-    def _sample_for(self, seat: Seat) -> None:
-        """Sample for a call in the driver's thread."""
-        try:
-            self._hand_back(seat, seat.call.sample(*seat.logits.popleft()))
-        except BaseException as error:
-            self._tell(seat, error)
-            if not isinstance(error, Exception):  # It was meant for the driver; the call cannot go on either.
-                raise
-        if seat.call.is_done:
-            self._tell(seat)
+    def _sample_for(self, seats: list[Seat]) -> None:
+        """Sample for calls in the driver's thread."""
+        chosen = choose_together([seat.call.recipe for seat in seats], [seat.logits[0][1] for seat in seats])
+        for seat, tokens in zip(seats, chosen):
+            try:
+                self._hand_back(seat, seat.call.sample(*seat.logits.popleft(), tokens))
+            except BaseException as error:
+                self._tell(seat, error)
+                if not isinstance(error, Exception):  # It was meant for the driver; the call cannot go on either.
+                    raise
+            if seat.call.is_done:
+                self._tell(seat)
 
     def _by_call(self, schedule: Schedule) -> dict[Seat, list[Chunk]]:
         parts: dict[Seat, list[Chunk]] = {}
@@ -279,22 +284,3 @@ class Engine:
             logits = run_step(model, step)
         self.pool.page_reads += step.page_reads
         return logits
-
-    def _deliver(self, schedule: Schedule, logits: torch.Tensor) -> list[Seat]:
-        """Queue the calls' logits; the calls that got some."""
-        sampled = [chunk.request for chunk in schedule.chunks if chunk.samples]
-        parts: dict[Seat, list[int]] = {}
-        rows: dict[Seat, list[Request]] = {}
-        for index, request in enumerate(sampled):
-            seat = self._seats.get(request)
-            if seat is None:  # Its call has left meanwhile.
-                continue
-            followers = list(request.followers)
-            self.scheduler.follow(request)
-            rows.setdefault(seat, []).extend([request, *followers])
-            parts.setdefault(seat, []).extend([index] * (1 + len(followers)))
-        for seat, requests in rows.items():
-            is_all = parts[seat] == list(range(len(logits)))
-            seat.logits.append((requests, logits if is_all else logits[parts[seat]]))
-            seat.is_sampling = not seat.call.is_quick
-        return list(rows)

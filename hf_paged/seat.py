@@ -8,6 +8,7 @@ import torch
 from .call import Call
 from .errors import OutOfBlocksError
 from .request import Request
+from .scheduler import Schedule, Scheduler
 
 
 class Seat:
@@ -32,3 +33,27 @@ class Seat:
         self.failed: list[tuple[Request, OutOfBlocksError]] = []
         self.error: BaseException | None = None
         self.is_sampling = False  # In the call's own thread; the next step may wait for it.
+
+
+def deliver(seats: dict[Request, Seat], scheduler: Scheduler, schedule: Schedule, logits: torch.Tensor) -> list[Seat]:
+    """Queue the logits of a step that has run, ``[samples, vocab]``, for their calls; the calls that got some.
+
+    Followers of a row whose prompt is stored now start, from its logits. Called under the engine's lock and the
+    pool's.
+    """
+    sampled = [chunk.request for chunk in schedule.chunks if chunk.samples]
+    parts: dict[Seat, list[int]] = {}
+    rows: dict[Seat, list[Request]] = {}
+    for index, request in enumerate(sampled):
+        seat = seats.get(request)
+        if seat is None:  # Its call has left meanwhile.
+            continue
+        followers = list(request.followers)
+        scheduler.follow(request)
+        rows.setdefault(seat, []).extend([request, *followers])
+        parts.setdefault(seat, []).extend([index] * (1 + len(followers)))
+    for seat, requests in rows.items():
+        is_all = parts[seat] == list(range(len(logits)))
+        seat.logits.append((requests, logits if is_all else logits[parts[seat]]))
+        seat.is_sampling = not seat.call.is_quick
+    return list(rows)

@@ -1,0 +1,82 @@
+"""Recipe: how a call chooses its next tokens from logits, if that depends on nothing else.
+
+Calls with equal recipes choose together: a step of many small calls costs as much as one of a large call.
+"""
+
+import contextlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers.generation import LogitsProcessorList
+
+from .noise import draw_freely
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Processors that look at no tokens, and then the likeliest token or a free draw.
+
+    Two are equal if they choose alike.
+    """
+
+    key: Hashable
+    processors: LogitsProcessorList = field(compare=False, repr=False)
+    draws: bool
+    device: torch.device
+
+    @classmethod
+    def of(cls, processors: Sequence, draws: bool, device: torch.device) -> "Recipe | None":
+        """The recipe of such processors; None if one holds more than numbers and texts: it is not compared."""
+        settings = [vars(processor) for processor in processors]
+        if not all(isinstance(value, _PLAIN) for some in settings for value in some.values()):
+            return None
+        key = tuple((type(one), tuple(sorted(some.items()))) for one, some in zip(processors, settings))
+        return cls(key, LogitsProcessorList(processors), draws, device)
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token of each row, ``[rows]`` int64, from ``[rows, vocab]``, which is not changed.
+
+        Raises
+        ------
+        RuntimeError
+            If a row cannot be drawn from.
+        """
+        scores = logits.to(self.device, torch.float32, copy=True)
+        if self.processors:
+            scores = self.processors(torch.empty(len(scores), 0, dtype=torch.long, device=self.device), scores)
+        return draw_freely(scores.softmax(dim=-1)) if self.draws else scores.argmax(dim=-1)
+
+
+def choose_together(recipes: Sequence[Recipe | None], logits: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Next tokens for the rows of several calls, those of equal recipes in one go.
+
+    Parameters
+    ----------
+    recipes : sequence of Recipe or None
+        One a call.
+    logits : sequence of torch.Tensor
+        ``[rows, vocab]`` for each call; not changed.
+
+    Returns
+    -------
+    list of torch.Tensor or None
+        ``[rows]`` int64 for each call; None for one that must choose by itself, because nobody does as it does, or
+        together they failed.
+    """
+    alike: dict[Recipe, list[int]] = {}
+    for number, recipe in enumerate(recipes):
+        if recipe is not None:
+            alike.setdefault(recipe, []).append(number)
+    chosen: list[torch.Tensor | None] = [None] * len(recipes)
+    for recipe, numbers in alike.items():
+        parts = [logits[number] for number in numbers]
+        if len(parts) > 1:
+            # An error is of one of them: it will be raised when that is alone.
+            with contextlib.suppress(Exception), torch.inference_mode(False), torch.no_grad():
+                tokens = recipe.choose(torch.cat(parts)).split([len(part) for part in parts])
+                for number, part in zip(numbers, tokens):
+                    chosen[number] = part
+    return chosen
