@@ -10,8 +10,8 @@ import torch
 
 BY_TOKEN, BY_ROW, BY_TILE = 0, 1, 2  # How programs find their queries: see rows.py.
 MAX_DIM = 256
+MAX_SPLITS = 128
 _MIN_SPLIT_TOKENS = 256  # A split of fewer tokens costs more in the reduction than it gains.
-_MAX_SPLITS = 128
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _with_grid(launch: Launch, device: Device, heads: Heads, num_tokens, num_row
     programs = tiles * head_tiles(heads, launch)
     room = device.processors * launch.resident // max(programs, 1)
     worth = max_context // max(_MIN_SPLIT_TOKENS, launch.tile)
-    return replace(launch, tiles=tiles, splits=max(1, min(room, worth, _MAX_SPLITS)))
+    return replace(launch, tiles=tiles, splits=max(1, min(room, worth, MAX_SPLITS)))
 
 
 def head_tiles(heads: Heads, launch: Launch) -> int:
