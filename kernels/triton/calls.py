@@ -111,6 +111,7 @@ def attention_calls(
             "num_warps": launch.warps,
             "num_stages": launch.stages,
             "enable_fp_fusion": True,
+            **({"maxnreg": launch.registers} if launch.registers else {}),
         }
         kernel = decode_kernel if launch.parts else prefill_kernel
         arguments = (query, key_cache, value_cache, block_tables, *rows, sinks, out, *scratch, *numbers, *factors)
