@@ -71,7 +71,6 @@ def test_plans_hold_their_invariants(arch, itemsize):
             assert launch.heads * launch.block_q <= launch.block_m
             assert plan.head_tiles(heads, launch) * launch.heads >= 2 * group
             assert launch.tile % max(launch.parts, 1) == 0 and launch.splits >= 1
-            assert launch.registers == 0 or arch != "gfx942"  # Triton's HIP backend refuses such a limit.
 
 
 @pytest.fixture

@@ -86,8 +86,6 @@ class Launch:
         Upper bound on the tiles of queries.
     splits : int
         Programs that share one context.
-    registers : int
-        That a thread may take (CUDA only); 0: the compiler chooses.
     """
 
     kernel: str
@@ -103,7 +101,6 @@ class Launch:
     resident: int = 1
     tiles: int = 0
     splits: int = 1
-    registers: int = 0
 
 
 @functools.cache
@@ -192,11 +189,8 @@ def prefill_launch(device: Device, heads: Heads) -> Launch:
     # Large heads in three stages are more than the 99 KiB of small GPUs (sm86, sm89, sm120).
     large = heads.lanes > 128 and not plain and not device.is_wide and device.arch != "sm80"
     stages = 2 if device.is_hip or large else 3
-    # The assembler does not know the shared memory of a launch. Left alone it spills on these chips, so that a third
-    # program would find registers, for which there is no shared memory.
-    registers = 255 if device.arch in ("sm100", "sm103") and not plain else 0
     packed = min(heads.group, block_m)
     return Launch(
         "prefill", BY_TILE, packed, block_m // packed, block_m, min_q=decode.block_q + 1 if decode else 0,
-        parts=0, tile=tile, warps=warps, stages=stages, resident=2, registers=registers,
+        parts=0, tile=tile, warps=warps, stages=stages, resident=2,
     )  # fmt: skip
