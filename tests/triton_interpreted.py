@@ -76,6 +76,17 @@ def test_long_rows(splits):
     check([(260, 40), (50, 50)], (2, 1), dtype=torch.float16, dims=(64, 64), scale=0.125, window=100)
 
 
+def test_many_splits(monkeypatch):
+    """More than the reduction adds in one step, of rows that use all of them, most, and one."""
+    monkeypatch.setattr(plan, "_MIN_SPLIT_TOKENS", 1)
+    monkeypatch.setattr(launch, "describe", lambda device: plan.Device("sm90", 30))
+    batch = [(1280, 1), (1100, 1), (64, 1)]
+    arguments, _ = make_pages(batch, (1, 1), 16, torch.float32, 16, 16)
+    assert plan.attention_launches(launch.describe(None), plan.Heads(1, 1, 16, 16, 16, 4), 3, 3, 1280)[0].splits == 20
+    assert_accurate(launch.paged_attention(*arguments, 0.3), exact(arguments, 0.3))
+    check(batch, (1, 1), dims=(16, 16), **FULL)
+
+
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 def test_scales_that_are_not_positive(scale):
     check(BATCHES["mixed"], (4, 2), scale=scale)

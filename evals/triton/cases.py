@@ -95,7 +95,8 @@ def few_cases() -> list[tuple[Case, Target]]:
         (Case("rows", is_full=True), sm90),
         (Case("prefill"), sm90),
         (Case("prefill"), sm80),
-        (Case("reduce"), sm90),
+        (Case("prefill", dims=(80, 80)), sm100),
+        (Case("reduce"), sm100),
         (Case("write"), sm80),
         (Case("copy"), gfx942),
     ]

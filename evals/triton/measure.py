@@ -7,7 +7,7 @@ from .cases import Case
 from .compile import compile_call
 from .disassembly import wide_share
 from .targets import TARGETS, Target
-from .thresholds import THRESHOLDS
+from .thresholds import PREFILL_ROWS, THRESHOLDS
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ def measure(case: Case, target: Target) -> Measured:
         options = call.options
         tile = options.get("TILE") or options["PARTS"] * options["PART_TOKENS"]
         figures["instructions"] = len(code.hot_loop()) * warps / tile
+        if case.kernel == "prefill":
+            figures["instructions"] *= PREFILL_ROWS / options["BLOCK_M"]
         if not target.is_hip:
             figures.update(buffers=code.buffers, waits=code.waits)
     return Measured(case, target.arch, figures, judge(case, target, figures))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from .cases import Case
 from .targets import Target
 
+PREFILL_ROWS = 64
 _ATTENTION = ("decode", "rows", "prefill")
 _NVIDIA = ("sm80", "sm90", "sm100")
 
@@ -21,7 +22,8 @@ class Threshold:
     ----------
     figure : str
         ``spilled`` (bytes), ``shared`` (share of what a program may have), ``programs`` (a processor holds),
-        ``instructions`` (of a warp, a KV token and KV head in the hot loop), ``wide`` (share of 128-bit loads),
+        ``instructions`` (of a warp, a KV token and KV head in the hot loop; of prefill, for `PREFILL_ROWS` rows of
+        the product), ``wide`` (share of 128-bit loads),
         ``buffers`` (tiles of keys and values in flight), ``waits`` (copies under way while the loop computes).
     at_least, at_most : float or None
     kernels, archs, dtypes : tuple of str
@@ -69,7 +71,7 @@ _EVERYWHERE = (*_NVIDIA, "gfx942")
 _HALF = ("bf16", "fp16")
 _VLLM_DECODE = "vLLM split decode: 66.8 (sm90), 67.5 (sm80); SGLang grouped decode: 33.1 at page 1, 50.5 at page 16"
 _VLLM_FULL = "vLLM split decode with window, softcap and sinks: 68.8 (sm90)"
-_VLLM_PREFILL = "vLLM prefill: 38.6 (sm90) for 16 rows of a product; here a tile has 64"
+_VLLM_PREFILL = "vLLM prefill: 38.6 (sm90) for 16 rows of a product; these are for 64"
 _ONE_BUFFER = "vLLM and SGLang: 1"
 
 THRESHOLDS = (
@@ -88,6 +90,6 @@ THRESHOLDS = (
     Threshold("instructions", ("decode", "rows"), _NVIDIA, at_most=33, is_full=True, anchor=_VLLM_FULL),
     Threshold("instructions", ("prefill",), ("sm90", "sm100"), at_most=38.6, dtypes=_HALF, dims=(64, 80, 96, 128),
               is_full=False, anchor=_VLLM_PREFILL),
-    Threshold("instructions", ("prefill",), ("sm80",), at_most=77.2, dtypes=_HALF, dims=(64, 80, 96, 128),
-              is_full=False, anchor="half of vLLM's a row: its 38.6 for 16 rows are 154 for the 64 of a tile here"),
+    Threshold("instructions", ("prefill",), ("sm80",), at_most=51.5, dtypes=_HALF, dims=(64, 80, 96, 128),
+              is_full=False, anchor="a third of vLLM's a row: its 38.6 for 16 rows are 154 for 64"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .finish import store_result
 from .pages import block_ids, first_slots, load_states, page_offsets
-from .rows import split_tiles, tile_queries, visible_tokens
+from .rows import product_rows, split_tiles, tile_queries, visible_tokens
 from .softmax import LOWEST, capped, rescale
 
 
@@ -34,13 +34,9 @@ def decode_kernel(
     if (count <= 0) | ((split > 0) & (start >= stop)):
         return
 
-    # Rows of the product: queries of a row, and of each the heads that share a KV head.
     kv_head = head_tile // HEAD_TILES
     rows = tl.arange(0, BLOCK_M)
-    head = (head_tile % HEAD_TILES) * HEADS + rows % HEADS
-    is_query = (rows // HEADS < count) & (rows < HEADS * BLOCK_Q) & (head < GROUP)
-    head += kv_head * GROUP
-    token = (first + rows // HEADS).to(tl.int64)
+    token, head, is_query = product_rows(rows, first, count, head_tile, GROUP, HEADS, BLOCK_Q)
     last_seen = position + rows // HEADS  # [BLOCK_M]
     key_lanes, value_lanes = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
     queries_at = query + (token * query_token_stride + head * query_head_stride)[:, None] + key_lanes[None, :]

@@ -10,8 +10,8 @@ import torch
 
 BY_TOKEN, BY_ROW, BY_TILE = 0, 1, 2  # How programs find their queries: see rows.py.
 MAX_DIM = 256
+MAX_SPLITS = 128
 _MIN_SPLIT_TOKENS = 256  # A split of fewer tokens costs more in the reduction than it gains.
-_MAX_SPLITS = 128
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _with_grid(launch: Launch, device: Device, heads: Heads, num_tokens, num_row
     programs = tiles * head_tiles(heads, launch)
     room = device.processors * launch.resident // max(programs, 1)
     worth = max_context // max(_MIN_SPLIT_TOKENS, launch.tile)
-    return replace(launch, tiles=tiles, splits=max(1, min(room, worth, _MAX_SPLITS)))
+    return replace(launch, tiles=tiles, splits=max(1, min(room, worth, MAX_SPLITS)))
 
 
 def head_tiles(heads: Heads, launch: Launch) -> int:
@@ -186,11 +186,15 @@ def prefill_launch(device: Device, heads: Heads) -> Launch:
         tile, warps = 32, 8
     elif not device.is_wide and not device.is_hip:
         tile = 32
+        if heads.lanes > 64:
+            # Triton gives each warp rows of its own if there are as many rows as lanes. Else all warps share all rows,
+            # and meet twice a tile to take the maximum and the total of each.
+            block_m, warps = 128, 8
     # Large heads in three stages are more than the 99 KiB of small GPUs (sm86, sm89, sm120).
     large = heads.lanes > 128 and not plain and not device.is_wide and device.arch != "sm80"
     stages = 2 if device.is_hip or large else 3
     packed = min(heads.group, block_m)
     return Launch(
         "prefill", BY_TILE, packed, block_m // packed, block_m, min_q=decode.block_q + 1 if decode else 0,
-        parts=0, tile=tile, warps=warps, stages=stages, resident=2,
+        parts=0, tile=tile, warps=warps, stages=stages, resident=1 if block_m > 64 else 2,
     )  # fmt: skip

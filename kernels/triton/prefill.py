@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .finish import store_result
 from .pages import block_ids, first_slots, load_states, page_offsets
-from .rows import split_tiles, tile_queries, visible_tokens, whole_tiles
+from .rows import product_rows, split_tiles, tile_queries, visible_tokens, whole_tiles
 from .softmax import LOWEST, capped, rescale
 
 
@@ -21,7 +21,7 @@ def prefill_kernel(
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KEY_STRIDES: tl.constexpr, VALUE_STRIDES: tl.constexpr, KEY_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
     MAPPING: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, MIN_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr, RELOAD_QUERIES: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, RELOAD_QUERIES: tl.constexpr, FIND_ROWS_AGAIN: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -32,13 +32,9 @@ def prefill_kernel(
     if (count <= 0) | ((split > 0) & (start >= stop)):
         return
 
-    # Rows of the product: queries of a row, and of each the heads that share a KV head.
     kv_head = head_tile // HEAD_TILES
     rows = tl.arange(0, BLOCK_M)
-    head = (head_tile % HEAD_TILES) * HEADS + rows % HEADS
-    is_query = (rows // HEADS < count) & (rows < HEADS * BLOCK_Q) & (head < GROUP)
-    head += kv_head * GROUP
-    token = (first + rows // HEADS).to(tl.int64)
+    token, head, is_query = product_rows(rows, first, count, head_tile, GROUP, HEADS, BLOCK_Q)
     last_seen = position + rows // HEADS  # [BLOCK_M]
     key_lanes, value_lanes = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
     queries_at = query + (token * query_token_stride + head * query_head_stride)[:, None] + key_lanes[None, :]
@@ -92,6 +88,11 @@ def prefill_kernel(
         total = total * old + tl.sum(weights, 1)
         summed = tl.dot(weights.to(values.dtype), values, summed * old[:, None], input_precision=PRECISION)
 
+    if FIND_ROWS_AGAIN:
+        # From the first row's start, a zero that the compiler cannot know: else what says where results go would wait
+        # in registers through both loops.
+        rows += tl.load(cu_seqlens_q, volatile=True).to(tl.int32)
+        token, head, is_query = product_rows(rows, first, count, head_tile, GROUP, HEADS, BLOCK_Q)
     program = (tile * tl.num_programs(1) + head_tile) * tl.num_programs(2) + split
     store_result(
         summed, total, maximum, sinks, out, partial_out, partial_lse,

@@ -70,6 +70,20 @@ def _row_of_tile(tile, cu_seqlens_q, num_rows, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def product_rows(
+    rows, first, count, head_tile, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr
+):  # fmt: skip
+    """(token, head, whether there is such a query) of the rows of a program's matrix product.
+
+    The rows are queries of one row of the batch, and of each query the heads that share a KV head.
+    """
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    head = (head_tile % HEAD_TILES) * HEADS + rows % HEADS
+    is_query = (rows // HEADS < count) & (rows < HEADS * BLOCK_Q) & (head < GROUP)
+    return (first + rows // HEADS).to(tl.int64), head_tile // HEAD_TILES * GROUP + head, is_query
+
+
+@triton.jit
 def visible_tokens(position, count, window, HAS_WINDOW: tl.constexpr):
     """First token that some query of a tile sees, and the one after the last."""
     begin = position * 0
