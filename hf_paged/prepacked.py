@@ -5,6 +5,7 @@ tokens spends up to half of its products on that.
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .config import PagedConfig
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Kernels for other numbers of rows read this layout as well: a step's number is not known before.
 _ROWS = 32
 
@@ -57,11 +57,21 @@ def linears_of(config: PagedConfig) -> contextlib.AbstractContextManager:
     return PrepackedLinears() if config.prepack_weights else contextlib.nullcontext()
 
 
+@functools.cache
+def _dtypes() -> set[torch.dtype]:
+    """What oneDNN multiplies on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    mkldnn = torch.ops.mkldnn
+    halves = {torch.bfloat16: mkldnn._is_mkldnn_bf16_supported, torch.float16: mkldnn._is_mkldnn_fp16_supported}
+    return {torch.float32, *(dtype for dtype, is_supported in halves.items() if is_supported())}
+
+
 def _can_prepack(input: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        isinstance(weight, torch.nn.Parameter)
+        type(weight) is torch.nn.Parameter  # Not a quantised one, which is a subclass.
         and weight.device.type == "cpu"
-        and weight.dtype in _DTYPES
+        and weight.dtype in _dtypes()
         and weight.dtype == input.dtype
         and weight.is_contiguous()
         and not weight.is_inference()
