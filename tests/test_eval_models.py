@@ -78,6 +78,15 @@ def test_a_token_that_rounding_cannot_choose_is_no_near_tie(models):
     assert judge(models, PROMPT, [order[0], 7], [order[0]], 1) is None
 
 
+def test_an_end_token_that_could_not_be_chosen_makes_no_gap(models, monkeypatch):
+    with torch.no_grad():
+        logits = models.exact(torch.tensor([PROMPT])).logits[0, -1]
+    order = logits.argsort(descending=True).tolist()
+    monkeypatch.setattr(models.baseline.generation_config, "eos_token_id", order[0])
+    found = judge(models, PROMPT, [order[1], 7], [order[2], 7], 0)
+    assert found.margin == found.gap == float(logits[order[1]] - logits[order[2]])
+
+
 @pytest.mark.parametrize("gap, is_near_tie", [(0.19, True), (0.21, False)])
 def test_near_ties_lie_within_twice_the_error(gap, is_near_tie):
     assert Divergence(at=0, margin=0.1, gap=gap, error=0.1).is_near_tie == is_near_tie

@@ -6,6 +6,8 @@ import torch
 
 from hf_paged.evals.suite.models import Models
 
+from .generation import end_tokens
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -35,13 +37,20 @@ class Divergence:
 
 
 def judge(models: Models, prompt: list[int], baseline: list[int], backend: list[int], at: int) -> Divergence | None:
-    """The divergence of two continuations of a prompt at new token `at`; None where one of them just ends."""
+    """The divergence of two continuations of a prompt at new token `at`; None where one of them just ends.
+
+    Both were generated with `forced_length`: an end token may be the likeliest, and could not be chosen.
+    """
     if at >= min(len(baseline), len(backend)):
         return None
     ids = torch.tensor([prompt + baseline[:at]], device=models.device)
     with torch.no_grad():
         exact = models.exact(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
         rounded = models.baseline(ids, use_cache=False, logits_to_keep=1).logits[0, -1].double()
+    allowed = torch.ones(len(exact), dtype=torch.bool, device=exact.device)
+    allowed[list(end_tokens(models.baseline))] = False
+    error = float((rounded - exact)[allowed].abs().max())
+    exact = exact.masked_fill(~allowed, float("-inf"))
     top = exact.topk(2).values
     chosen = torch.stack([exact[baseline[at]], exact[backend[at]]])
-    return Divergence(at, float(top[0] - top[1]), float(top[0] - chosen.min()), float((rounded - exact).abs().max()))
+    return Divergence(at, float(top[0] - top[1]), float(top[0] - chosen.min()), error)
