@@ -7,12 +7,13 @@ from transformers.generation import logits_process, stopping_criteria
 
 from .cancellation import Cancellation
 from .errors import OutOfBlocksError
-from .noise import Noise, draw_freely, draws_freely
+from .noise import Noise, draws_freely
 from .pool import BlockPool
 from .recipe import Recipe
 from .request import Request
 from .row_streamer import RowStreamer
 from .twins import same_rows
+from .vocabulary import draw, likeliest
 
 # Processors of transformers that treat each row by itself. The first kind never looks at the tokens so far.
 TOKEN_FREE = {
@@ -184,7 +185,7 @@ class Call:
             self.logits += (logits,)
         if self.scores is not None:
             self.scores += (scores,)
-        return self._draw(rows, scores) if self._do_sample else scores.argmax(dim=-1), scores
+        return self._draw(rows, scores) if self._do_sample else likeliest(scores), scores
 
     def _accept(self, requests, rows: list[int], tokens: torch.Tensor, scores: torch.Tensor | None):
         """Note the next tokens of some rows, in order; what `sample` returns. Without scores nobody asks for them."""
@@ -231,7 +232,7 @@ class Call:
     def _draw(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
         probabilities = scores.softmax(dim=-1)
         if self._draws_freely:
-            return draw_freely(probabilities)
+            return draw(probabilities)
         if not bool((probabilities.max() < float("inf")) & (probabilities.min() >= 0)):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         if self._noise is None:
@@ -239,7 +240,7 @@ class Call:
         tokens = scores.new_empty(len(rows), dtype=torch.long)
         for step, indices in self._steps(rows).items():
             noise = self._noise.rows(step, [rows[index] for index in indices])
-            tokens[indices] = (probabilities[indices] / noise).argmax(dim=-1)
+            tokens[indices] = likeliest(probabilities[indices] / noise)
         return tokens
 
     def _append(self, rows: list[int], tokens: torch.Tensor) -> None:

@@ -42,23 +42,6 @@ def draws_freely() -> bool:
     return getattr(_thread, "draws_freely", False)
 
 
-def draw_freely(probabilities: torch.Tensor) -> torch.Tensor:
-    """Sample one index a row, ``[rows]`` int64, from ``[rows, vocab]``.
-
-    Raises
-    ------
-    RuntimeError
-        If a row is no distribution.
-    """
-    sums = probabilities.cumsum(-1, dtype=torch.float64)
-    totals = sums[:, -1:]
-    if not bool((totals.isfinite() & (totals > 0)).all()):
-        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-    drawn = torch.rand(totals.shape, dtype=torch.float64, device=totals.device) * totals
-    below = torch.nextafter(totals, torch.zeros_like(totals))
-    return torch.searchsorted(sums, drawn.minimum(below), right=True).squeeze(1)
-
-
 class Noise:
     """Exponential noise ``[batch, vocab]`` for each logical step of a call.
 

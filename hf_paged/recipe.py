@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers.generation import LogitsProcessorList
 
-from .noise import draw_freely
+from .vocabulary import draw, likeliest
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -47,7 +47,7 @@ class Recipe:
         scores = logits.to(self.device, torch.float32, copy=True)
         if self.processors:
             scores = self.processors(torch.empty(len(scores), 0, dtype=torch.long, device=self.device), scores)
-        return draw_freely(scores.softmax(dim=-1)) if self.draws else scores.argmax(dim=-1)
+        return draw(scores.softmax(dim=-1)) if self.draws else likeliest(scores)
 
 
 def choose_together(recipes: Sequence[Recipe | None], logits: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

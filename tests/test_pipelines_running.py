@@ -196,15 +196,6 @@ def test_sampled_items_run_together_if_nobody_seeded_torch(rows, monkeypatch):
     assert len({result[0]["generated_text"] for result in results}) > 1
 
 
-def test_free_draws_follow_the_distribution():
-    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]]).expand(20_000, -1)
-    drawn = noise.draw_freely(probabilities)
-    shares = torch.bincount(drawn, minlength=6) / len(drawn)
-    assert torch.allclose(shares, probabilities[0], atol=0.015) and not shares[probabilities[0] == 0].any()
-    with pytest.raises(RuntimeError, match="probability tensor"):
-        noise.draw_freely(torch.tensor([[0.5, float("nan")]]))
-
-
 def test_a_fresh_process_is_unseeded_until_somebody_seeds():
     program = (
         "import hf_paged, torch; from hf_paged.noise import is_unseeded; before = is_unseeded(); "

@@ -76,7 +76,7 @@ def _run(results: dict) -> str:
 
 def _value(figure: dict) -> str:
     spread = "" if figure.get("low") is None else f" ({interval(figure)})"
-    return f"{number(figure['value'])} {figure['unit']}{spread}"
+    return f"{number(figure['value'])} {figure['unit']}".rstrip() + spread
 
 
 if __name__ == "__main__":
