@@ -17,7 +17,7 @@ class BatchInvariance:
     name = "batch"
     title = "Batch invariance"
     settings = {"humaneval": 16, "sharegpt": 16, "sizes": [2, 8, 32], "probes": 8, "new_tokens": 32, "max_prompt": 256}
-    quick = {"humaneval": 2, "sharegpt": 6, "sizes": [2, 8], "probes": 4, "new_tokens": 12, "max_prompt": 128}
+    quick = {"humaneval": 2, "sharegpt": 6, "sizes": [8], "probes": 4, "new_tokens": 8, "max_prompt": 64}
     is_timed = False
 
     def samples(self, options: Options) -> list[Sample]:

@@ -28,7 +28,7 @@ class MultipleChoice:
         "choices_column": "choices",
         "answer_column": "answer",
     }
-    quick = {"questions": 8, "max_tokens": 256}
+    quick = {"questions": 4, "max_tokens": 256}
     is_timed = False
 
     def samples(self, options: Options) -> list[Sample]:

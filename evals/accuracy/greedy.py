@@ -24,7 +24,7 @@ class GreedyMatch:
         "batch": 32,
         "baseline_batch": 8,
     }
-    quick = {"humaneval": 8, "sharegpt": 8, "new_tokens": 32}
+    quick = {"humaneval": 4, "sharegpt": 4, "new_tokens": 16}
     is_timed = False
 
     def samples(self, options: Options) -> list[Sample]:

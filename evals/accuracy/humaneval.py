@@ -26,7 +26,7 @@ class HumanEval:
     name = "humaneval"
     title = "HumanEval pass@1"
     settings = {"problems": 164, "new_tokens": 256, "batch": 16, "baseline_batch": 8, "seconds": 10.0}
-    quick = {"problems": 8, "new_tokens": 64}
+    quick = {"problems": 6, "new_tokens": 48}
     is_timed = False
 
     def samples(self, options: Options) -> list[Sample]:

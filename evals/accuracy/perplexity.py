@@ -18,7 +18,7 @@ class Perplexity:
     name = "perplexity"
     title = "Perplexity"
     settings = {"length": 512, "stride": 256, "windows": 64, "chunk": 128, "batch": 4, "margin": 1e-3}
-    quick = {"length": 256, "stride": 128, "windows": 16}
+    quick = {"length": 256, "stride": 128, "windows": 8}
     is_timed = False
 
     def samples(self, options: Options) -> list[Sample]:

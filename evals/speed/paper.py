@@ -26,8 +26,8 @@ class Paper:
         **{"prefix_prompts": 16, "own_tokens": 32, "prefix_new_tokens": 32, "repeats": 3},
     }
     quick = {
-        **{"waste_prompts": 6, "waste_new_tokens": 24, "max_prompt": 128},
-        **{"prompts": 1, "rows": [4], "new_tokens": 32, "short_new_tokens": 16},
+        **{"waste_prompts": 6, "waste_new_tokens": 16, "max_prompt": 64},
+        **{"prompts": 1, "rows": [4], "new_tokens": 16, "short_new_tokens": 8},
         **{"prefix_prompts": 3, "prefix_new_tokens": 4, "repeats": 1},
     }
     is_timed = True

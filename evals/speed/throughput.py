@@ -27,9 +27,9 @@ class Throughput:
     }
     quick = {
         "prompts": 6,
-        "new_tokens": 12,
-        "max_prompt": 128,
-        "uniform_prompt": 64,
+        "new_tokens": 8,
+        "max_prompt": 64,
+        "uniform_prompt": 32,
         "batches": [1, 8],
         "repeats": 1,
         "extras": False,
