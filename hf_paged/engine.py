@@ -48,11 +48,13 @@ class Engine:
         self.scheduler.prefix.counts = pool.prefix_counts
         self._buffers, self._patience = StepBuffers(self.keys[0].device), Patience(pool)
         self._lock = threading.RLock()
-        self._handed_back, self._stepped = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._handed_back = threading.Condition(self._lock)
+        self._stepped = threading.Condition(self._lock)
         self._seats: dict[Request, Seat] = {}
         self._leaving: list[Call] = []
         self._linears = linears_of(pool.config)
-        self._is_driven, self._last_step = False, (0.0, 0.0)  # When that ended, and how long it took.
+        self._is_driven = False
+        self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
         pool.caches.add(self)
         pool.engines.add(self)
 
