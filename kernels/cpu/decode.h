@@ -27,7 +27,7 @@ inline void add_values(const T* const* values, const T* const* ahead, int d, int
   int next = done / parts, part = done % parts;
   for (int t = 0; t < tokens; ++t) {
     if (kPrefetch && next < tokens) {
-      prefetch<kPart * sizeof(T)>(ahead[next] + part * kPart);
+      prefetch(ahead[next] + part * kPart, kPart * sizeof(T));
       if (++part == parts) part = 0, ++next;
     }
     Pair value[kPairs];

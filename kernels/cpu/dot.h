@@ -45,9 +45,8 @@ struct Dot<bfloat16> {
 };
 #endif
 
-template <int kBytes>
-inline void prefetch(const void* p) {
-  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
+inline void prefetch(const void* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
 // Scores of kHeads queries over kLanes / kHeads tokens, [kHeads, kLanes / kHeads] in one vector. While at
@@ -68,7 +67,7 @@ inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename
       for (int i = 0; i < kStep; ++i) {
         const typename Dot<T>::Key key = Dot<T>::load_key(keys[t + i] + d);
         // The tokens of a block lie side by side: its lines are asked for in the order of memory.
-        if (kPrefetch) prefetch<kPairLanes * sizeof(T)>(ahead[t] + kStep * d + i * kPairLanes);
+        if (kPrefetch) prefetch(ahead[t] + kStep * d + i * kPairLanes, kPairLanes * sizeof(T));
 #pragma GCC unroll 4
         for (int h = 0; h < kHeads; ++h)
           part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + d, key);
@@ -78,7 +77,7 @@ inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename
 #pragma GCC unroll 4
       for (int i = 0; i < kStep; ++i) {
         const typename Dot<T>::Key key = Dot<T>::load_key(keys[t + i] + whole, dim - whole);
-        if (kPrefetch) prefetch<kPairLanes * sizeof(T)>(ahead[t + i] + whole);
+        if (kPrefetch) prefetch(ahead[t + i] + whole, kPairLanes * sizeof(T));
 #pragma GCC unroll 4
         for (int h = 0; h < kHeads; ++h)
           part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + whole, key);

@@ -19,15 +19,9 @@ struct PairMul {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(splat(*a)), (__m512bh)_mm512_castps_si512(b));
   }
 };
-
-// As PairMul for a = high + low: weights to 16 bits. Rounding them to 8 would be the largest error of all.
-template <int kLowAt>
-struct SplitPairMul {
-  static Vec add(Vec sum, const float* a, Vec b) { return PairMul::add(PairMul::add(sum, a, b), a + kLowAt, b); }
-};
 #endif
 
-template <class Mul, int kVecs, bool kAdd>
+template <class Mul, int kVecs, bool kAdd, bool kRests>
 inline void multiply_block(const float* a, int a_stride, const float* b, int b_stride, int depth, float* c,
                            int c_stride, const float* factors) {
   Vec sums[kBlockRows][kVecs];
@@ -44,6 +38,11 @@ inline void multiply_block(const float* a, int a_stride, const float* b, int b_s
     for (int i = 0; i < kBlockRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) sums[i][j] = Mul::add(sums[i][j], a + i * a_stride + k, row[j]);
+    if (kRests && k < depth / 2)
+#pragma GCC unroll 6
+      for (int i = 0; i < kBlockRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) sums[i][j] = Mul::add(sums[i][j], a + i * a_stride + depth + k, row[j]);
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kBlockRows; ++i)
@@ -51,19 +50,20 @@ inline void multiply_block(const float* a, int a_stride, const float* b, int b_s
     for (int j = 0; j < kVecs; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
 }
 
-// c = a . b, or factors[row] * c + a . b if kAdd. `rows` is a multiple of kBlockRows, `columns` of kLanes.
-template <class Mul, bool kAdd>
+// c = a . b, or factors[row] * c + a . b if kAdd. With kRests, a row of `a` goes on after `depth` words with what its
+// first half lost when it was rounded, to be multiplied as well. `rows` is a multiple of kBlockRows, `columns` of kLanes.
+template <class Mul, bool kAdd, bool kRests = false>
 inline void multiply(const float* a, int a_stride, const float* b, int b_stride, int rows, int columns, int depth,
                      float* c, int c_stride, const float* factors) {
   int j = 0;
   for (; j + kBlockVecs * kLanes <= columns; j += kBlockVecs * kLanes)
     for (int i = 0; i < rows; i += kBlockRows)
-      multiply_block<Mul, kBlockVecs, kAdd>(a + i * a_stride, a_stride, b + j, b_stride, depth, c + i * c_stride + j,
-                                            c_stride, factors + i);
+      multiply_block<Mul, kBlockVecs, kAdd, kRests>(a + i * a_stride, a_stride, b + j, b_stride, depth,
+                                                    c + i * c_stride + j, c_stride, factors + i);
   for (; j < columns; j += kLanes)
     for (int i = 0; i < rows; i += kBlockRows)
-      multiply_block<Mul, 1, kAdd>(a + i * a_stride, a_stride, b + j, b_stride, depth, c + i * c_stride + j, c_stride,
-                                   factors + i);
+      multiply_block<Mul, 1, kAdd, kRests>(a + i * a_stride, a_stride, b + j, b_stride, depth, c + i * c_stride + j,
+                                           c_stride, factors + i);
 }
 
 }  // namespace HF_PAGED_ISA

@@ -42,8 +42,8 @@ class Prefiller {
       pack_tokens(tile.row, kv_head, start, tokens);
       multiply<typename Pack<T>::Mul, false>(queries_, key_stride_, keys_, kTileKeys, padded_rows_, kTileKeys,
                                              key_stride_, scores_, kTileKeys, factors_);
-      weigh(tile, start, tokens);
-      multiply<typename Pack<T>::WeightMul, true>(scores_, kTileKeys, values_, value_stride_, padded_rows_,
+      weigh(tile, kv_head, start, tokens);
+      multiply<typename Pack<T>::Mul, true, Pack<T>::kRests>(scores_, kTileKeys, values_, value_stride_, padded_rows_,
                                                   value_stride_, Pack<T>::depth(kTileKeys), acc_, value_stride_,
                                                   factors_);
     }
@@ -65,16 +65,18 @@ class Prefiller {
     }
   }
 
+  const T* token_in(const Pages& pages, int64_t row, int kv_head, int64_t position) const {
+    const int64_t block = a_.block_tables[row * a_.table_stride + position / a_.block_size];
+    return (const T*)pages.data + block * pages.block_stride + kv_head * pages.head_stride +
+           position % a_.block_size * pages.head_dim;
+  }
+
   // Tokens start .. start + tokens - 1 of the row; zeros stand for those past them, never what a slot may hold.
   void pack_tokens(int64_t row, int kv_head, int64_t start, int tokens) {
     const T* values[kTileKeys] = {};
-    const int64_t* table = a_.block_tables + row * a_.table_stride;
     for (int t = 0; t < tokens; ++t) {
-      const int64_t block = table[(start + t) / a_.block_size], offset = (start + t) % a_.block_size;
-      const T* key = (const T*)a_.keys.data + block * a_.keys.block_stride + kv_head * a_.keys.head_stride;
-      Pack<T>::row(key + offset * a_.keys.head_dim, a_.keys.head_dim, rows_ + t * key_stride_);
-      values[t] = (const T*)a_.values.data + block * a_.values.block_stride + kv_head * a_.values.head_stride +
-                  offset * a_.values.head_dim;
+      Pack<T>::row(token_in(a_.keys, row, kv_head, start + t), a_.keys.head_dim, rows_ + t * key_stride_);
+      values[t] = token_in(a_.values, row, kv_head, start + t);
     }
     memset(rows_ + tokens * key_stride_, 0, (kTileKeys - tokens) * key_stride_ * sizeof(float));
     transpose_keys(rows_, key_stride_, key_stride_, keys_);
@@ -82,8 +84,13 @@ class Prefiller {
   }
 
   // Scores become weights 2^(score - maximum); the factors bring what was added before to the new maximum.
-  void weigh(const PrefillTile& tile, int64_t start, int tokens) {
+  // While at it, brings the next tile's keys and values near.
+  void weigh(const PrefillTile& tile, int kv_head, int64_t start, int tokens) {
+    const int64_t ahead = start + kTileKeys, end = tile.position + tile.num_queries;
     for (int row = 0; row < padded_rows_; ++row) {
+      if (row < kTileKeys && ahead + row < end)
+        for (const Pages* pages : {&a_.keys, &a_.values})
+          prefetch(token_in(*pages, tile.row, kv_head, ahead + row), pages->head_dim * sizeof(T));
       float* scores = scores_ + row * kTileKeys;
       const int64_t position = tile.position + row / group_;
       const int64_t first = position - a_.window + 1 - start, last = position + 1 - start;
