@@ -43,14 +43,24 @@ def test_results_do_not_depend_on_threads_or_batch(threads, isa, dtype):
     assert all(torch.equal(result, results[0]) for result in [*results[1:], torch.cat(alone)])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("num_heads", [71, 128, 160, 200])
+def test_prefill_of_many_heads_that_share_one_kv_head(isa, num_heads):
+    """A tile of queries is then a few tokens, or one: rows in numbers that no block of rows divides."""
+    arguments, _ = make_pages([(70, 9)], (num_heads, 1), 16, torch.float32, 32, 32)
+    with implementation(isa):
+        assert_accurate(ops.paged_attention(*arguments, 0.2), exact(arguments, 0.2))
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_long_prefill_is_accurate_in_bfloat16(dim):
     """Many weights of one size: rounded to bfloat16, as SDPA rounds them, they miss the bound."""
-    arguments, _ = make_pages([(600, 200)], (4, 2), 16, torch.bfloat16, dim, dim, seed=3)
-    expected = exact(arguments, dim**-0.5)
-    for isa in ISAS:
-        with implementation(isa):
-            assert_accurate(ops.paged_attention(*arguments, dim**-0.5), expected)
+    for seed, row in [(3, (600, 200)), (4, (600, 200)), (5, (2300, 150))]:
+        arguments, _ = make_pages([row], (4, 2), 16, torch.bfloat16, dim, dim, seed=seed)
+        expected = exact(arguments, dim**-0.5)
+        for isa in ISAS:
+            with implementation(isa):
+                assert_accurate(ops.paged_attention(*arguments, dim**-0.5), expected)
 
 
 @pytest.mark.parametrize("dim, dtype", [(16, torch.float64), (320, torch.float32)], ids=str)

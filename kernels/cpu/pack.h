@@ -11,6 +11,7 @@ template <class T>
 struct Pack {
   using Mul = FloatMul;
   static constexpr bool kRests = false;  // See multiply.
+  static constexpr bool kIsPlain = sizeof(T) == sizeof(float);  // Whether memory holds whole pairs as words already.
   static int depth(int n) { return n; }  // Words that n summed numbers take; n is a multiple of kPad.
 
   // Zeros up to the padded size: what stands there is multiplied as well.
@@ -39,6 +40,7 @@ template <>
 struct Pack<bfloat16> {
   using Mul = PairMul;
   static constexpr bool kRests = true;
+  static constexpr bool kIsPlain = true;
   static int depth(int n) { return n / 2; }
 
   static void row(const bfloat16* from, int dim, float* to) { Dot<bfloat16>::keep(from, dim, (bfloat16*)to); }
@@ -68,12 +70,12 @@ struct Pack<bfloat16> {
 };
 #endif
 
-// keys [words, kTileKeys] from rows [kTileKeys, stride].
-inline void transpose_keys(const float* rows, int stride, int words, float* keys) {
+// keys [words, kTileKeys] from the words of each token.
+inline void transpose_keys(const float* const* tokens, int words, float* keys) {
   for (int w = 0; w < words; w += kLanes)
     for (int t = 0; t < kTileKeys; t += kLanes) {
       Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = load(rows + (t + i) * stride + w);
+      for (int i = 0; i < kLanes; ++i) block[i] = load(tokens[t + i] + w);
       transpose(block);
       for (int i = 0; i < kLanes; ++i) store(keys + (w + i) * kTileKeys + t, block[i]);
     }

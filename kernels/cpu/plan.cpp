@@ -41,7 +41,7 @@ int64_t scratch_floats(const Attention& a) {
   const int64_t key = padded(a.keys.head_dim), value = padded(a.values.head_dim), group = a.group(),
                 rows = tile_rows(a);
   const int64_t decode = group * (key + value + kTileKeys) + 3 * padded(group);
-  const int64_t prefill = rows * (key + value + kTileKeys + 3) + kTileKeys * (2 * key + value);
+  const int64_t prefill = rows * (key + value + kTileKeys + 3) + kTileKeys * (2 * key + value) + key;
   return std::max(decode, prefill);
 }
 

@@ -13,7 +13,7 @@ class Prefiller {
     key_stride_ = Pack<T>::depth(padded(a.keys.head_dim)), value_stride_ = padded(a.values.head_dim);
     const int rows = tile_rows(a);
     queries_ = scratch, scratch += rows * key_stride_;
-    rows_ = scratch, scratch += kTileKeys * key_stride_;
+    rows_ = scratch, scratch += (kTileKeys + 1) * key_stride_;
     keys_ = scratch, scratch += kTileKeys * key_stride_;
     values_ = scratch, scratch += kTileKeys * value_stride_;
     scores_ = scratch, scratch += rows * kTileKeys;
@@ -73,13 +73,19 @@ class Prefiller {
 
   // Tokens start .. start + tokens - 1 of the row; zeros stand for those past them, never what a slot may hold.
   void pack_tokens(int64_t row, int kv_head, int64_t start, int tokens) {
+    const bool is_plain = Pack<T>::kIsPlain && a_.keys.head_dim % kPad == 0;
+    const float* keys[kTileKeys];
     const T* values[kTileKeys] = {};
     for (int t = 0; t < tokens; ++t) {
-      Pack<T>::row(token_in(a_.keys, row, kv_head, start + t), a_.keys.head_dim, rows_ + t * key_stride_);
+      const T* key = token_in(a_.keys, row, kv_head, start + t);
+      keys[t] = is_plain ? (const float*)key : rows_ + t * key_stride_;
+      if (!is_plain) Pack<T>::row(key, a_.keys.head_dim, rows_ + t * key_stride_);
       values[t] = token_in(a_.values, row, kv_head, start + t);
     }
-    memset(rows_ + tokens * key_stride_, 0, (kTileKeys - tokens) * key_stride_ * sizeof(float));
-    transpose_keys(rows_, key_stride_, key_stride_, keys_);
+    float* zeros = rows_ + kTileKeys * key_stride_;
+    if (tokens < kTileKeys) memset(zeros, 0, key_stride_ * sizeof(float));
+    for (int t = tokens; t < kTileKeys; ++t) keys[t] = zeros;
+    transpose_keys(keys, key_stride_, keys_);
     Pack<T>::values(values, a_.values.head_dim, value_stride_, values_);
   }
 
@@ -87,6 +93,9 @@ class Prefiller {
   // While at it, brings the next tile's keys and values near.
   void weigh(const PrefillTile& tile, int kv_head, int64_t start, int tokens) {
     const int64_t ahead = start + kTileKeys, end = tile.position + tile.num_queries;
+    // Scores that are no more than scaled are so when their exponentials are taken.
+    const bool is_bent = a_.softcap != 0 || a_.scale <= 0;
+    const float factor = is_bent ? 1 : a_.scale * kLog2E;
     for (int row = 0; row < padded_rows_; ++row) {
       if (row < kTileKeys && ahead + row < end)
         for (const Pages* pages : {&a_.keys, &a_.values})
@@ -94,12 +103,13 @@ class Prefiller {
       float* scores = scores_ + row * kTileKeys;
       const int64_t position = tile.position + row / group_;
       const int64_t first = position - a_.window + 1 - start, last = position + 1 - start;
-      for (int t = 0; t < kTileKeys; t += kLanes) store(scores + t, to_log2(a_, load(scores + t)));
+      if (is_bent)
+        for (int t = 0; t < kTileKeys; t += kLanes) store(scores + t, to_log2(a_, load(scores + t)));
       for (int t = 0; t < first && t < kTileKeys; ++t) scores[t] = -INFINITY;
       for (int t = last < tokens ? (last > 0 ? int(last) : 0) : tokens; t < kTileKeys; ++t) scores[t] = -INFINITY;
       Vec largest = load(scores);
       for (int t = kLanes; t < kTileKeys; t += kLanes) largest = max(largest, load(scores + t));
-      const float before = max_[row], now = max_lane(largest);
+      const float before = max_[row], now = max_lane(largest) * factor;
       max_[row] = before > now ? before : now;
       // A row that has seen nothing yet has no maximum to subtract.
       factors_[row] = max_[row] == -INFINITY ? 0 : before - max_[row];
@@ -107,11 +117,11 @@ class Prefiller {
     for (int row = 0; row < padded_rows_; row += kLanes) store(factors_ + row, exp2(load(factors_ + row)));
     for (int row = 0; row < padded_rows_; ++row) {
       float* scores = scores_ + row * kTileKeys;
-      const Vec largest = splat(max_[row] == -INFINITY ? 0 : max_[row]);
+      const Vec shift = splat(max_[row] == -INFINITY ? 0 : -max_[row]);
       Vec sum = splat(0);
       Vec weights[kTileKeys / kLanes];
       for (int i = 0; i < kTileKeys / kLanes; ++i) {
-        weights[i] = exp2(load(scores + i * kLanes) - largest);
+        weights[i] = exp2(fma(load(scores + i * kLanes), splat(factor), shift));
         sum = sum + weights[i];
       }
       for (int i = 0; i < kTileKeys / kLanes; i += 2) Pack<T>::weights(weights[i], weights[i + 1], scores, i * kLanes);
@@ -125,7 +135,7 @@ class Prefiller {
   int key_stride_, value_stride_;  // Words of a packed key, floats of a padded value.
   int rows_of_tile_, padded_rows_;
   float* queries_;                // [rows, key_stride]; row = query * group + head of the group.
-  float* rows_;                   // [kTileKeys, key_stride]
+  float* rows_;                   // [kTileKeys, key_stride], and a row of zeros.
   float* keys_;                   // [key_stride, kTileKeys]
   float* values_;                 // [depth(kTileKeys), value_stride]
   float* scores_;                 // [rows, kTileKeys]; then the weights.
