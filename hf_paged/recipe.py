@@ -8,8 +8,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers.generation import LogitsProcessorList
 
+from .shortlist import process, shortlist
 from .vocabulary import draw, likeliest
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -23,7 +23,7 @@ class Recipe:
     """
 
     key: Hashable
-    processors: LogitsProcessorList = field(compare=False, repr=False)
+    processors: tuple = field(compare=False, repr=False)
     draws: bool
     device: torch.device
 
@@ -34,7 +34,7 @@ class Recipe:
         if not all(isinstance(value, _PLAIN) for some in settings for value in some.values()):
             return None
         key = tuple((type(one), tuple(sorted(some.items()))) for one, some in zip(processors, settings))
-        return cls(key, LogitsProcessorList(processors), draws, device)
+        return cls(key, tuple(processors), draws, device)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token of each row, ``[rows]`` int64, from ``[rows, vocab]``, which is not changed.
@@ -44,9 +44,13 @@ class Recipe:
         RuntimeError
             If a row cannot be drawn from.
         """
-        scores = logits.to(self.device, torch.float32, copy=True)
-        if self.processors:
-            scores = self.processors(torch.empty(len(scores), 0, dtype=torch.long, device=self.device), scores)
+        logits = logits.to(self.device)
+        if not self.processors and not self.draws:
+            return likeliest(logits)
+        if self.draws and (found := shortlist(self.processors, logits)) is not None:
+            tokens, scores, processors = found
+            return tokens.gather(1, draw(process(processors, scores).softmax(dim=-1))[:, None]).squeeze(1)
+        scores = process(self.processors, logits.to(torch.float32, copy=True))
         return draw(scores.softmax(dim=-1)) if self.draws else likeliest(scores)
 
 
@@ -63,8 +67,8 @@ def choose_together(recipes: Sequence[Recipe | None], logits: Sequence[torch.Ten
     Returns
     -------
     list of torch.Tensor or None
-        ``[rows]`` int64 for each call; None for one that must choose by itself, because nobody does as it does, or
-        together they failed.
+        ``[rows]`` int64 for each call; None for one that must choose by itself: it has no recipe, or together they
+        failed.
     """
     alike: dict[Recipe, list[int]] = {}
     for number, recipe in enumerate(recipes):
@@ -73,10 +77,9 @@ def choose_together(recipes: Sequence[Recipe | None], logits: Sequence[torch.Ten
     chosen: list[torch.Tensor | None] = [None] * len(recipes)
     for recipe, numbers in alike.items():
         parts = [logits[number] for number in numbers]
-        if len(parts) > 1:
-            # An error is of one of them: it will be raised when that is alone.
-            with contextlib.suppress(Exception), torch.inference_mode(False), torch.no_grad():
-                tokens = recipe.choose(torch.cat(parts)).split([len(part) for part in parts])
-                for number, part in zip(numbers, tokens):
-                    chosen[number] = part
+        # An error is of one of them: it will be raised when that chooses by itself.
+        with contextlib.suppress(Exception), torch.inference_mode(False), torch.no_grad():
+            tokens = recipe.choose(torch.cat(parts) if len(parts) > 1 else parts[0])
+            for number, part in zip(numbers, tokens.split([len(part) for part in parts])):
+                chosen[number] = part
     return chosen

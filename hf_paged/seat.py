@@ -53,7 +53,8 @@ def deliver(seats: dict[Request, Seat], scheduler: Scheduler, schedule: Schedule
         rows.setdefault(seat, []).extend([request, *followers])
         parts.setdefault(seat, []).extend([index] * (1 + len(followers)))
     for seat, requests in rows.items():
-        is_all = parts[seat] == list(range(len(logits)))
-        seat.logits.append((requests, logits if is_all else logits[parts[seat]]))
+        first, last = parts[seat][0], parts[seat][-1]
+        is_slice = parts[seat] == list(range(first, last + 1))
+        seat.logits.append((requests, logits[first : last + 1] if is_slice else logits[parts[seat]]))
         seat.is_sampling = not seat.call.is_quick
     return list(rows)

@@ -43,7 +43,9 @@ def _in_parts(values: torch.Tensor, fill: float) -> torch.Tensor:
     """``[rows, vocab]`` as ``[rows, parts, tokens]``, filled up where the vocabulary ends."""
     vocab = values.shape[1]
     size = next((size for size in _PARTS if vocab % size == 0), _PARTS[0])
-    return functional.pad(values, (0, -vocab % size), value=fill).view(len(values), -1, size)
+    if vocab % size:  # Even a padding of nothing is a copy.
+        values = functional.pad(values, (0, -vocab % size), value=fill)
+    return values.reshape(len(values), -1, size)
 
 
 def _part_of(parts: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
