@@ -35,7 +35,7 @@ def shortlist(processors: Sequence, logits: torch.Tensor) -> tuple[torch.Tensor,
     if at is None or any(type(one) is not TemperatureLogitsWarper for one in processors[:at]):
         return None
     kept = processors[at].top_k
-    count = 2 * kept
+    count = 2 * kept  # Few logits tie in number, in bfloat16 as well.
     if processors[at].filter_value != -float("inf") or 8 * count > logits.shape[1]:
         return None
     scores, tokens = logits.topk(count)

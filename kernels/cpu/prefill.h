@@ -44,8 +44,8 @@ class Prefiller {
                                              key_stride_, scores_, kTileKeys, factors_);
       weigh(tile, kv_head, start, tokens);
       multiply<typename Pack<T>::Mul, true, Pack<T>::kRests>(scores_, kTileKeys, values_, value_stride_, padded_rows_,
-                                                  value_stride_, Pack<T>::depth(kTileKeys), acc_, value_stride_,
-                                                  factors_);
+                                                             value_stride_, Pack<T>::depth(kTileKeys), acc_,
+                                                             value_stride_, factors_);
     }
     for (int row = 0; row < rows_of_tile_; ++row)
       finish<T>(a_, tile.token + row / group_, kv_head * group_ + row % group_, max_[row], sum_[row],
