@@ -6,6 +6,7 @@ import torch
 from transformers.generation import logits_process, stopping_criteria
 
 from .cancellation import Cancellation
+from .endings import Endings
 from .errors import OutOfBlocksError
 from .noise import Noise, draws_freely
 from .pool import BlockPool
@@ -38,10 +39,7 @@ _QUICK = ROW_WISE - {
     getattr(logits_process, name)
     for name in ("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor")
 }
-_QUICK_CRITERIA = {Cancellation} | {
-    getattr(stopping_criteria, name) for name in ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria")
-}
-ROW_WISE_CRITERIA = _QUICK_CRITERIA | {stopping_criteria.StopStringCriteria}
+ROW_WISE_CRITERIA = Endings.KINDS | {stopping_criteria.StopStringCriteria}
 
 
 class Call:
@@ -70,6 +68,7 @@ class Call:
     ):
         self.input_ids, self.streamer, self.cache = input_ids, streamer, cache
         self._processors, self._criteria = processors, criteria
+        self._endings = Endings(criteria) if Endings.KINDS.issuperset(map(type, criteria)) else None
         self._do_sample, self._pad = generation_config.do_sample, generation_config._pad_token_tensor
         # What `generate` returns besides the tokens of a lone row, a tensor ``[1, vocab]`` a step.
         returns = generation_config.return_dict_in_generate
@@ -96,9 +95,7 @@ class Call:
         self._row_streamer = streamer if isinstance(streamer, RowStreamer) else None
         # Whether another call's thread may sample for this one: nothing of the caller's runs, nothing is slow.
         self.is_quick = (
-            streamer is self._row_streamer
-            and _QUICK.issuperset(map(type, processors))
-            and _QUICK_CRITERIA.issuperset(map(type, criteria))
+            streamer is self._row_streamer and _QUICK.issuperset(map(type, processors)) and self._endings is not None
         )
         self.recipe = self._own_recipe()
         self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
@@ -192,13 +189,14 @@ class Call:
         if self.streamer is not self._row_streamer:
             self.streamer.put(tokens.cpu())
         self._append(rows, tokens)
-        finished = self._finished(rows, scores)
+        chosen = tokens.tolist()
+        finished = self._finished(rows, chosen, scores)
         if self._row_streamer is not None:
-            self._row_streamer.tell(rows, tokens.tolist(), [row for row, over in zip(rows, finished) if over])
+            self._row_streamer.tell(rows, chosen, [row for row, over in zip(rows, finished) if over])
         self._open -= {row for row, is_over in zip(rows, finished) if is_over}
         if self._noise is not None and self._open:
             self._noise.forget_before(min(self._counts[row] for row in self._open))
-        return [(request, None if over else token) for request, token, over in zip(requests, tokens.tolist(), finished)]
+        return [(request, None if over else token) for request, token, over in zip(requests, chosen, finished)]
 
     def _steps(self, rows: list[int]) -> dict[int, list[int]]:
         """Indices into `rows`, by logical step."""
@@ -251,7 +249,17 @@ class Call:
         for row in rows:
             self._counts[row] += 1
 
-    def _finished(self, rows: list[int], scores: torch.Tensor | None) -> list[bool]:
+    def _finished(self, rows: list[int], tokens: list[int], scores: torch.Tensor | None) -> list[bool]:
+        if self._endings is not None:
+            finished = self._endings.over(tokens, [self._width + self._counts[row] for row in rows])
+        else:
+            finished = self._judged(rows, scores)
+        if self._row_streamer is not None:
+            finished = [over or self._row_streamer.is_gone(row) for over, row in zip(finished, rows)]
+        return finished
+
+    def _judged(self, rows: list[int], scores: torch.Tensor | None) -> list[bool]:
+        """Which rows end, as the criteria say of rows at one logical step."""
         finished = [False] * len(rows)
         for step, indices in self._steps(rows).items():
             chosen = [rows[index] for index in indices]
@@ -260,8 +268,6 @@ class Call:
             )
             for index, is_over in zip(indices, over.tolist()):
                 finished[index] = is_over
-        if self._row_streamer is not None:
-            finished = [over or self._row_streamer.is_gone(row) for over, row in zip(finished, rows)]
         return finished
 
     def close(self) -> torch.Tensor:
