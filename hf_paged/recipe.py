@@ -46,7 +46,8 @@ class Recipe:
         """
         logits = logits.to(self.device)
         if not self.processors and not self.draws:
-            return likeliest(logits)
+            # Dense looks at float32, in which two numbers of float64 may be one.
+            return likeliest(logits.float() if logits.dtype == torch.float64 else logits)
         if self.draws and (found := shortlist(self.processors, logits)) is not None:
             tokens, scores, processors = found
             return tokens.gather(1, draw(process(processors, scores).softmax(dim=-1))[:, None]).squeeze(1)

@@ -63,6 +63,15 @@ def test_long_prefill_is_accurate_in_bfloat16(dim):
                 assert_accurate(ops.paged_attention(*arguments, dim**-0.5), expected)
 
 
+def test_half_of_the_weights_rounded_to_bfloat16_would_be_too_many():
+    """Half a million outputs, of which two then miss the bound."""
+    torch.manual_seed(0)
+    keys, values = (torch.randn(160, 1, 16, 256).bfloat16() for _ in range(2))
+    query = torch.randn(512, 4, 256).bfloat16()
+    arguments = (query, keys, values, torch.arange(160)[None], torch.tensor([2560]), torch.tensor([0, 512]))
+    assert_accurate(ops.paged_attention(*arguments, 1 / 16), exact(arguments, 1 / 16))
+
+
 @pytest.mark.parametrize("dim, dtype", [(16, torch.float64), (320, torch.float32)], ids=str)
 def test_what_the_kernels_do_not_serve_runs_in_torch(dim, dtype):
     arguments, _ = make_pages([(20, 1), (9, 3)], (4, 2), 16, dtype, dim, dim)

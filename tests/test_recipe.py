@@ -1,5 +1,6 @@
 """Calls that choose their next tokens alike do so in one go, and get what each would get alone."""
 
+import pytest
 import torch
 import zoo
 from packing import LENGTHS, pair
@@ -35,6 +36,13 @@ def test_calls_choose_together_what_they_would_choose_alone():
     assert [tokens.tolist() for tokens in choose_together([first, second], logits[:2])] == [
         part.argmax(-1).tolist() for part in logits[:2]
     ], "alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_greedy_rows_choose_as_float32_does(dtype):
+    logits = torch.zeros(1, 600, dtype=dtype)
+    logits[0, 7], logits[0, 500] = 1.0, 1.0 + 1e-12
+    assert Recipe.of([], False, CPU).choose(logits).tolist() == logits.float().argmax(-1).tolist() == [7]
 
 
 def test_free_draws_follow_the_scores():

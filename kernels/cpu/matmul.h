@@ -38,7 +38,7 @@ inline void multiply_block(const float* a, int a_stride, const float* b, int b_s
     for (int i = 0; i < kBlockRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) sums[i][j] = Mul::add(sums[i][j], a + i * a_stride + k, row[j]);
-    if (kRests && k < depth / 2)
+    if (kRests && k < depth / 4 * 3)
 #pragma GCC unroll 6
       for (int i = 0; i < kBlockRows; ++i)
 #pragma GCC unroll 4
@@ -50,8 +50,9 @@ inline void multiply_block(const float* a, int a_stride, const float* b, int b_s
     for (int j = 0; j < kVecs; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
 }
 
-// c = a . b, or factors[row] * c + a . b if kAdd. With kRests, a row of `a` goes on after `depth` words with what its
-// first half lost when it was rounded, to be multiplied as well. `rows` is a multiple of kBlockRows, `columns` of kLanes.
+// c = a . b, or factors[row] * c + a . b if kAdd. With kRests, a row of `a` goes on after `depth` words with what it
+// lost when it was rounded: that of its first three quarters is multiplied as well. `rows` is a multiple of kBlockRows,
+// `columns` of kLanes.
 template <class Mul, bool kAdd, bool kRests = false>
 inline void multiply(const float* a, int a_stride, const float* b, int b_stride, int rows, int columns, int depth,
                      float* c, int c_stride, const float* factors) {

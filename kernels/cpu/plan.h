@@ -47,7 +47,8 @@ inline int64_t partial_floats(const Attention& a) { return 2 + padded(a.values.h
 constexpr int kTileRows = 132, kTileKeys = 64;
 inline int queries_per_tile(const Attention& a) { return kTileRows >= a.group() ? kTileRows / a.group() : 1; }
 // With room for the last block of rows that are multiplied at once, which may not be full.
-inline int tile_rows(const Attention& a) { return padded(queries_per_tile(a) * a.group() + 5); }
+constexpr int kMostBlockRows = 6;
+inline int tile_rows(const Attention& a) { return padded(queries_per_tile(a) * a.group() + kMostBlockRows - 1); }
 
 // Floats of scratch memory that a worker needs.
 int64_t scratch_floats(const Attention& a);

@@ -6,6 +6,8 @@
 namespace hf_paged {
 namespace HF_PAGED_ISA {
 
+static_assert(kBlockRows <= kMostBlockRows, "tile_rows leaves no room for a block");
+
 template <class T>
 class Prefiller {
  public:
