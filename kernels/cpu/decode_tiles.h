@@ -1,6 +1,7 @@
 // The tiles of tokens that a worker reads while it decodes: what is read now, and what comes next.
 #pragma once
 #include "plan.h"
+#include "tokens.h"
 
 namespace hf_paged {
 namespace HF_PAGED_ISA {
@@ -33,7 +34,9 @@ class TileWalk {
     if (tile.is_first && !next_unit()) return false;
     tile.chunk = chunk_, tile.kv_head = kv_head_;
     tile.tokens = int(end_ - at_ < tile_tokens_ ? end_ - at_ : tile_tokens_);
-    find_tokens(tile);
+    find_tokens(a_, table_, kv_head_, at_, tile.tokens, tile.keys, tile.values);
+    for (int t = tile.tokens; t < tile_tokens_; ++t)
+      tile.keys[t] = tile.keys[t - 1], tile.values[t] = tile.values[t - 1];
     at_ += tile.tokens;
     tile.is_last = at_ == end_;
     return true;
@@ -56,20 +59,6 @@ class TileWalk {
     at_ = query.first + (chunk_ - query.first_chunk) * kChunk;
     end_ = at_ + kChunk < query.last ? at_ + kChunk : query.last;
     return true;
-  }
-
-  void find_tokens(Tile<T>& tile) const {
-    const int64_t key_dim = a_.keys.head_dim, value_dim = a_.values.head_dim;
-    int64_t index = at_ / a_.block_size, offset = at_ % a_.block_size;
-    for (int t = 0; t < tile.tokens; ++index, offset = 0) {
-      const T* key = (const T*)a_.keys.data + table_[index] * a_.keys.block_stride + kv_head_ * a_.keys.head_stride;
-      const T* value =
-          (const T*)a_.values.data + table_[index] * a_.values.block_stride + kv_head_ * a_.values.head_stride;
-      for (; offset < a_.block_size && t < tile.tokens; ++offset, ++t)
-        tile.keys[t] = key + offset * key_dim, tile.values[t] = value + offset * value_dim;
-    }
-    for (int t = tile.tokens; t < tile_tokens_; ++t)
-      tile.keys[t] = tile.keys[t - 1], tile.values[t] = tile.values[t - 1];
   }
 
   const Attention& a_;

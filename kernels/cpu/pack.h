@@ -10,7 +10,8 @@ namespace HF_PAGED_ISA {
 template <class T>
 struct Pack {
   using Mul = FloatMul;
-  static constexpr bool kRests = false;  // See multiply.
+  static constexpr int kRests = 0;         // Rows of weights that are followed by what they lost, see multiply.
+  static constexpr int kWeightRows = 1;    // From one row of weights to the next.
   static constexpr bool kIsPlain = sizeof(T) == sizeof(float);  // Whether memory holds whole pairs as words already.
   static int depth(int n) { return n; }  // Words that n summed numbers take; n is a multiple of kPad.
 
@@ -31,7 +32,8 @@ struct Pack {
         memset(to, 0, stride * sizeof(float));
     }
   }
-  static void weights(Vec low, Vec high, float* row, int t) { store(row + t, low), store(row + t + kLanes, high); }
+  // Those of two tokens that follow each other, in place of their scores.
+  static void weights(Vec first, Vec second, float* at, int stride) { store(at, first), store(at + stride, second); }
 };
 
 #ifdef __AVX512BF16__
@@ -39,7 +41,10 @@ struct Pack {
 template <>
 struct Pack<bfloat16> {
   using Mul = PairMul;
-  static constexpr bool kRests = true;
+  // Rounded to 8 bits, weights would be the largest error of all (SDPA leaves it at that). Three quarters of a tile's
+  // tokens keep 16 bits: with half of them some errors are above 2 ulp + 1e-3 of the largest output.
+  static constexpr int kRests = kTileKeys / 2 / 4 * 3;
+  static constexpr int kWeightRows = 2;
   static constexpr bool kIsPlain = true;
   static int depth(int n) { return n / 2; }
 
@@ -54,30 +59,30 @@ struct Pack<bfloat16> {
         _mm512_storeu_si512(to + d + kLanes, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second));
       }
   }
-  // Rounded to 8 bits they would be the largest error of all (SDPA leaves it at that). Three quarters of a tile's
-  // tokens keep 16 bits: with half of them some errors are above 2 ulp + 1e-3 of the largest output.
-  static void weights(Vec first, Vec second, float* row, int t) {
-    const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    _mm512_storeu_si512(row + t / 2, high);
-    const Pair even_odd = widen(high);
-    const __m512i index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i upper = _mm512_add_epi32(index, _mm512_set1_epi32(8));
-    const Vec rest_first = first - _mm512_permutex2var_ps(even_odd.a, index, even_odd.b);
-    const Vec rest_second = second - _mm512_permutex2var_ps(even_odd.a, upper, even_odd.b);
-    _mm512_storeu_si512(row + (kTileKeys + t) / 2, (__m512i)_mm512_cvtne2ps_pbh(rest_second, rest_first));
+  static void weights(Vec first, Vec second, float* at, int stride) {
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000));
+    const __m512i a = _mm512_add_epi32(_mm512_castps_si512(first), half);
+    const __m512i b = _mm512_add_epi32(_mm512_castps_si512(second), half);
+    _mm512_storeu_si512(at, pair(a, b));
+    const Vec rest_a = first - _mm512_castsi512_ps(_mm512_and_si512(a, upper));
+    const Vec rest_b = second - _mm512_castsi512_ps(_mm512_and_si512(b, upper));
+    _mm512_storeu_si512(at + stride, pair(_mm512_castps_si512(rest_a), _mm512_castps_si512(rest_b)));
+  }
+  // The upper halves of two words.
+  static __m512i pair(__m512i low, __m512i high) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
   }
 };
 #endif
 
-// keys [words, kTileKeys] from the words of each token.
-inline void transpose_keys(const float* const* tokens, int words, float* keys) {
-  for (int w = 0; w < words; w += kLanes)
-    for (int t = 0; t < kTileKeys; t += kLanes) {
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = load(tokens[t + i] + w);
-      transpose(block);
-      for (int i = 0; i < kLanes; ++i) store(keys + (w + i) * kTileKeys + t, block[i]);
-    }
+// The first kLanes floats of each of `rows` rows become columns.
+inline void turn(const float* from, int from_stride, int rows, float* to, int to_stride) {
+  for (int row = 0; row < rows; row += kLanes) {
+    Vec block[kLanes];
+    for (int i = 0; i < kLanes; ++i) block[i] = load(from + (row + i) * from_stride);
+    transpose(block);
+    for (int i = 0; i < kLanes; ++i) store(to + i * to_stride + row, block[i]);
+  }
 }
 
 }  // namespace HF_PAGED_ISA

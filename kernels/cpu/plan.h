@@ -44,11 +44,11 @@ Plan make_plan(const Attention& a);
 inline int64_t partial_floats(const Attention& a) { return 2 + padded(a.values.head_dim); }
 
 // A prefill tile: query tokens times query heads of a KV head (about kTileRows), kTileKeys keys at a time.
-constexpr int kTileRows = 132, kTileKeys = 64;
+constexpr int kTileRows = 144, kTileKeys = 64;
 inline int queries_per_tile(const Attention& a) { return kTileRows >= a.group() ? kTileRows / a.group() : 1; }
-// With room for the last block of rows that are multiplied at once, which may not be full.
-constexpr int kMostBlockRows = 6;
-inline int tile_rows(const Attention& a) { return padded(queries_per_tile(a) * a.group() + kMostBlockRows - 1); }
+// Floats from one row of a matrix to the next if it has `columns`: an odd number of lines, so that those below each
+// other do not compete for the same sets of the cache.
+inline int stride_of(int columns) { return ((columns + 15) / 16 | 1) * 16; }
 
 // Floats of scratch memory that a worker needs.
 int64_t scratch_floats(const Attention& a);

@@ -1,28 +1,28 @@
-// Attention of many queries of a row at once: products of tiles of queries and tiles of keys.
+// Attention of many queries of a row at once: products of tiles of queries and tiles of keys. Queries stand side by
+// side in the vectors, so that no maximum and no sum crosses lanes, and keys are read where they lie.
 #pragma once
 #include "finish.h"
 #include "pack.h"
+#include "tokens.h"
 
 namespace hf_paged {
 namespace HF_PAGED_ISA {
-
-static_assert(kBlockRows <= kMostBlockRows, "tile_rows leaves no room for a block");
 
 template <class T>
 class Prefiller {
  public:
   Prefiller(const Attention& a, Plan& plan, float* scratch) : a_(a), plan_(plan), group_(a.group()) {
-    key_stride_ = Pack<T>::depth(padded(a.keys.head_dim)), value_stride_ = padded(a.values.head_dim);
-    const int rows = tile_rows(a);
-    queries_ = scratch, scratch += rows * key_stride_;
-    rows_ = scratch, scratch += (kTileKeys + 1) * key_stride_;
-    keys_ = scratch, scratch += kTileKeys * key_stride_;
-    values_ = scratch, scratch += kTileKeys * value_stride_;
-    scores_ = scratch, scratch += rows * kTileKeys;
-    acc_ = scratch, scratch += rows * value_stride_;
-    max_ = scratch, scratch += rows;
-    sum_ = scratch, scratch += rows;
-    factors_ = scratch;
+    words_ = Pack<T>::depth(padded(a.keys.head_dim)), value_dim_ = padded(a.values.head_dim);
+    const int stride = stride_of(queries_per_tile(a) * group_);
+    queries_ = scratch, scratch += words_ * stride;
+    keys_ = scratch, scratch += (kTileKeys + 1) * words_;
+    values_ = scratch, scratch += kTileKeys * value_dim_;
+    scores_ = scratch, scratch += kTileKeys * stride;
+    acc_ = scratch, scratch += value_dim_ * stride;
+    max_ = scratch, scratch += stride;
+    sum_ = scratch, scratch += stride;
+    factors_ = scratch, scratch += stride;
+    places_ = scratch;
   }
 
   void run() {
@@ -35,114 +35,172 @@ class Prefiller {
   }
 
  private:
+  using Mul = typename Pack<T>::Mul;
+
+  struct KeyTile {
+    const T* keys[kTileKeys];
+    const T* values[kTileKeys];
+    int64_t start;
+    int tokens;
+  };
+
   void attend_tile(const PrefillTile& tile, int kv_head) {
     begin(tile, kv_head);
-    const int64_t end = tile.position + tile.num_queries;
-    int64_t start = tile.position - a_.window + 1;
-    for (start = start > 0 ? start : 0; start < end; start += kTileKeys) {
-      const int tokens = int(end - start < kTileKeys ? end - start : kTileKeys);
-      pack_tokens(tile.row, kv_head, start, tokens);
-      multiply<typename Pack<T>::Mul, false>(queries_, key_stride_, keys_, kTileKeys, padded_rows_, kTileKeys,
-                                             key_stride_, scores_, kTileKeys, factors_);
-      weigh(tile, kv_head, start, tokens);
-      multiply<typename Pack<T>::Mul, true, Pack<T>::kRests>(scores_, kTileKeys, values_, value_stride_, padded_rows_,
-                                                             value_stride_, Pack<T>::depth(kTileKeys), acc_,
-                                                             value_stride_, factors_);
+    // What a longer window shows lies before the first token.
+    window_ = a_.window < tile.position + tile.num_queries ? a_.window : tile.position + tile.num_queries;
+    KeyTile tiles[2];
+    int now = 0;
+    find(tile, kv_head, tile.position < window_ ? 0 : tile.position - window_ + 1, tiles[now]);
+    for (; tiles[now].tokens > 0; now = 1 - now) {
+      KeyTile &keys = tiles[now], &ahead = tiles[1 - now];
+      find(tile, kv_head, keys.start + kTileKeys, ahead);
+      score(keys);
+      weigh(tile, keys.start);
+      add(keys, ahead);
     }
-    for (int row = 0; row < rows_of_tile_; ++row)
-      finish<T>(a_, tile.token + row / group_, kv_head * group_ + row % group_, max_[row], sum_[row],
-                acc_ + row * value_stride_);
+    end(tile, kv_head);
   }
 
   void begin(const PrefillTile& tile, int kv_head) {
-    rows_of_tile_ = tile.num_queries * group_;
-    padded_rows_ = (rows_of_tile_ + kBlockRows - 1) / kBlockRows * kBlockRows;
-    memset(queries_, 0, padded_rows_ * key_stride_ * sizeof(float));
-    memset(acc_, 0, padded_rows_ * value_stride_ * sizeof(float));
-    for (int row = 0; row < padded_rows_; ++row) max_[row] = -INFINITY, sum_[row] = 0;
-    for (int row = 0; row < rows_of_tile_; ++row) {
-      T query[256];
-      load_query(a_, tile.token + row / group_, kv_head * group_ + row % group_, query);
-      Pack<T>::row(query, a_.keys.head_dim, queries_ + row * key_stride_);
+    num_rows_ = tile.num_queries * group_;
+    columns_ = (num_rows_ + kLanes - 1) / kLanes * kLanes;
+    stride_ = stride_of(columns_);
+    memset(acc_, 0, value_dim_ * stride_ * sizeof(float));
+    for (int row = 0; row < columns_; ++row) max_[row] = kLowest, sum_[row] = 0, places_[row] = float(row / group_);
+    for (int row = 0; row < columns_; row += kLanes) {
+      float packed[kLanes * 256];
+      for (int i = 0; i < kLanes; ++i) {
+        T query[256];
+        const int which = row + i < num_rows_ ? row + i : num_rows_ - 1;
+        load_query(a_, tile.token + which / group_, kv_head * group_ + which % group_, query);
+        Pack<T>::row(query, a_.keys.head_dim, packed + i * words_);
+      }
+      for (int w = 0; w < words_; w += kLanes) turn(packed + w, words_, kLanes, queries_ + w * stride_ + row, stride_);
     }
   }
 
-  const T* token_in(const Pages& pages, int64_t row, int kv_head, int64_t position) const {
-    const int64_t block = a_.block_tables[row * a_.table_stride + position / a_.block_size];
-    return (const T*)pages.data + block * pages.block_stride + kv_head * pages.head_stride +
-           position % a_.block_size * pages.head_dim;
+  void find(const PrefillTile& tile, int kv_head, int64_t start, KeyTile& found) const {
+    const int64_t left = tile.position + tile.num_queries - start;
+    found.start = start, found.tokens = int(left < kTileKeys ? left : kTileKeys);
+    find_tokens(a_, a_.block_tables + tile.row * a_.table_stride, kv_head, start, found.tokens, found.keys,
+                found.values);
   }
 
-  // Tokens start .. start + tokens - 1 of the row; zeros stand for those past them, never what a slot may hold.
-  void pack_tokens(int64_t row, int kv_head, int64_t start, int tokens) {
+  void score(const KeyTile& tile) {
     const bool is_plain = Pack<T>::kIsPlain && a_.keys.head_dim % kPad == 0;
-    const float* keys[kTileKeys];
-    const T* values[kTileKeys] = {};
-    for (int t = 0; t < tokens; ++t) {
-      const T* key = token_in(a_.keys, row, kv_head, start + t);
-      keys[t] = is_plain ? (const float*)key : rows_ + t * key_stride_;
-      if (!is_plain) Pack<T>::row(key, a_.keys.head_dim, rows_ + t * key_stride_);
-      values[t] = token_in(a_.values, row, kv_head, start + t);
+    const float* rows[kTileKeys];
+    for (int t = 0; t < tile.tokens; ++t) {
+      rows[t] = is_plain ? (const float*)tile.keys[t] : keys_ + t * words_;
+      if (!is_plain) Pack<T>::row(tile.keys[t], a_.keys.head_dim, keys_ + t * words_);
     }
-    float* zeros = rows_ + kTileKeys * key_stride_;
-    if (tokens < kTileKeys) memset(zeros, 0, key_stride_ * sizeof(float));
-    for (int t = tokens; t < kTileKeys; ++t) keys[t] = zeros;
-    transpose_keys(keys, key_stride_, keys_);
-    Pack<T>::values(values, a_.values.head_dim, value_stride_, values_);
+    // Zeros stand for tokens past the last, never what a slot may hold.
+    float* zeros = keys_ + kTileKeys * words_;
+    if (tile.tokens < kTileKeys) memset(zeros, 0, words_ * sizeof(float));
+    const int num_rows = (tile.tokens + kBlockRows - 1) / kBlockRows * kBlockRows;
+    for (int t = tile.tokens; t < num_rows; ++t) rows[t] = zeros;
+    multiply<Mul, false, 0>(Rows{rows}, queries_, stride_, num_rows, columns_, words_, scores_, stride_, nullptr,
+                            [] {});
   }
 
   // Scores become weights 2^(score - maximum); the factors bring what was added before to the new maximum.
-  // While at it, brings the next tile's keys and values near.
-  void weigh(const PrefillTile& tile, int kv_head, int64_t start, int tokens) {
-    const int64_t ahead = start + kTileKeys, end = tile.position + tile.num_queries;
+  void weigh(const PrefillTile& tile, int64_t start) {
     // Scores that are no more than scaled are so when their exponentials are taken.
     const bool is_bent = a_.softcap != 0 || a_.scale <= 0;
-    const float factor = is_bent ? 1 : a_.scale * kLog2E;
-    for (int row = 0; row < padded_rows_; ++row) {
-      if (row < kTileKeys && ahead + row < end)
-        for (const Pages* pages : {&a_.keys, &a_.values})
-          prefetch(token_in(*pages, tile.row, kv_head, ahead + row), pages->head_dim * sizeof(T));
-      float* scores = scores_ + row * kTileKeys;
-      const int64_t position = tile.position + row / group_;
-      const int64_t first = position - a_.window + 1 - start, last = position + 1 - start;
+    const int64_t last = tile.position + tile.num_queries - 1;
+    const bool hides = start + kTileKeys - 1 > tile.position || start <= last - window_;
+    const Vec factor = splat(is_bent ? 1 : a_.scale * kLog2E);
+    for (int row = 0; row < columns_; row += kLanes) {
+      float* scores = scores_ + row;
       if (is_bent)
-        for (int t = 0; t < kTileKeys; t += kLanes) store(scores + t, to_log2(a_, load(scores + t)));
-      for (int t = 0; t < first && t < kTileKeys; ++t) scores[t] = -INFINITY;
-      for (int t = last < tokens ? (last > 0 ? int(last) : 0) : tokens; t < kTileKeys; ++t) scores[t] = -INFINITY;
-      Vec largest = load(scores);
-      for (int t = kLanes; t < kTileKeys; t += kLanes) largest = max(largest, load(scores + t));
-      const float before = max_[row], now = max_lane(largest) * factor;
-      max_[row] = before > now ? before : now;
-      // A row that has seen nothing yet has no maximum to subtract.
-      factors_[row] = max_[row] == -INFINITY ? 0 : before - max_[row];
-    }
-    for (int row = 0; row < padded_rows_; row += kLanes) store(factors_ + row, exp2(load(factors_ + row)));
-    for (int row = 0; row < padded_rows_; ++row) {
-      float* scores = scores_ + row * kTileKeys;
-      const Vec shift = splat(max_[row] == -INFINITY ? 0 : -max_[row]);
-      Vec sum = splat(0);
-      Vec weights[kTileKeys / kLanes];
-      for (int i = 0; i < kTileKeys / kLanes; ++i) {
-        weights[i] = exp2(fma(load(scores + i * kLanes), splat(factor), shift));
-        sum = sum + weights[i];
+        for (int t = 0; t < kTileKeys; ++t) store(scores + t * stride_, to_log2(a_, load(scores + t * stride_)));
+      if (hides) hide(tile.position - start, load(places_ + row), scores);
+      const Vec before = load(max_ + row), largest = max(before, largest_of(scores) * factor);
+      const Vec factors = exp2(before - largest), shift = splat(0) - largest;
+      Vec first_sum = splat(0), second_sum = splat(0);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTileKeys; t += 2) {
+        float* at = scores + t * stride_;
+        const Vec first = exp2(fma(load(at), factor, shift)), second = exp2(fma(load(at + stride_), factor, shift));
+        first_sum = first_sum + first, second_sum = second_sum + second;
+        Pack<T>::weights(first, second, at, stride_);
       }
-      for (int i = 0; i < kTileKeys / kLanes; i += 2) Pack<T>::weights(weights[i], weights[i + 1], scores, i * kLanes);
-      sum_[row] = sum_[row] * factors_[row] + sum_lanes(sum);
+      store(max_ + row, largest), store(factors_ + row, factors);
+      // A tile is summed by itself: beside all that came before, small weights would be rounded away one by one.
+      store(sum_ + row, fma(load(sum_ + row), factors, first_sum + second_sum));
     }
   }
+
+  Vec largest_of(const float* scores) const {
+    Vec largest[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) largest[i] = load(scores + i * stride_);
+    for (int t = 4; t < kTileKeys; t += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) largest[i] = max(largest[i], load(scores + (t + i) * stride_));
+    return max(max(largest[0], largest[1]), max(largest[2], largest[3]));
+  }
+
+  // Hides from each query what it does not see. `position` is that of the tile's first query, counted from the first
+  // key; `places` are those of the queries in the tile.
+  void hide(int64_t position, Vec places, float* scores) const {
+    const int64_t oldest = position - window_ + 1;  // What is far away is cut off: floats count exactly.
+    const Vec first = places + splat(float(oldest > -kFar ? oldest : -kFar));
+    const Vec last = places + splat(float(position < kFar ? position : kFar)), hidden = splat(-INFINITY);
+    for (int t = 0; t < kTileKeys; ++t) {
+      float* at = scores + t * stride_;
+      const Vec at_last = where_less(last, splat(float(t)), hidden, load(at));
+      store(at, where_less(splat(float(t)), first, hidden, at_last));
+    }
+  }
+
+  // While at it, brings the next tile near.
+  void add(const KeyTile& tile, const KeyTile& ahead) {
+    const T* values[kTileKeys] = {};
+    for (int t = 0; t < tile.tokens; ++t) values[t] = tile.values[t];
+    Pack<T>::values(values, a_.values.head_dim, value_dim_, values_);
+    constexpr int kColumns = kBlockVecs * kLanes;
+    const int blocks = value_dim_ / kBlockRows * ((columns_ + kColumns - 1) / kColumns);
+    const int per_block = (kTileKeys + blocks - 1) / blocks;
+    int next = 0;
+    const auto bring = [&] {
+      for (int i = 0; i < per_block && next < ahead.tokens; ++i, ++next) {
+        prefetch(ahead.keys[next], a_.keys.head_dim * sizeof(T));
+        prefetch(ahead.values[next], a_.values.head_dim * sizeof(T));
+      }
+    };
+    multiply<Mul, true, Pack<T>::kRests>(Columns{values_, value_dim_}, scores_, Pack<T>::kWeightRows * stride_,
+                                         value_dim_, columns_, Pack<T>::depth((tile.tokens + 1) / 2 * 2), acc_, stride_, factors_,
+                                         bring);
+  }
+
+  void end(const PrefillTile& tile, int kv_head) {
+    for (int begin = 0; begin < num_rows_; begin += kLanes) {
+      float acc[kLanes * 256];
+      turn(acc_ + begin, stride_, value_dim_, acc, value_dim_);
+      for (int row = begin; row < begin + kLanes && row < num_rows_; ++row)
+        finish<T>(a_, tile.token + row / group_, kv_head * group_ + row % group_, max_[row], sum_[row],
+                  acc + (row - begin) * value_dim_);
+    }
+  }
+
+  // The maximum of nothing: finite, so that it can be subtracted from scores of -infinity.
+  static constexpr float kLowest = -3e38f;
+  static constexpr int64_t kFar = 4096;  // More than the places and the keys of a tile.
 
   const Attention& a_;
   Plan& plan_;
   const int group_;
-  int key_stride_, value_stride_;  // Words of a packed key, floats of a padded value.
-  int rows_of_tile_, padded_rows_;
-  float* queries_;                // [rows, key_stride]; row = query * group + head of the group.
-  float* rows_;                   // [kTileKeys, key_stride], and a row of zeros.
-  float* keys_;                   // [key_stride, kTileKeys]
-  float* values_;                 // [depth(kTileKeys), value_stride]
-  float* scores_;                 // [rows, kTileKeys]; then the weights.
-  float* acc_;                    // [rows, value_stride]
-  float *max_, *sum_, *factors_;  // [rows]
+  int words_, value_dim_;            // Words of a packed key, floats of a padded value.
+  int num_rows_, columns_, stride_;  // Of a tile: queries times heads; rounded up; from one row to the next.
+  int64_t window_;
+  // In the columns of matrices stand the queries of a tile, each with the heads of its group.
+  float* queries_;                // [words, stride]
+  float* keys_;                   // [kTileKeys, words], and a row of zeros.
+  float* values_;                 // [depth(kTileKeys), value_dim]
+  float* scores_;                 // [kTileKeys, stride]; then the weights.
+  float* acc_;                    // [value_dim, stride]
+  float *max_, *sum_, *factors_;  // [stride]
+  float* places_;                 // [stride]; a query's place in the tile.
 };
 
 }  // namespace HF_PAGED_ISA
