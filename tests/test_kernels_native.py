@@ -63,13 +63,30 @@ def test_long_prefill_is_accurate_in_bfloat16(dim):
                 assert_accurate(ops.paged_attention(*arguments, dim**-0.5), expected)
 
 
-def test_half_of_the_weights_rounded_to_bfloat16_would_be_too_many():
-    """Half a million outputs, of which two then miss the bound."""
+@pytest.mark.parametrize("spread", [0.1, 0.3, 0.7, 1.5])
+@pytest.mark.parametrize("outlier", [1, 100])
+def test_weights_keep_more_bits_than_bfloat16(spread, outlier):
+    """Rounded, they miss the bound, the farther the flatter attention is; an odd value must not cost its neighbours."""
     torch.manual_seed(0)
-    keys, values = (torch.randn(160, 1, 16, 256).bfloat16() for _ in range(2))
-    query = torch.randn(512, 4, 256).bfloat16()
-    arguments = (query, keys, values, torch.arange(160)[None], torch.tensor([2560]), torch.tensor([0, 512]))
-    assert_accurate(ops.paged_attention(*arguments, 1 / 16), exact(arguments, 1 / 16))
+    keys, values = (torch.randn(160, 1, 16, 128).bfloat16() for _ in range(2))
+    values[::40, :, 3] *= outlier
+    query = (spread * torch.randn(256, 4, 128)).bfloat16()
+    arguments = (query, keys, values, torch.arange(160)[None], torch.tensor([2550]), torch.tensor([0, 256]))
+    assert_accurate(ops.paged_attention(*arguments, 128**-0.5), exact(arguments, 128**-0.5), share=0.5)
+
+
+def test_a_value_without_end_stays_in_its_element():
+    """Dense attention gives infinity, or no number, for that element of the head and for no other."""
+    arguments, _ = make_pages([(100, 40)], (4, 2), 16, torch.bfloat16, 64, 64)
+    expected = exact(arguments, 0.125)
+    values, tables = arguments[2], arguments[3]
+    values[tables[0, 1], :, 5, 17] = float("inf")
+    for isa in ISAS:
+        with implementation(isa):
+            got = ops.paged_attention(*arguments, 0.125)
+            assert not got[..., 17].isfinite().any()
+            others = torch.arange(64) != 17
+            assert_accurate(got[..., others], expected[..., others])
 
 
 @pytest.mark.parametrize("dim, dtype", [(16, torch.float64), (320, torch.float32)], ids=str)

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#define HF_PAGED_INLINE __attribute__((always_inline))
+
 namespace hf_paged {
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };

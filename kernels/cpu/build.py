@@ -18,7 +18,12 @@ _FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -w".split()
 _AVX2 = "-mavx2 -mfma -mf16c".split()
 _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
 # Flags of each instruction set that work.cpp is compiled for; the processor's best is chosen at run time.
-_X86_ISAS = {"baseline": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+_X86_ISAS = {
+    "baseline": [],
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],
+}
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 _ERROR_LINES = 5
 

@@ -45,7 +45,8 @@ struct Dot<bfloat16> {
 };
 #endif
 
-inline void prefetch(const void* p, int bytes) {
+// Always inlined: GCC takes a call that only prefetches for one without effect.
+HF_PAGED_INLINE inline void prefetch(const void* p, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 

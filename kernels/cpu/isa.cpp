@@ -26,11 +26,13 @@ const Isa* all(int& count) {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  static const bool avx512_bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   static const Isa isas[] = {
       {"baseline", work_baseline, true},
       {"avx2", work_avx2, avx2},
       {"avx512", work_avx512, avx512},
-      {"avx512_bf16", work_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {"avx512_bf16", work_avx512_bf16, avx512_bf16},
   };
 #else
   static const Isa isas[] = {{"baseline", work_baseline, true}};

@@ -4,7 +4,7 @@
 namespace hf_paged {
 namespace HF_PAGED_ISA {
 
-// Rows and vectors of the block of sums that is kept in registers.
+// Rows and vectors of the block of sums that is kept in registers; all that touches it is inlined.
 constexpr int kBlockRows = kLanes == 16 ? 8 : 4;
 constexpr int kBlockVecs = 3;
 
@@ -17,6 +17,15 @@ struct FloatMul {
 struct PairMul {
   static Vec add(Vec sum, Vec a, Vec b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  }
+};
+
+// Words of four bytes, signed in `a`, unsigned in `b`; the sums are integers.
+struct ByteMul {
+  static Vec add(Vec sum, Vec a, Vec b) {
+    // The intrinsic wants another type of sums, for which GCC copies each to memory and back.
+    __asm__("vpdpbusd %1, %2, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
   }
 };
 #endif
@@ -36,61 +45,57 @@ struct Columns {
   Columns from(int row) const { return {first + row, stride}; }
 };
 
-// sums += column k of `a` times the row at `b`; and times the row at `rest` if kRest.
-template <class Mul, bool kRest, int kVecs, class Left>
-inline void add_product(Vec (&sums)[kBlockRows][kVecs], Left a, int k, const float* b, const float* rest) {
-  Vec row[kVecs], rest_row[kVecs];
+// sums += a . b
+template <class Mul, int kVecs, class Left>
+HF_PAGED_INLINE inline void add_product(Vec (&sums)[kBlockRows][kVecs], Left a, const float* b, int b_stride,
+                                        int depth) {
+  for (int k = 0; k < depth; ++k, b += b_stride) {
+    Vec row[kVecs];
 #pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) {
-    row[j] = load(b + j * kLanes);
-    if (kRest) rest_row[j] = load(rest + j * kLanes);
-  }
+    for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
 #pragma GCC unroll 8
-  for (int i = 0; i < kBlockRows; ++i) {
-    const Vec left = splat(*a.at(i, k));
+    for (int i = 0; i < kBlockRows; ++i) {
+      const Vec left = splat(*a.at(i, k));
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) sums[i][j] = Mul::add(sums[i][j], left, row[j]);
-#pragma GCC unroll 4
-    for (int j = 0; kRest && j < kVecs; ++j) sums[i][j] = Mul::add(sums[i][j], left, rest_row[j]);
+      for (int j = 0; j < kVecs; ++j) sums[i][j] = Mul::add(sums[i][j], left, row[j]);
+    }
   }
 }
 
-template <class Mul, int kVecs, bool kAdd, int kRests, class Left>
-inline void multiply_block(Left a, const float* b, int b_stride, int depth, float* c, int c_stride,
-                           const float* factors) {
-  Vec sums[kBlockRows][kVecs];
+template <int kVecs>
+HF_PAGED_INLINE inline void set_zero(Vec (&sums)[kBlockRows][kVecs]) {
 #pragma GCC unroll 8
   for (int i = 0; i < kBlockRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j)
-      sums[i][j] = kAdd ? load(c + i * c_stride + j * kLanes) * load(factors + j * kLanes) : splat(0);
-  // The block below is the next to be added to.
-  const auto bring = [&](int k) {
-    if (kAdd && k < kBlockRows * kVecs)
-      __builtin_prefetch(c + (kBlockRows + k / kVecs) * c_stride + k % kVecs * kLanes, 1, 3);
-  };
-  int k = 0;
-  for (; k < kRests && k < depth; ++k, b += b_stride, bring(k)) add_product<Mul, true>(sums, a, k, b, b + b_stride / 2);
-  for (; k < depth; ++k, b += b_stride, bring(k)) add_product<Mul, false>(sums, a, k, b, nullptr);
+    for (int j = 0; j < kVecs; ++j) sums[i][j] = splat(0);
+}
+
+// A function of its own, so that nothing else wants registers.
+template <class Mul, int kVecs, class Left, class Start>
+__attribute__((noinline)) void multiply_block(Left a, const float* b, int b_stride, int depth, float* c, int c_stride,
+                                              Start start) {
+  Vec sums[kBlockRows][kVecs];
+  start(sums);
+  add_product<Mul>(sums, a, b, b_stride, depth);
 #pragma GCC unroll 8
   for (int i = 0; i < kBlockRows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
 }
 
-// c = a . b, or factors * c + a . b if kAdd, a factor for each column. The first kRests rows of `b` stand each before
-// a row of what they lost when they were rounded, which is multiplied as well. `rows` is a multiple of kBlockRows,
-// `columns` of kLanes. Calls `between` after each block.
-template <class Mul, bool kAdd, int kRests, class Left, class Between>
+// c = start + a . b. `rows` is a multiple of kBlockRows, `columns` of kLanes; `start` gives the blocks of sums.
+template <class Mul, class Left, class Start>
 inline void multiply(Left a, const float* b, int b_stride, int rows, int columns, int depth, float* c, int c_stride,
-                     const float* factors, Between between) {
+                     Start start) {
   for (int j = 0; j < columns; j += kBlockVecs * kLanes) {
     const int vecs = (columns - j) / kLanes;
-    const auto block = vecs >= 3   ? multiply_block<Mul, 3, kAdd, kRests, Left>
-                       : vecs == 2 ? multiply_block<Mul, 2, kAdd, kRests, Left>
-                                   : multiply_block<Mul, 1, kAdd, kRests, Left>;
-    for (int i = 0; i < rows; i += kBlockRows, between())
-      block(a.from(i), b + j, b_stride, depth, c + i * c_stride + j, c_stride, factors + j);
+    for (int i = 0; i < rows; i += kBlockRows) {
+      const auto start_block = [&](auto& sums) HF_PAGED_INLINE { start(sums, i, j); };
+      float* block = c + i * c_stride + j;
+      if (vecs >= 3) multiply_block<Mul, 3>(a.from(i), b + j, b_stride, depth, block, c_stride, start_block);
+      if (vecs == 2) multiply_block<Mul, 2>(a.from(i), b + j, b_stride, depth, block, c_stride, start_block);
+      if (vecs == 1) multiply_block<Mul, 1>(a.from(i), b + j, b_stride, depth, block, c_stride, start_block);
+    }
   }
 }
 

@@ -41,7 +41,7 @@ int64_t scratch_floats(const Attention& a) {
   const int64_t key = padded(a.keys.head_dim), value = padded(a.values.head_dim), group = a.group(),
                 rows = stride_of(queries_per_tile(a) * a.group());
   const int64_t decode = group * (key + value + kTileKeys) + 3 * padded(group);
-  const int64_t prefill = rows * (key + value + kTileKeys + 4) + kTileKeys * (key + value) + key;
+  const int64_t prefill = rows * (key + value + kTileKeys + 5) + kTileKeys * (key + stride_of(int(value))) + key;
   return std::max(decode, prefill);
 }
 

@@ -43,9 +43,13 @@ Plan make_plan(const Attention& a);
 // Floats of what a chunk leaves of one head: maximum, sum, weighted values.
 inline int64_t partial_floats(const Attention& a) { return 2 + padded(a.values.head_dim); }
 
-// A prefill tile: query tokens times query heads of a KV head (about kTileRows), kTileKeys keys at a time.
-constexpr int kTileRows = 144, kTileKeys = 64;
-inline int queries_per_tile(const Attention& a) { return kTileRows >= a.group() ? kTileRows / a.group() : 1; }
+// A prefill tile: query tokens times query heads of a KV head, in rows of three vectors, kTileKeys keys at a time.
+// Large heads have smaller tiles: there are fewer heads, and as many tiles to share out.
+constexpr int kTileKeys = 64;
+inline int queries_per_tile(const Attention& a) {
+  const int rows = a.keys.head_dim + a.values.head_dim > 256 ? 144 : 192;
+  return rows >= a.group() ? rows / a.group() : 1;
+}
 // Floats from one row of a matrix to the next if it has `columns`: an odd number of lines, so that those below each
 // other do not compete for the same sets of the cache.
 inline int stride_of(int columns) { return ((columns + 15) / 16 | 1) * 16; }

@@ -3,6 +3,9 @@
 #pragma once
 #include "finish.h"
 #include "pack.h"
+#ifdef __AVX512BF16__
+#include "pack_bf16.h"
+#endif
 #include "tokens.h"
 
 namespace hf_paged {
@@ -13,15 +16,17 @@ class Prefiller {
  public:
   Prefiller(const Attention& a, Plan& plan, float* scratch) : a_(a), plan_(plan), group_(a.group()) {
     words_ = Pack<T>::depth(padded(a.keys.head_dim)), value_dim_ = padded(a.values.head_dim);
+    value_stride_ = stride_of(value_dim_);
     const int stride = stride_of(queries_per_tile(a) * group_);
     queries_ = scratch, scratch += words_ * stride;
     keys_ = scratch, scratch += (kTileKeys + 1) * words_;
-    values_ = scratch, scratch += kTileKeys * value_dim_;
+    values_ = scratch, scratch += kTileKeys * value_stride_;
     scores_ = scratch, scratch += kTileKeys * stride;
     acc_ = scratch, scratch += value_dim_ * stride;
     max_ = scratch, scratch += stride;
     sum_ = scratch, scratch += stride;
     factors_ = scratch, scratch += stride;
+    rest_scales_ = scratch, scratch += stride;
     places_ = scratch;
   }
 
@@ -98,8 +103,8 @@ class Prefiller {
     if (tile.tokens < kTileKeys) memset(zeros, 0, words_ * sizeof(float));
     const int num_rows = (tile.tokens + kBlockRows - 1) / kBlockRows * kBlockRows;
     for (int t = tile.tokens; t < num_rows; ++t) rows[t] = zeros;
-    multiply<Mul, false, 0>(Rows{rows}, queries_, stride_, num_rows, columns_, words_, scores_, stride_, nullptr,
-                            [] {});
+    multiply<Mul>(Rows{rows}, queries_, stride_, num_rows, columns_, words_, scores_, stride_,
+                  [](auto& sums, int, int) HF_PAGED_INLINE { set_zero(sums); });
   }
 
   // Scores become weights 2^(score - maximum); the factors bring what was added before to the new maximum.
@@ -114,19 +119,29 @@ class Prefiller {
       if (is_bent)
         for (int t = 0; t < kTileKeys; ++t) store(scores + t * stride_, to_log2(a_, load(scores + t * stride_)));
       if (hides) hide(tile.position - start, load(places_ + row), scores);
-      const Vec before = load(max_ + row), largest = max(before, largest_of(scores) * factor);
+      const Vec of_tile = largest_of(scores) * factor;
+      const Vec before = load(max_ + row), largest = max(before, of_tile);
       const Vec factors = exp2(before - largest), shift = splat(0) - largest;
-      Vec first_sum = splat(0), second_sum = splat(0);
-#pragma GCC unroll 2
-      for (int t = 0; t < kTileKeys; t += 2) {
+      Vec rest_scale = splat(0);
+      if (Pack<T>::kRestSteps > 0) {
+        const Vec most = exp2(of_tile - largest);
+        rest_scale = splat(Pack<T>::kRestSteps) / most;
+        store(rest_scales_ + row, most * splat(1 / Pack<T>::kRestSteps));
+      }
+      Vec sums[4] = {splat(0), splat(0), splat(0), splat(0)};
+      for (int t = 0; t < kTileKeys; t += 4) {
         float* at = scores + t * stride_;
-        const Vec first = exp2(fma(load(at), factor, shift)), second = exp2(fma(load(at + stride_), factor, shift));
-        first_sum = first_sum + first, second_sum = second_sum + second;
-        Pack<T>::weights(first, second, at, stride_);
+        Vec weights[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          weights[i] = exp2(fma(load(at + i * stride_), factor, shift));
+          sums[i] = sums[i] + weights[i];
+        }
+        Pack<T>::weights(weights, rest_scale, at, stride_);
       }
       store(max_ + row, largest), store(factors_ + row, factors);
       // A tile is summed by itself: beside all that came before, small weights would be rounded away one by one.
-      store(sum_ + row, fma(load(sum_ + row), factors, first_sum + second_sum));
+      store(sum_ + row, fma(load(sum_ + row), factors, (sums[0] + sums[1]) + (sums[2] + sums[3])));
     }
   }
 
@@ -157,20 +172,21 @@ class Prefiller {
   void add(const KeyTile& tile, const KeyTile& ahead) {
     const T* values[kTileKeys] = {};
     for (int t = 0; t < tile.tokens; ++t) values[t] = tile.values[t];
-    Pack<T>::values(values, a_.values.head_dim, value_dim_, values_);
+    Pack<T>::values(values, a_.values.head_dim, value_stride_, values_);
     constexpr int kColumns = kBlockVecs * kLanes;
     const int blocks = value_dim_ / kBlockRows * ((columns_ + kColumns - 1) / kColumns);
     const int per_block = (kTileKeys + blocks - 1) / blocks;
+    const ValueProduct product = {values_, value_stride_, scores_, acc_, factors_, rest_scales_, stride_};
     int next = 0;
-    const auto bring = [&] {
+    const auto start = [&](auto& sums, int row, int column) HF_PAGED_INLINE {
       for (int i = 0; i < per_block && next < ahead.tokens; ++i, ++next) {
         prefetch(ahead.keys[next], a_.keys.head_dim * sizeof(T));
         prefetch(ahead.values[next], a_.values.head_dim * sizeof(T));
       }
+      Pack<T>::start(sums, product, row, column);
     };
-    multiply<Mul, true, Pack<T>::kRests>(Columns{values_, value_dim_}, scores_, Pack<T>::kWeightRows * stride_,
-                                         value_dim_, columns_, Pack<T>::depth((tile.tokens + 1) / 2 * 2), acc_, stride_, factors_,
-                                         bring);
+    multiply<Mul>(Columns{values_, value_stride_}, scores_, Pack<T>::kWeightRows * stride_, value_dim_, columns_,
+                  Pack<T>::depth((tile.tokens + 1) / 2 * 2), acc_, stride_, start);
   }
 
   void end(const PrefillTile& tile, int kv_head) {
@@ -190,16 +206,16 @@ class Prefiller {
   const Attention& a_;
   Plan& plan_;
   const int group_;
-  int words_, value_dim_;            // Words of a packed key, floats of a padded value.
+  int words_, value_dim_, value_stride_;  // Words of a packed key; floats of a padded value, from one to the next.
   int num_rows_, columns_, stride_;  // Of a tile: queries times heads; rounded up; from one row to the next.
   int64_t window_;
   // In the columns of matrices stand the queries of a tile, each with the heads of its group.
   float* queries_;                // [words, stride]
   float* keys_;                   // [kTileKeys, words], and a row of zeros.
-  float* values_;                 // [depth(kTileKeys), value_dim]
+  float* values_;                 // [depth(kTileKeys), value_stride], and what rests need
   float* scores_;                 // [kTileKeys, stride]; then the weights.
   float* acc_;                    // [value_dim, stride]
-  float *max_, *sum_, *factors_;  // [stride]
+  float *max_, *sum_, *factors_, *rest_scales_;  // [stride]
   float* places_;                 // [stride]; a query's place in the tile.
 };
 
