@@ -1,12 +1,15 @@
 """Attention of one layer out of the pages: against reading the KV bytes once, dense SDPA, and gather + SDPA.
 
-    python evals/bench_kernels.py [--dtype bfloat16] [--shape 9q/3kv/64] [--case 8x2048] [--repeats 15]
+    python evals/bench_kernels.py [--dtype bfloat16] [--shape 9q/3kv/64] [--case 8x2048] [--repeats 15] [--in-order]
 
 Medians in microseconds, contenders interleaved over pools that rotate through memory, so that the caches are cold.
 The kernels take turns with streaming reads of the same pools by torch's threads; a read counts as the best of five,
 since memory's speed changes from second to second on a shared machine. Then they take turns with gather + SDPA and
 dense attention: transformers' own sdpa function, without a mask (what `generate` does for rows of one length) and
 with one.
+
+Blocks stand in random order, as in a pool that has served for long, which costs most. With --in-order each row's
+blocks follow each other in memory, as a fresh pool hands them out to prompts.
 """
 
 import argparse
@@ -37,7 +40,8 @@ class Module(torch.nn.Module):
 class Pools:
     """Sets of K and V memory, each seen as pages of any block size or as dense tensors."""
 
-    def __init__(self, lengths, shape, dtype):
+    def __init__(self, lengths, shape, dtype, in_order=False):
+        self.in_order = in_order
         self.lengths, (self.num_heads, self.num_kv_heads, self.head_dim) = lengths, shape
         self.tokens = sum(-(-length // 128) * 128 for length in lengths)
         self.bytes = 2 * self.tokens * self.num_kv_heads * self.head_dim * dtype.itemsize
@@ -68,8 +72,10 @@ class Pools:
         return self._padded
 
     def rows(self, block_size, num_queries):
-        """Block tables in random order, context lengths and counts of queries."""
-        blocks = torch.randperm(self.tokens // block_size, generator=torch.Generator().manual_seed(0)).tolist()
+        """Block tables, context lengths and counts of queries."""
+        blocks = list(reversed(range(self.tokens // block_size)))
+        if not self.in_order:
+            random.Random(0).shuffle(blocks)
         tables = torch.zeros(len(self.lengths), -(-max(self.lengths) // block_size), dtype=torch.long)
         for row, length in enumerate(self.lengths):
             for index in range(-(-length // block_size)):
@@ -124,6 +130,7 @@ def main():
     parser.add_argument("--shape", action="append", choices=SHAPES)
     parser.add_argument("--case", action="append", choices=[*CASES, "prefill"])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--in-order", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     CASES["32xragged"] = [random.Random(0).randint(50, 2000) for _ in range(31)] + [2000]
@@ -133,7 +140,7 @@ def main():
     for dtype, shape in grid:
         for case in arguments.case or [*CASES, "prefill"]:
             lengths = [PREFILL_NEW + PREFILL_PAST] if case == "prefill" else CASES[case]
-            pools = Pools(lengths, SHAPES[shape], getattr(torch, dtype))
+            pools = Pools(lengths, SHAPES[shape], getattr(torch, dtype), arguments.in_order)
             if case == "prefill":
                 medians = prefill(pools, arguments.repeats)
                 note = " ".join(f"x{medians[f'gather {size}'] / medians[f'paged {size}']:.2f}" for size in (16, 64))

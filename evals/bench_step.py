@@ -3,7 +3,8 @@
     python evals/bench_step.py [--dtype bfloat16] [--case 32x1024] [--repeats 9] [--block-size 16 --block-size 64]
 
 Medians in milliseconds, interleaved in one run. The caches are filled with random states, of which the time of a
-step does not depend, and grow by one token a step, as they do in `generate`.
+step does not depend, and grow by one token a step, as they do in `generate`. "prepacked" is the paged step of the
+first block size with what `PagedConfig(prepack_weights=True)` does to it.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 import hf_paged
 from hf_paged import binding
+from hf_paged.prepacked import PrepackedLinears
 from hf_paged.smollm2 import load_model
 
 CASES = {"1x4096": (1, 4096), "8x2048": (8, 2048), "32x512": (32, 512), "32x1024": (32, 1024), "8x128": (8, 128)}
@@ -51,6 +53,17 @@ def stepper(model, batch: int, length: int, with_mask: bool):
     return step
 
 
+def prepacked(step):
+    """`step` with prepacked weights."""
+    linears = PrepackedLinears()
+
+    def run(turn):
+        with linears:
+            step(turn)
+
+    return run
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", action="append", choices=["bfloat16", "float32"])
@@ -73,11 +86,14 @@ def main():
                 hf_paged.release(paged)
                 hf_paged.configure(paged, hf_paged.PagedConfig(block_size=size))
                 contenders[f"paged {size}"] = stepper(paged, *CASES[case], False)
+                contenders.setdefault("prepacked", prepacked(contenders[f"paged {size}"]))
             medians = {k: median(times) * 1e3 for k, times in take_turns(contenders, arguments.repeats).items()}
             better = min(medians["dense"], medians["dense+mask"])
             columns = " ".join(f"{name} {ms:.1f}" for name, ms in medians.items())
             ratios = " ".join(
-                f"x{better / ms:.2f} (x{medians['dense'] / ms:.2f})" for name, ms in medians.items() if "paged" in name
+                f"x{better / ms:.2f} (x{medians['dense'] / ms:.2f})"
+                for name, ms in medians.items()
+                if "dense" not in name
             )
             print(f"{dtype:8} {case:7} {columns}  | better dense (default) / paged: {ratios}", flush=True)
 
