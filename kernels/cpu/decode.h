@@ -61,12 +61,9 @@ class Decoder {
         group_(a.group()),
         key_stride_(padded(a.keys.head_dim)),
         stride_(padded(a.values.head_dim)) {
-    queries_ = (Query*)scratch, scratch += group_ * key_stride_;
     scores_ = scratch, scratch += group_ * kMaxTile;
-    acc_ = scratch, scratch += group_ * stride_;
-    max_ = scratch, scratch += padded(group_);
-    sum_ = scratch, scratch += padded(group_);
-    factors_ = scratch;
+    factors_ = scratch, scratch += padded(group_);
+    states_ = scratch;
   }
 
   void run() {
@@ -77,6 +74,7 @@ class Decoder {
     for (bool more = true; more; now = 1 - now) {
       more = walk.next(tiles[1 - now]);
       const Tile<T>&tile = tiles[now], &ahead = more ? tiles[1 - now] : tile;
+      turn_to(tile.kv_head);
       if (tile.is_first) begin(tile);
       score(tile, ahead);
       weigh(tile.tokens);
@@ -89,6 +87,15 @@ class Decoder {
   using Query = typename Dot<T>::Query;
 
   const DecodeQuery& query_of(const Tile<T>& tile) const { return plan_.decodes[plan_.chunk_owner[tile.chunk]]; }
+
+  // The KV heads of a chunk take turns: each has a state of its own.
+  void turn_to(int kv_head) {
+    float* state = states_ + kv_head * state_floats(a_);
+    queries_ = (Query*)state, state += group_ * key_stride_;
+    acc_ = state, state += group_ * stride_;
+    max_ = state, state += padded(group_);
+    sum_ = state;
+  }
 
   void begin(const Tile<T>& tile) {
     for (int h = 0; h < group_; ++h) {
@@ -197,10 +204,12 @@ class Decoder {
   const Attention& a_;
   Plan& plan_;
   const int group_, key_stride_, stride_;
-  Query* queries_;                // [group, padded key_dim]
-  float* scores_;                 // [group, kMaxTile]
-  float* acc_;                    // [group, padded value_dim], in the order of pairs.
-  float *max_, *sum_, *factors_;  // [group]
+  float* scores_;      // [group, kMaxTile]
+  float* factors_;     // [group]
+  float* states_;      // [num_kv_heads, state_floats], each of what follows:
+  Query* queries_;     // [group, padded key_dim]
+  float* acc_;         // [group, padded value_dim], in the order of pairs.
+  float *max_, *sum_;  // [group]
 };
 
 }  // namespace HF_PAGED_ISA

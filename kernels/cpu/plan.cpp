@@ -40,7 +40,7 @@ Plan make_plan(const Attention& a) {
 int64_t scratch_floats(const Attention& a) {
   const int64_t key = padded(a.keys.head_dim), value = padded(a.values.head_dim), group = a.group(),
                 rows = stride_of(queries_per_tile(a) * a.group());
-  const int64_t decode = group * (key + value + kTileKeys) + 3 * padded(group);
+  const int64_t decode = a.num_kv_heads * state_floats(a) + group * kTileKeys + padded(group);
   const int64_t prefill = rows * (key + value + kTileKeys + 5) + kTileKeys * (key + stride_of(int(value))) + key;
   return std::max(decode, prefill);
 }
@@ -74,7 +74,7 @@ void attend(const Attention& a, Work work, int num_threads, Parallel parallel) {
   const int64_t units = plan.num_units(a);
   if (units == 0) return;
   // With units to spare a worker takes all the heads of a chunk, which lie side by side in each block.
-  if (int64_t(plan.chunk_owner.size()) >= 4 * num_threads) plan.chunks_at_once = a.num_kv_heads;
+  if (int64_t(plan.chunk_owner.size()) >= 4 * num_threads) plan.heads_at_once = a.num_kv_heads;
   Shared shared{a, plan, work};
   const auto body = [](void* context, int64_t) {
     const Shared& s = *static_cast<Shared*>(context);

@@ -33,7 +33,7 @@ struct Plan {
 
   // Units that the workers took so far, counted as (chunk or tile, KV head).
   int64_t next_chunk = 0, next_tile = 0;
-  int64_t chunks_at_once = 1;  // Units of decoding that a worker takes at a time.
+  int heads_at_once = 1;  // KV heads of a chunk that a worker takes at a time.
 
   int64_t num_units(const Attention& a) const { return int64_t(chunk_owner.size() + tiles.size()) * a.num_kv_heads; }
 };
@@ -53,6 +53,11 @@ inline int queries_per_tile(const Attention& a) {
 // Floats from one row of a matrix to the next if it has `columns`: an odd number of lines, so that those below each
 // other do not compete for the same sets of the cache.
 inline int stride_of(int columns) { return ((columns + 15) / 16 | 1) * 16; }
+
+// Floats of what decoding keeps of one KV head between its tiles: queries, weighted values, maximums, sums.
+inline int64_t state_floats(const Attention& a) {
+  return a.group() * (padded(a.keys.head_dim) + padded(a.values.head_dim)) + 2 * padded(a.group());
+}
 
 // Floats of scratch memory that a worker needs.
 int64_t scratch_floats(const Attention& a);
