@@ -53,12 +53,12 @@ def stepper(model, batch: int, length: int, with_mask: bool):
     return step
 
 
-def prepacked(step):
+def prepacked(model, step):
     """`step` with prepacked weights."""
     linears = PrepackedLinears()
 
     def run(turn):
-        with linears:
+        with linears.used_by(model):
             step(turn)
 
     return run
@@ -86,7 +86,7 @@ def main():
                 hf_paged.release(paged)
                 hf_paged.configure(paged, hf_paged.PagedConfig(block_size=size))
                 contenders[f"paged {size}"] = stepper(paged, *CASES[case], False)
-                contenders.setdefault("prepacked", prepacked(contenders[f"paged {size}"]))
+                contenders.setdefault("prepacked", prepacked(paged, contenders[f"paged {size}"]))
             medians = {k: median(times) * 1e3 for k, times in take_turns(contenders, arguments.repeats).items()}
             better = min(medians["dense"], medians["dense+mask"])
             columns = " ".join(f"{name} {ms:.1f}" for name, ms in medians.items())

@@ -52,7 +52,7 @@ class Engine:
         self._stepped = threading.Condition(self._lock)
         self._seats: dict[Request, Seat] = {}
         self._leaving: list[Call] = []
-        self._linears = linears_of(pool.config)
+        self._linears_for = linears_of(pool.config)
         self._is_driven = False
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
         pool.caches.add(self)
@@ -280,7 +280,7 @@ class Engine:
     def _forward(self, model, schedule: Schedule) -> torch.Tensor:
         groups = self.scheduler.groups
         # Tensors made under one caller's inference_mode could not be changed by another's processors.
-        with torch.inference_mode(False), torch.no_grad(), self._linears:
+        with torch.inference_mode(False), torch.no_grad(), self._linears_for(model):
             windows = [group.window for group in groups]
             step = pack(schedule.chunks, windows, [group.layers for group in groups], self._buffers)
             logits = run_step(model, step)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .prepacked import PrepackedForward
+
 _SAMPLES = 64  # Elements looked at, of each tensor.
 _GOLDEN_RATIO = 0.6180339887498949
 # Their hooks leave what a module computes in evaluation alone: they capture outputs, or act in training only.
@@ -45,8 +47,10 @@ def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
         if "merged_adapters" in module.__dict__:  # A layer of PEFT.
             active, merged = module.active_adapters, module.merged_adapters
             seen.append((number, active, merged, module.disable_adapters, getattr(module, "scaling", None)))
-        if "forward" in module.__dict__:  # Somebody's own: compiled, hooked by accelerate, or with other results.
-            seen.append((number, id(module.__dict__["forward"])))
+        forward = module.__dict__.get("forward")
+        # Somebody's own: compiled, hooked by accelerate, or with other results.
+        if forward is not None and not isinstance(forward, PrepackedForward):
+            seen.append((number, id(forward)))
         for tensor in _tensors(module):
             if tensor.is_meta:
                 return None

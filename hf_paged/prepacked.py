@@ -6,11 +6,13 @@ tokens spends up to half of its products on that.
 
 import contextlib
 import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .config import PagedConfig
@@ -25,36 +27,91 @@ class _Copy:
     origin: tuple[int, int]  # Address and version of the weight that was copied.
 
 
-class PrepackedLinears(TorchFunctionMode):
-    """While entered, products with the weights of linear layers on the CPU use copies of them, made at first use.
+class PrepackedLinears:
+    """Copies of the weights of linear layers on the CPU, made at first use.
 
     A weight that was written to or replaced is copied again; an edit through ``.data`` leaves no trace and is not
-    seen. ``torch.compile`` can trace through it, several times slower than without.
+    seen. Steps that ``torch.compile`` traces multiply with the weights themselves.
     """
 
     def __init__(self):
-        super().__init__()
         self._copies = WeakIdKeyDictionary()  # torch.nn.Parameter -> _Copy
+        # torch.nn.Linear -> PrepackedForward, which stay the same for torch.compile's sake.
+        self._forwards = weakref.WeakKeyDictionary()
+        self.thread: int | None = None
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not functional.linear or len(args) + len(kwargs) < 2:
-            return function(*args, **kwargs)
-        return self._linear(*args, **kwargs)
+    @contextlib.contextmanager
+    def used_by(self, model: torch.nn.Module) -> Iterator[None]:
+        """While entered, and in this thread alone, the linear layers of `model` multiply with the copies.
 
-    def _linear(self, input, weight, bias=None):
-        if not _can_prepack(input, weight):
+        For that time they have a ``forward`` of their own: a function mode, which sees every call of torch, would cost
+        a decode step a tenth of its time. Layers that have a ``forward`` of somebody's own keep it.
+        """
+        changed = [module for module in _plain_linears(model) if "forward" not in module.__dict__]
+        for module in changed:
+            if module not in self._forwards:
+                self._forwards[module] = PrepackedForward(self, module)
+        self.thread = threading.get_ident()
+        try:
+            for module in changed:
+                module.__dict__["forward"] = self._forwards[module]
+            yield
+        finally:
+            self.thread = None
+            for module in changed:
+                if module.__dict__.get("forward") is self._forwards[module]:
+                    del module.__dict__["forward"]
+
+    def copy_of(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The prepacked `weight`; None if it cannot be."""
+        copy = self._copies.get(weight)
+        if copy is not None and copy.origin == (weight.data_ptr(), weight._version):
+            return copy.weight
+        if not _can_prepack(weight):
+            return None
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+        self._copies[weight] = _Copy(packed, (weight.data_ptr(), weight._version))
+        return packed
+
+
+class PrepackedForward:
+    """``torch.nn.Linear.forward`` of one module, with the copies if the thread is the one that uses them."""
+
+    __slots__ = ("_linears", "_module")
+
+    def __init__(self, linears: PrepackedLinears, module: torch.nn.Linear):
+        self._linears, self._module = linears, weakref.ref(module)
+
+    def __reduce__(self):
+        # A copy of the module, made by another thread meanwhile, multiplies in torch's own way.
+        return getattr, (self._module(), "forward")
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        module = self._module()
+        if torch.compiler.is_compiling() or threading.get_ident() != self._linears.thread:
+            return functional.linear(input, module.weight, module.bias)
+        weight, bias, copy = module.weight, module.bias, None
+        if input.dtype == weight.dtype and input.numel() > 0:
+            copy = self._linears.copy_of(weight)
+        if copy is None:
             return functional.linear(input, weight, bias)
-        copy, origin = self._copies.get(weight), (weight.data_ptr(), weight._version)
-        if copy is None or copy.origin != origin:
-            copy = _Copy(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS), origin)
-            self._copies[weight] = copy
-        return torch.ops.mkldnn._linear_pointwise(input, copy.weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(input, copy, bias, "none", [], "")
 
 
-def linears_of(config: PagedConfig) -> contextlib.AbstractContextManager:
-    """What packed steps enter to run their linear layers as `config` says."""
-    return PrepackedLinears() if config.prepack_weights else contextlib.nullcontext()
+def linears_of(config: PagedConfig) -> Callable[[torch.nn.Module], contextlib.AbstractContextManager]:
+    """What a packed step of a model enters to run its linear layers as `config` says."""
+    return PrepackedLinears().used_by if config.prepack_weights else contextlib.nullcontext
+
+
+def _plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Linear layers of `model` that multiply in torch's own way."""
+    found, left = [], [model]
+    while left:
+        module = left.pop()
+        left.extend(child for child in module._modules.values() if child is not None)
+        if isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward:
+            found.append(module)
+    return found
 
 
 @functools.cache
@@ -67,14 +124,11 @@ def _dtypes() -> set[torch.dtype]:
     return {torch.float32, *(dtype for dtype, is_supported in halves.items() if is_supported())}
 
 
-def _can_prepack(input: torch.Tensor, weight: torch.Tensor) -> bool:
+def _can_prepack(weight: torch.Tensor) -> bool:
     return (
         type(weight) is torch.nn.Parameter  # Not a quantised one, which is a subclass.
         and weight.device.type == "cpu"
         and weight.dtype in _dtypes()
-        and weight.dtype == input.dtype
         and weight.is_contiguous()
         and not weight.is_inference()
-        and not torch.is_grad_enabled()
-        and input.numel() > 0
     )

@@ -2,14 +2,19 @@
 
 import copy
 import gc
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch._dynamo
 import zoo
 from packing import LENGTHS, SAMPLE, compare
 
 import hf_paged
 from hf_paged import PagedConfig, binding
+from hf_paged.fingerprint import fingerprint
+from hf_paged.prepacked import PrepackedForward, PrepackedLinears, _Copy
 
 
 def prepacked(name="llama", dtype=torch.float32):
@@ -21,7 +26,7 @@ def prepacked(name="llama", dtype=torch.float32):
 
 def copies(model):
     (engine,) = binding.pools_under(model)[0].engines
-    return engine._linears._copies
+    return engine._linears_for.__self__._copies
 
 
 def linears(model):
@@ -76,6 +81,60 @@ def test_nothing_but_packed_steps_uses_the_copies():
         assert torch.equal(paged(**inputs).logits, dense(**inputs).logits)
         beams = {**LENGTHS, "num_beams": 2}
         assert torch.equal(paged.generate(**inputs, **beams), dense.generate(**inputs, **beams))
+
+
+def call_in_thread(function):
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(function).result()
+
+
+def test_only_the_thread_of_the_step_uses_the_copies():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    inputs, prepacked_linears = torch.randn(4, 8), PrepackedLinears()
+    with torch.no_grad():
+        expected = model(inputs)
+        with prepacked_linears.used_by(model):
+            torch.testing.assert_close(model(inputs), expected)
+            for weight in prepacked_linears._copies:
+                prepacked_linears._copies[weight] = _Copy(torch.empty(0), (weight.data_ptr(), weight._version))
+            with pytest.raises(RuntimeError):
+                model(inputs)
+            assert torch.equal(call_in_thread(lambda: model(inputs)), expected)
+            twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        model[0].weight.zero_()
+        assert torch.equal(twin(inputs), expected) and torch.equal(loaded(inputs), expected)
+
+
+def test_layers_get_their_own_forward_back():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[1].forward = mine = lambda input: input
+    with pytest.raises(KeyError), PrepackedLinears().used_by(model):
+        assert isinstance(model[0].forward, PrepackedForward)
+        assert model[1].forward is mine
+        raise KeyError
+    assert "forward" not in model[0].__dict__
+    assert model[1].forward is mine
+
+
+def test_prefixes_are_found_while_another_thread_steps():
+    _, paged = prepacked()
+    expected = fingerprint(paged, "", [])
+    assert expected is not None
+    with PrepackedLinears().used_by(paged):
+        assert call_in_thread(lambda: fingerprint(paged, "", [])) == expected
+
+
+def test_a_compiled_step_has_no_graph_break_and_no_copies():
+    dense, paged = prepacked()
+    torch._dynamo.reset()
+    forward = paged.forward
+    paged.forward = torch.compile(forward, fullgraph=True, backend="eager", dynamic=True)
+    try:
+        compare((dense, paged), zoo.prompts([9, 30, 4]))
+        assert not copies(paged)
+    finally:
+        paged.forward = forward
+        torch._dynamo.reset()
 
 
 def test_it_is_off_by_default():
