@@ -54,7 +54,6 @@ def contenders(models, tokenizer, dense_batches, options):
         return [_until_end(row, tokenizer.eos_token_id) for row in rows]
 
     def paged(prompts, name):
-        hf_paged.release(models[name])
         return padded(tokenizer, prompts, len(prompts), lambda **inputs: models[name].generate(**inputs, **options))
 
     found["generate_batch"] = batched
@@ -77,7 +76,9 @@ def main():
     dtype = getattr(torch, arguments.dtype)
     implementations = {"sdpa": "sdpa", "batched": "sdpa", "paged": "paged", "paged, prepacked": "paged"}
     models = {name: load_model(implementation, dtype) for name, implementation in implementations.items()}
-    hf_paged.configure(models["paged, prepacked"], hf_paged.PagedConfig(prepack_weights=True))
+    # A turn repeats the prompts of the one before, and must not find what that one stored.
+    hf_paged.configure(models["paged"], hf_paged.PagedConfig(prefix_cache=False))
+    hf_paged.configure(models["paged, prepacked"], hf_paged.PagedConfig(prefix_cache=False, prepack_weights=True))
     options = {"max_new_tokens": arguments.new_tokens, "do_sample": False}
     runs = contenders(models, tokenizer, arguments.dense_batch or [1, 8, 32], options)
     seconds, rows = {name: [] for name in runs}, {}
