@@ -32,6 +32,7 @@ class PagedConfig:
     prepack_weights : bool
         Whether packed steps use a second copy of the linear layers' weights, laid out for the processor's matrix
         kernels: faster, and the weights take their memory twice. On CPUs only. Edit no weight through ``.data`` then.
+        Layers with a ``forward`` of somebody's own, and steps that ``torch.compile`` traces, keep to the weights.
     cache_salt : str
         Hashed into every block that is found again; see `hf_paged.cache_salt` for one a tenant.
 

@@ -19,6 +19,8 @@ from .config import PagedConfig
 
 # Kernels for other numbers of rows read this layout as well: a step's number is not known before.
 _ROWS = 32
+# What the copies stand for. A class that somebody patches later has another.
+_FORWARD = torch.nn.Linear.forward
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,19 @@ class PrepackedLinears:
         For that time they have a ``forward`` of their own: a function mode, which sees every call of torch, would cost
         a decode step a tenth of its time. Layers that have a ``forward`` of somebody's own keep it.
         """
-        changed = [module for module in _plain_linears(model) if "forward" not in module.__dict__]
-        for module in changed:
-            if module not in self._forwards:
-                self._forwards[module] = PrepackedForward(self, module)
+        forwards = {
+            module: self._forwards.setdefault(module, PrepackedForward(self, module))
+            for module in _plain_linears(model)
+        }
         self.thread = threading.get_ident()
         try:
-            for module in changed:
-                module.__dict__["forward"] = self._forwards[module]
+            for module, forward in forwards.items():
+                module.__dict__["forward"] = forward
             yield
         finally:
             self.thread = None
-            for module in changed:
-                if module.__dict__.get("forward") is self._forwards[module]:
+            for module, forward in forwards.items():
+                if module.__dict__.get("forward") is forward:
                     del module.__dict__["forward"]
 
     def copy_of(self, weight: torch.Tensor) -> torch.Tensor | None:
@@ -109,7 +111,7 @@ def _plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
     while left:
         module = left.pop()
         left.extend(child for child in module._modules.values() if child is not None)
-        if isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward:
+        if isinstance(module, torch.nn.Linear) and type(module).forward is _FORWARD and "forward" not in vars(module):
             found.append(module)
     return found
 

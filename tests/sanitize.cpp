@@ -118,7 +118,7 @@ bool run(const Case& c, Dtype dtype) {
 }  // namespace
 
 int main() {
-  const std::vector<Row> decode{{1, 1}, {15, 1}, {16, 1}, {17, 1}, {0, 1}, {0, 0}, {1100, 1}};
+  const std::vector<Row> decode{{1, 1}, {15, 1}, {16, 1}, {17, 1}, {0, 1}, {0, 0}, {1100, 1}, {600, 1}};
   const std::vector<Row> mixed{{5, 5}, {40, 7}, {300, 1}, {2, 4}, {70, 70}};
   std::vector<Case> cases;
   for (const auto& rows : {decode, mixed, std::vector<Row>{}})

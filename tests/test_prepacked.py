@@ -116,6 +116,13 @@ def test_layers_get_their_own_forward_back():
     assert model[1].forward is mine
 
 
+def test_a_patched_class_keeps_its_patch(monkeypatch):
+    model, inputs = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.randn(4, 8)
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, input: input + 1)
+    with torch.no_grad(), PrepackedLinears().used_by(model):
+        assert torch.equal(model(inputs), inputs + 1)
+
+
 def test_prefixes_are_found_while_another_thread_steps():
     _, paged = prepacked()
     expected = fingerprint(paged, "", [])
@@ -127,11 +134,14 @@ def test_prefixes_are_found_while_another_thread_steps():
 def test_a_compiled_step_has_no_graph_break_and_no_copies():
     dense, paged = prepacked()
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     forward = paged.forward
     paged.forward = torch.compile(forward, fullgraph=True, backend="eager", dynamic=True)
     try:
         compare((dense, paged), zoo.prompts([9, 30, 4]))
         assert not copies(paged)
+        # Another forward at each step would make a graph for each.
+        assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
     finally:
         paged.forward = forward
         torch._dynamo.reset()

@@ -27,6 +27,10 @@ class TileWalk {
     // Keys that stay in the L1 cache while the query heads pass over them; measured best for each width.
     const int fit = (sizeof(T) == 2 ? 16384 : 8192) / int(a.keys.head_dim * sizeof(T));
     tile_tokens_ = fit >= 64 ? 64 : fit >= 32 ? 32 : 16;
+    // Heads take turns block by block, so that a block is read in the order of memory, in which they lie side by
+    // side. Narrow ones lose more by the turns than they gain.
+    const int64_t least = a.keys.head_dim * sizeof(T) < 256 ? kChunk : a.block_size;
+    stretch_tokens_ = (least + tile_tokens_ - 1) / tile_tokens_ * tile_tokens_;
   }
 
   bool next(Tile<T>& tile) {
@@ -47,14 +51,7 @@ class TileWalk {
   }
 
  private:
-  // What a head reads before the next one's turn: whole tiles of about a block, so that a block is read in the order
-  // of memory, in which its heads lie side by side. Narrow heads lose more by the turns than they gain.
-  void begin_stretch() {
-    const bool is_narrow = a_.keys.head_dim * sizeof(T) < 256;
-    const int64_t tiles = is_narrow ? kChunk / tile_tokens_ : (a_.block_size + tile_tokens_ - 1) / tile_tokens_;
-    stretch_ = at_;
-    stretch_end_ = end_ - at_ < tiles * tile_tokens_ ? end_ : at_ + tiles * tile_tokens_;
-  }
+  void begin_stretch() { stretch_ = at_, stretch_end_ = end_ - at_ < stretch_tokens_ ? end_ : at_ + stretch_tokens_; }
 
   bool next_unit() {
     const int64_t units = int64_t(plan_.chunk_owner.size()) * a_.num_kv_heads;
@@ -73,6 +70,7 @@ class TileWalk {
   const Attention& a_;
   Plan& plan_;
   int tile_tokens_;
+  int64_t stretch_tokens_;  // What a head reads before the next one's turn, in whole tiles.
   int64_t chunk_ = 0, at_ = 0, begin_ = 0, end_ = 0, stretch_ = 0, stretch_end_ = 0;
   int kv_head_ = 0, first_head_ = 0, last_head_ = 0;
   const int64_t* table_ = nullptr;
