@@ -26,7 +26,8 @@ CALLS = {
     "tensors": {"return_tensors": True},
     "batches": {"batch_size": 4},
     "large_batches": {"batch_size": 64},
-    "workers": {"num_workers": 1},
+    # Rows that last: the items of a worker arrive one by one, more slowly the busier the machine is.
+    "workers": {"num_workers": 1, "max_new_tokens": 48},
     "penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "stop_sequence": {"stop_sequence": ["e", "ab"]},
     "config": {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=False)},
