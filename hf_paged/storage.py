@@ -14,8 +14,8 @@ class KVStorage:
     """Keys and values of one attention layer, ``[num_blocks, num_kv_heads, block_size, head_dim]``.
 
     On the CPU the whole capacity is reserved once as virtual memory: addresses never move, and a page
-    costs nothing until a token is written to it. Elsewhere the tensors grow by doubling, with a copy;
-    the owner calls `ensure` between steps only, under its lock.
+    costs nothing until a token is written to it. Elsewhere the tensors grow by doubling, with a copy, and
+    not past the budget before they must; the owner calls `ensure` between steps only, under its lock.
 
     Parameters
     ----------
@@ -25,13 +25,31 @@ class KVStorage:
     device : torch.device
     capacity : int
         Blocks that the storage may ever hold.
+    budget : int or None
+        Blocks that it holds at most while no more are asked for; None: `capacity`.
     """
 
-    def __init__(self, num_kv_heads, key_dim, value_dim, block_size, dtype, device, capacity):
+    def __init__(self, num_kv_heads, key_dim, value_dim, block_size, dtype, device, capacity, budget=None):
         self.dtype, self.device, self.capacity = dtype, device, capacity
+        self.budget = capacity if budget is None else min(budget, capacity)
         self._shapes = [(num_kv_heads, block_size, dim) for dim in (key_dim, value_dim)]
         num_blocks = capacity if device.type == "cpu" else 0
-        self.key_cache, self.value_cache = (self._new(num_blocks, shape) for shape in self._shapes)
+        self._caches = tuple(self._new(num_blocks, shape) for shape in self._shapes)
+
+    @property
+    def key_cache(self) -> torch.Tensor:
+        """``[num_blocks, num_kv_heads, block_size, key_dim]``"""
+        return self._caches[0]
+
+    @property
+    def value_cache(self) -> torch.Tensor:
+        """``[num_blocks, num_kv_heads, block_size, value_dim]``"""
+        return self._caches[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are addressable."""
+        return len(self._caches[0])
 
     @property
     def block_bytes(self) -> int:
@@ -48,15 +66,21 @@ class KVStorage:
         )
 
     def ensure(self, num_blocks: int) -> None:
-        """Make blocks ``0 .. num_blocks - 1`` addressable. Replaces the tensors if they must grow."""
-        held = len(self.key_cache)
+        """Make blocks ``0 .. num_blocks - 1`` addressable. Replaces both tensors if they must grow, or neither.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If the device has no memory for them. The storage is left as it was.
+        """
+        held = self.num_blocks
         if num_blocks <= held:
             return
-        size = min(self.capacity, max(num_blocks, 2 * held))
-        for name, shape in zip(("key_cache", "value_cache"), self._shapes, strict=True):
-            grown = self._new(size, shape)
-            grown[:held] = getattr(self, name)
-            setattr(self, name, grown)
+        size = max(num_blocks, min(2 * held, self.budget))
+        grown = tuple(self._new(size, shape) for shape in self._shapes)
+        for new, old in zip(grown, self._caches, strict=True):
+            new[:held] = old
+        self._caches = grown  # At once: keys and values of different sizes would be read past their end.
 
     def _new(self, num_blocks: int, shape: tuple[int, int, int]) -> torch.Tensor:
         # A pool made under inference_mode could not be written in place outside it.
