@@ -4,9 +4,12 @@ A cache learns its model when the first states arrive: from the call under way, 
 which two models may share. Forward hooks on the "paged" models keep the stack of calls.
 """
 
+import sys
 import threading
 import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,12 +28,51 @@ _registry_lock = threading.Lock()
 _engine_lock = threading.RLock()  # Held while one is tried out: calls that begin together wait for it.
 
 
-@dataclass
-class Call:
-    """One forward of a paged model, while it runs."""
+class Inputs(Mapping):
+    """What a forward was called with, by keyword or by position. Keeps nothing alive.
 
-    model: PreTrainedModel
-    inputs: dict[str, Any]
+    An object that lives no longer, or that cannot be referenced weakly, counts as None.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any]):
+        self._values = {name: _weakly(value) for name, value in (*enumerate(args), *kwargs.items())}
+
+    def __getitem__(self, name: str | int) -> Any:
+        return self._values[name]()
+
+    def __iter__(self) -> Iterator:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _weakly(value: Any) -> Callable[[], Any]:
+    if isinstance(value, bool | int | float | str):
+        return lambda: value
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: None
+
+
+class Call:
+    """One forward of a paged model, while it runs.
+
+    An interrupt ends a forward without the hook that would take it off the stack. So a call knows its forward by the
+    frame that runs it, and keeps neither the model nor its inputs alive.
+    """
+
+    def __init__(self, model: PreTrainedModel, inputs: Inputs, frame: FrameType):
+        self._model, self.inputs = weakref.ref(model), inputs
+        self._frame = id(frame), frame.f_code
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model()
+
+    def is_run_by(self, frame: FrameType) -> bool:
+        return self._frame == (id(frame), frame.f_code)
 
 
 @dataclass
@@ -52,8 +94,19 @@ _thread = _ThreadState()
 
 
 def current_call() -> Call | None:
-    """The innermost forward of a paged model that runs on this thread."""
+    """The innermost forward of a paged model that runs on this thread. For code that a forward calls.
+
+    Outside a forward it may be one that an interrupt has ended: `running_call` looks.
+    """
     return _thread.calls[-1] if _thread.calls else None
+
+
+def running_call() -> Call | None:
+    """The innermost forward of a paged model that runs on this thread. For code that may run outside a forward."""
+    calls = _thread.calls
+    if calls and not torch.compiler.is_compiling():  # Nothing is traced outside a forward.
+        _drop_interrupted(sys._getframe(1))
+    return current_call()
 
 
 def argument(name: str) -> Any:
@@ -94,7 +147,19 @@ def untrack(model: PreTrainedModel) -> None:
 def _enter(model, args, kwargs):
     if not torch.compiler.is_compiling():
         _thread.mask_request = None
-        _thread.calls.append(Call(model, {**dict(enumerate(args)), **kwargs}))
+        frame = sys._getframe(1)
+        if _thread.calls:
+            _drop_interrupted(frame.f_back)
+        _thread.calls.append(Call(model, Inputs(args, kwargs), frame))
+
+
+def _drop_interrupted(frame: FrameType | None) -> None:
+    """Keep the calls that `frame` and its callers run."""
+    running = []
+    while frame is not None and len(running) < len(_thread.calls):
+        running += [call for call in _thread.calls if call.is_run_by(frame)]
+        frame = frame.f_back
+    _thread.calls = [call for call in _thread.calls if call in running]
 
 
 def _leave(model, args, output):

@@ -98,7 +98,8 @@ def make_writable(
     Returns
     -------
     list of (source, destination)
-        Blocks whose content must be copied before anything is written.
+        Blocks whose content must be copied before anything is written. What the tables owned of the sources is the
+        caller's now, who frees them when they are copied.
     """
     given_up: Counter[int] = Counter()
     shared: list[list[int]] = []
@@ -116,7 +117,7 @@ def make_writable(
         for index in range((start - table.base) // size, min(last, len(table.blocks))):
             block = table.blocks[index]
             # The last owner keeps the block: it needs no copy once the others have left.
-            if table.pool.ref_count(block) - given_up[block] > 1:
+            if table.pool.is_shared(block, but=given_up[block]):
                 given_up[block] += 1
                 shared[-1].append(index)
             elif table.pool.is_kept(block):
@@ -129,7 +130,6 @@ def make_writable(
         for index in indices:
             source, table.blocks[index] = table.blocks[index], fresh.pop()
             copies.append((source, table.blocks[index]))
-            table.pool.free([source])
         table.blocks.extend(fresh.pop() for _ in range(num_missing))
         table.num_tokens = max(table.num_tokens, end)
     return copies

@@ -14,7 +14,7 @@ def page_layers(cache: DynamicCache) -> None:
 
     Linear-attention, indexer and dummy layers stay upstream's own.
     """
-    sequences = Sequences(born_in_forward=binding.current_call() is not None)
+    sequences = Sequences(born_in_forward=binding.running_call() is not None)
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[index] = PagedLayer(sequences, index)

@@ -1,6 +1,8 @@
 """Call: one `generate` call as its caller's thread sees it: rows in, logits to tokens, tokens out."""
 
 import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from transformers.generation import logits_process, stopping_criteria
@@ -42,12 +44,30 @@ _QUICK = ROW_WISE - {
 ROW_WISE_CRITERIA = Endings.KINDS | {stopping_criteria.StopStringCriteria}
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Next tokens of some rows of a call, not noted yet.
+
+    Attributes
+    ----------
+    tokens : torch.Tensor
+        ``[rows]`` int64
+    scores, logits : torch.Tensor or None
+        ``[rows, vocab]`` float32; None where the call has no use for them.
+    """
+
+    tokens: torch.Tensor
+    scores: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
 class Call:
     """The rows of one call, its processors and criteria, and its share of the random numbers.
 
-    Everything here runs in the caller's thread, but for `sample` of a quick call, for which that thread waits. A
-    row's tokens so far are seen by processors as in dense ``generate``: pads on the left, then the prompt, then
-    what was generated.
+    A row's next token takes two halves. `choose` computes it, in the caller's thread or, if the call is quick, in that
+    of the call that drives the engine; it changes nothing that a second try would not change alike. `accept` notes it,
+    in the caller's thread or, if the call is quick, in an atomic section. Processors see a row's tokens so far as in
+    dense ``generate``: pads on the left, then the prompt, then what was generated.
 
     Parameters
     ----------
@@ -58,7 +78,7 @@ class Call:
     processors, criteria, generation_config, streamer
         As ``GenerationMixin._sample`` gets them.
     pools : list of BlockPool
-        One an attention group.
+        One per attention group.
     cache : DynamicCache or None
         A cache of the caller's, empty so far: it gets the blocks of the call's only row when that is finished.
     """
@@ -93,7 +113,7 @@ class Call:
         self.failures: list[OutOfBlocksError] = []
 
         self._row_streamer = streamer if isinstance(streamer, RowStreamer) else None
-        # Whether another call's thread may sample for this one: nothing of the caller's runs, nothing is slow.
+        # Whether another call's thread may choose for this one: nothing of the caller's runs, nothing is slow.
         self.is_quick = (
             streamer is self._row_streamer and _QUICK.issuperset(map(type, processors)) and self._endings is not None
         )
@@ -147,50 +167,51 @@ class Call:
             self._open.discard(self._row_of[lost])
             self.failures.append(error)
 
-    def sample(
-        self, requests: list[Request], logits: torch.Tensor, tokens: torch.Tensor | None = None
-    ) -> list[tuple[Request, int | None]]:
+    def by_place(self, requests: Iterable[Request]) -> list[Request]:
+        """Some rows in the order in which the batch has them."""
+        return sorted(requests, key=self._row_of.__getitem__)
+
+    def choose(self, requests: list[Request], logits: torch.Tensor) -> Choice:
         """Choose the next token of some rows.
 
         Parameters
         ----------
         requests : list of Request
-            Not changed: the engine hands them their tokens, under its lock.
+            In the order of the batch. Not changed.
         logits : torch.Tensor
-            ``[len(requests), vocab]``
-        tokens : torch.Tensor or None
-            ``[len(requests)]`` int64: what the call's recipe has chosen already.
+            ``[len(requests), vocab]``, not changed.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            rows = [self._row_of[request] for request in requests]
+            logits = logits.to(device=self.input_ids.device, dtype=torch.float32, copy=True)
+            scores = self._process(rows, logits)
+            tokens = self._draw(rows, scores) if self._do_sample else likeliest(scores)
+            return Choice(tokens, scores, logits)
+
+    def accept(self, requests: list[Request], choice: Choice) -> list[tuple[Request, int | None]]:
+        """Note the next tokens of some rows: tell the streamer, judge which rows end.
+
+        Parameters
+        ----------
+        requests : list of Request
+            Those that were chosen for. Not changed: the engine hands them their tokens.
 
         Returns
         -------
         list of (Request, token)
             None for a row that is finished.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            order = sorted(range(len(requests)), key=lambda index: self._row_of[requests[index]])
-            requests = [requests[index] for index in order]
-            rows = [self._row_of[request] for request in requests]
-            if tokens is not None:
-                return self._accept(requests, rows, tokens[order], None)
-            logits = logits[order].to(device=self.input_ids.device, dtype=torch.float32, copy=True)
-            return self._accept(requests, rows, *self._choose(rows, logits))
-
-    def _choose(self, rows: list[int], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token of some rows, and their scores."""
-        scores = self._process(rows, logits)
+        rows, tokens = [self._row_of[request] for request in requests], choice.tokens
         if self.logits is not None:
-            self.logits += (logits,)
+            self.logits += (choice.logits,)
         if self.scores is not None:
-            self.scores += (scores,)
-        return self._draw(rows, scores) if self._do_sample else likeliest(scores), scores
-
-    def _accept(self, requests, rows: list[int], tokens: torch.Tensor, scores: torch.Tensor | None):
-        """Note the next tokens of some rows, in order; what `sample` returns. Without scores nobody asks for them."""
-        if self.streamer is not self._row_streamer:
-            self.streamer.put(tokens.cpu())
-        self._append(rows, tokens)
-        chosen = tokens.tolist()
-        finished = self._finished(rows, chosen, scores)
+            self.scores += (choice.scores,)
+        with torch.inference_mode(False), torch.no_grad():
+            if self.streamer is not self._row_streamer:
+                self.streamer.put(tokens.cpu())
+            self._append(rows, tokens)
+            chosen = tokens.tolist()
+            finished = self._finished(rows, chosen, choice.scores)
         if self._row_streamer is not None:
             self._row_streamer.tell(rows, chosen, [row for row, over in zip(rows, finished) if over])
         self._open -= {row for row, is_over in zip(rows, finished) if is_over}

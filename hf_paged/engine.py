@@ -1,22 +1,38 @@
 """The engine: runs the rows of all calls on one model, a packed step at a time.
 
-Whose thread does what: every call keeps to its caller's thread. One of the threads that have calls drives the
-steps for all of them (schedule, pack, forward) until its own call is done, and then passes that on. The driver
-samples for calls that run nothing but what transformers brings, so that their threads sleep until they are done;
-any other call samples, streams and checks its criteria in its own thread, outside the engine's lock, and hands the
-tokens back. One that is slow to do so misses steps; the others go on. No thread outlives its call. After a fork
-the child has the parent's rows as they were, and none of its threads: make no fork while a call runs.
+Which thread does what: every call keeps to its caller's thread. One of the calls drives the steps for all of them,
+until it is done, and passes that on. A turn of the driver is a forward between two atomic sections (`atomic.py`):
+
+1. in a section: the scheduler plans a step;
+2. in the driver's thread: copy shared blocks, pack, forward, choose tokens for the calls that run nothing but what
+   transformers brings, so that their threads sleep until they are done;
+3. in a section, with the next plan: the step is noted, these calls accept their tokens.
+
+Any other call chooses, streams and checks its criteria in its own thread and hands the tokens back. One that is slow
+to do so misses steps; the others go on.
+
+Nothing but sections changes the state of the engine, so an interrupt of the driver at any place costs its own call
+only: the step under way is as if it had not begun. No thread outlives its call, but for the one that runs sections.
 """
 
+import functools
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from .adopt import adopt
-from .call import Call
-from .fingerprint import fingerprint
+from .atomic import Undo, atomically, is_in_section
+from .block_table import BlockTable
+from .call import Call, Choice
+from .errors import OutOfBlocksError, UnsupportedError
+from .fingerprint import ModelIdentity
 from .kv_pool import GroupKey, KVPool
 from .packed import pack, run_step
 from .prepacked import linears_of
@@ -25,11 +41,161 @@ from .request import Request
 from .reservation import Patience, entered, is_inside
 from .salt import current_salt
 from .scheduler import Chunk, Schedule, Scheduler
-from .seat import Seat, deliver
 from .step_buffers import StepBuffers
 
-_PATIENCE = 0.005  # Seconds until an engine without work looks again.
+Result = TypeVar("Result")
+_PATIENCE = 0.005  # Seconds until a driver without work looks again.
 _GRACE = 0.25  # Share of a step's time that the next one waits for calls that are still sampling.
+
+
+class Seat:
+    """A call in the engine. Read and written in sections; its thread sleeps on `mail`.
+
+    Parameters
+    ----------
+    call : Call
+    is_inside : bool
+        Whether a callback of another call on the pool made this one, and waits for it.
+    """
+
+    def __init__(self, call: Call, is_inside: bool):
+        self.call, self.is_inside, self.thread = call, is_inside, threading.get_ident()
+        self.mail: SimpleQueue = SimpleQueue()  # Wakes the call: what is in it means nothing.
+        self._has_left: SimpleQueue = SimpleQueue()
+        self.is_asleep = False
+        self.logits: deque[tuple[list[Request], torch.Tensor]] = deque()  # For a call that is not quick.
+        self.failed: list[tuple[Request, OutOfBlocksError]] = []
+        self.error: BaseException | None = None
+        self.is_sampling = False  # In the call's own thread; the next step may wait for it.
+
+    def wake(self) -> None:
+        if self.is_asleep:
+            self.is_asleep = False
+            self.mail.put(None)
+
+    def sleep(self, seconds: float | None) -> None:
+        try:
+            self.mail.get(timeout=seconds)
+        except Empty:
+            pass
+
+
+    def tell_left(self) -> None:
+        """Note that the engine has nothing of the call any more."""
+        self._has_left.put(None)
+
+    def wait_until_left(self) -> None:
+        """Wait for `tell_left`: a step under way writes to the blocks of its rows."""
+        self._has_left.get()
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """An order to a call: wait for news, `seconds` at most."""
+
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An order to a call: choose and accept the next tokens of these rows, from ``[rows, vocab]``."""
+
+    requests: list[Request]
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Drive:
+    """An order to a call: run this step.
+
+    Attributes
+    ----------
+    schedule : Schedule
+    seats : dict of Request to Seat
+        Of the rows that run, and of their followers.
+    """
+
+    schedule: Schedule
+    seats: dict[Request, Seat]
+    began: float
+
+
+@dataclass
+class Delivery:
+    """Logits of a step that are for one call: ``[len(requests), vocab]``, and what was chosen from them."""
+
+    seat: Seat
+    requests: list[Request]
+    logits: torch.Tensor
+    choice: Choice | None = None
+
+
+@dataclass
+class Report:
+    """How a step went.
+
+    Attributes
+    ----------
+    chunks : list of Chunk
+        Those that have run.
+    errors : list of (Seat, Exception)
+        Calls that cannot go on.
+    is_same_model : bool
+        Whether the model is the one that the prefix cache serves.
+    """
+
+    began: float
+    chunks: list[Chunk] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
+    errors: list[tuple[Seat, Exception]] = field(default_factory=list)
+    is_same_model: bool = True
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The next tokens of some rows of a call, None for one that is finished."""
+
+    tokens: list[tuple[Request, int | None]]
+
+
+def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """What a function that may be called again returns, or the error that it raises, tried twice.
+
+    Raises
+    ------
+    Exception
+        An error that does not come again. It is not the function's: a signal handler, such as a time limit, raised
+        it in this thread.
+    """
+    try:
+        return function(), None
+    except Exception as error:
+        first = error
+    try:
+        result = function()
+        if not _is_of_memory(first):
+            raise first
+    except Exception as error:
+        if error is first:
+            raise
+        return None, error
+    finally:
+        del first  # Its traceback holds this frame: no cycle.
+    return result, None
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether an error may go away by itself: there was no memory, and now there is."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _choose_alone(delivery: Delivery, report: Report) -> Exception | None:
+    """Choose tokens for one call; the error that it raises, if it does, is noted."""
+    choose = functools.partial(delivery.seat.call.choose, delivery.requests, delivery.logits)
+    delivery.choice, error = _attempt(choose)
+    if error is not None:
+        report.errors.append((delivery.seat, error))
+    return error
 
 
 class Engine:
@@ -47,13 +213,13 @@ class Engine:
         self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
         self.scheduler.prefix.counts = pool.prefix_counts
         self._buffers, self._patience = StepBuffers(self.keys[0].device), Patience(pool)
-        self._lock = threading.RLock()
-        self._handed_back = threading.Condition(self._lock)
-        self._stepped = threading.Condition(self._lock)
-        self._seats: dict[Request, Seat] = {}
-        self._leaving: list[Call] = []
         self._linears_for = linears_of(pool.config)
-        self._is_driven = False
+        self._identity = ModelIdentity()
+        self._quick_identity: object = None  # Of the model that the prefix cache serves.
+        self._seats: dict[Request, Seat] = {}
+        self._leaving: list[Seat] = []
+        self._driver: Seat | None = None
+        self._under_way: Schedule | None = None
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
         pool.caches.add(self)
         pool.engines.add(self)
@@ -68,10 +234,19 @@ class Engine:
         """Whether there are rows of calls under way."""
         return bool(self._seats)
 
-    def tables_in(self, key: GroupKey):
-        """Tables of the running rows in one attention group (for statistics and checks)."""
-        number = self.keys.index(key) if key in self.keys else None
-        return [] if number is None else [request.tables[number] for request in self.scheduler.running]
+    @property
+    def _is_driven(self) -> bool:
+        """Whether a call drives the steps."""
+        return self._driver is not None
+
+    def tables_in(self, key: GroupKey) -> list[BlockTable]:
+        """Tables that own blocks of one attention group (for statistics and checks)."""
+        if key not in self.keys:
+            return []
+        number = self.keys.index(key)
+        held = BlockTable(self.block_pools[number])
+        held.blocks = list(self.scheduler.held[number])
+        return [held, *(request.tables[number] for request in self.scheduler.running)]
 
     def run(self, model: PreTrainedModel, call: Call) -> torch.Tensor:
         """Run a call to its end in this thread, together with the calls of other threads.
@@ -85,113 +260,348 @@ class Engine:
         ------
         OutOfBlocksError
             If the pool cannot hold some row; raised when the other rows are done.
+        UnsupportedError
+            If a `RowStreamer` calls ``generate`` while it is told of tokens.
         Exception
             What a processor, criterion, streamer or the model raises; the other calls go on.
         """
-        seat = Seat(call, self._lock, is_inside(self.pool))
-        config = self.pool.config
-        identity = fingerprint(model, config.cache_salt, self.keys) if config.prefix_cache else None
-        with self._lock, self.pool.lock:
-            if identity is not None:
-                self.scheduler.prefix.use(identity)
+        if is_in_section():
+            raise UnsupportedError(
+                "generate was called by a streamer that is being told of tokens, and all calls wait for it: "
+                "hand the tokens to another thread and call generate there"
+            )
+        seat = Seat(call, is_inside(self.pool))
+        undo = Undo(functools.partial(self._drop, seat))
+        try:
+            with entered(self.pool):
+                self._enter(model, seat)
+                return self._take_part(model, seat)
+        finally:
+            undo.now()
+            seat.wait_until_left()
+
+    def _enter(self, model: PreTrainedModel, seat: Seat) -> None:
+        config, call, salt = self.pool.config, seat.call, current_salt()
+        quick = full = None
+        if config.prefix_cache:
+            # In this order: what changes in between is seen after the next step.
+            quick = self._identity.quick(model)
+            full = self._identity.full(model, config.cache_salt, self.keys)
+
+        def enter() -> None:
+            if full is not None:
+                self.scheduler.prefix.use(full)
+                self._quick_identity = quick
             for request in call.requests:
                 # Tokens that a row brings along may have been stored in any way.
-                request.salt = current_salt() if identity is not None and request.num_stored == 0 else None
+                request.salt = salt if full is not None and request.num_stored == 0 else None
                 self._seats[request] = seat
             for request in call.leaders:
                 self.scheduler.add(request)
-        try:
-            with entered(self.pool):
-                while not call.is_done:
-                    delivery = self._next_logits(model, seat)
-                    if delivery is not None:
-                        self._hand_back(seat, call.sample(*delivery))
-                return call.close()
-        finally:
-            self._leave(call)
 
-    def _next_logits(self, model, seat: Seat) -> tuple[list[Request], torch.Tensor] | None:
-        """Logits for some of the call's rows, as soon as a step has them; None: look whether the call is done."""
-        with self._lock:
-            while True:
-                if seat.error is not None:
+        self._change(enter)
+
+    def _change(self, section):
+        """Run an atomic section under the pool's lock."""
+
+        def locked():
+            with self.pool.lock:
+                return section()
+
+        return atomically(locked)
+
+    # What a call does in its own thread.
+
+    def _take_part(self, model: PreTrainedModel, seat: Seat) -> torch.Tensor:
+        """Follow orders until the call is done."""
+        done: Report | Sampled | None = None
+        while True:
+            order = self._change(functools.partial(self._next_order, seat, done))
+            done = None
+            match order:
+                case None:
+                    return seat.call.close()
+                case Sleep():
+                    seat.sleep(order.seconds)
+                case Sample():
+                    choice = seat.call.choose(order.requests, order.logits)
+                    done = Sampled(seat.call.accept(order.requests, choice))
+                case Drive():
+                    done = self._run_step(model, seat, order)
+                case BaseException():
                     try:
-                        raise seat.error
+                        raise order
                     finally:
-                        seat.error = None  # Its traceback holds this seat: the cycle would keep blocks until gc.
-                if seat.failed:
-                    failed, seat.failed = seat.failed, []
-                    for request, error in failed:
-                        seat.call.fail(request, error)
-                    return None
-                if seat.logits and not (seat.call.is_quick and self._is_driven):
-                    self._pass_on()
-                    return seat.logits.popleft()
-                if seat.call.is_cancelled and not self._is_driven:
-                    seat.call.cancel()
-                if seat.call.is_done:
-                    return None
-                if self._is_driven:
-                    seat.is_asleep = True
-                    seat.news.wait()
-                    seat.is_asleep = False
-                elif not self._wait_for_others():
-                    self._is_driven = True
-                    break
+                        del order  # Its traceback holds this frame: no cycle.
+
+    def _run_step(self, model: PreTrainedModel, driver: Seat, order: Drive) -> Report:
+        """Run the chunks of all calls. What one of them raises is its own; what none of them raises is the driver's."""
+        report = Report(order.began)
+        chunks = self._prepare(order, report)
+        for part, logits in self._forward_all(model, driver, order, chunks, report):
+            report.chunks += part
+            report.deliveries += self._deliveries(order, part, logits)
+        report.chunks.sort(key=lambda chunk: chunk.request.order)
+        self._choose_for([delivery for delivery in report.deliveries if delivery.seat.call.is_quick], report)
+        if self.scheduler.prefix.is_in_use:
+            report.is_same_model = self._identity.quick(model) == self._quick_identity
+        return report
+
+    def _prepare(self, order: Drive, report: Report) -> list[Chunk]:
+        """Make the step's blocks addressable and copy the shared ones; the chunks whose blocks are ready."""
+        lost: dict[Chunk, Exception] = {}
+        for number, (group, copies) in enumerate(zip(self.scheduler.groups, order.schedule.copies)):
+            with self.pool.lock:
+                _, error = _attempt(functools.partial(group.copy_blocks, copies) if copies else group.ensure)
+            if error is not None:
+                ready = min(storage.num_blocks for storage in group.layers.values())
+                destinations = {destination for _, destination in copies}
+                for chunk in order.schedule.chunks:
+                    blocks = chunk.request.tables[number].blocks
+                    if not destinations.isdisjoint(blocks) or max(blocks, default=0) >= ready:
+                        lost[chunk] = error
+        report.errors += [(order.seats[chunk.request], error) for chunk, error in lost.items()]
+        failed = {seat for seat, _ in report.errors}
+        return [chunk for chunk in order.schedule.chunks if order.seats[chunk.request] not in failed]
+
+    def _forward_all(self, model, driver: Seat, order: Drive, chunks: list[Chunk], report: Report):
+        """Logits of the chunks, all in one forward or, if that fails, call by call: (chunks, logits) pairs."""
+        if not chunks:
+            return []
         try:
-            self._step(model)
+            return [(chunks, self._forward(model, chunks))]
+        except Exception as error:
+            first = error
+        try:
+            parts: dict[Seat, list[Chunk]] = {}
+            for chunk in chunks:
+                parts.setdefault(order.seats[chunk.request], []).append(chunk)
+            if list(parts) == [driver]:
+                raise first
+            done, failed = [], []
+            for seat, part in parts.items():
+                try:
+                    done.append((part, self._forward(model, part)))
+                except Exception as error:
+                    failed.append((seat, error))
+            if not failed and not _is_of_memory(first):
+                raise first  # It is no call's: a signal handler raised it, in this thread.
+            report.errors += failed
+            return done
         finally:
-            with self._lock:
-                self._is_driven = False
-                self._take_out(*self._leaving)
-                self._leaving.clear()
-                self._stepped.notify_all()
-        return None
+            del first  # Its traceback holds this frame: no cycle.
 
-    def _pass_on(self) -> None:
-        """Wake a call that drives on, now that this thread does not."""
-        asleep = (seat for seat in self._seats.values() if seat.is_asleep)
-        if not self._is_driven and (seat := next(asleep, None)) is not None:
-            seat.news.notify()
+    def _forward(self, model, chunks: list[Chunk]) -> torch.Tensor:
+        groups = self.scheduler.groups
+        # Tensors made under one caller's inference_mode could not be changed by another's processors.
+        with torch.inference_mode(False), torch.no_grad(), self._linears_for(model):
+            windows = [group.window for group in groups]
+            step = pack(chunks, windows, [group.layers for group in groups], self._buffers)
+            logits = run_step(model, step)
+        self.pool.page_reads += step.page_reads
+        return logits
 
-    def _wait_for_others(self) -> bool:
-        """Wait a moment for calls that are sampling, so that they do not miss the step; False: go on."""
+    @staticmethod
+    def _deliveries(order: Drive, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[Delivery]:
+        """Logits ``[samples, vocab]`` by call. Followers of a row whose prompt is stored now start from its logits."""
+        places: dict[Seat, dict[Request, int]] = {}
+        sampled = [chunk.request for chunk in chunks if chunk.samples]
+        for place, request in enumerate(sampled):
+            rows = [request, *(row for row in request.followers if row in order.seats)]
+            places.setdefault(order.seats[request], {}).update(dict.fromkeys(rows, place))
+        deliveries = []
+        for seat, place_of in places.items():
+            requests = seat.call.by_place(place_of)
+            at = [place_of[request] for request in requests]
+            is_slice = at == list(range(at[0], at[0] + len(at)))
+            deliveries.append(Delivery(seat, requests, logits[at[0] : at[0] + len(at)] if is_slice else logits[at]))
+        return deliveries
+
+    @staticmethod
+    def _choose_for(deliveries: list[Delivery], report: Report) -> None:
+        """Choose tokens for quick calls, those that choose alike together."""
+        recipes = [delivery.seat.call.recipe for delivery in deliveries]
+        chosen = choose_together(recipes, [delivery.logits for delivery in deliveries])
+        left = [(delivery, tokens) for delivery, tokens in zip(deliveries, chosen) if tokens is None]
+        joint: dict[int, list[tuple[Delivery, Exception]]] = {}
+        for delivery, tokens in zip(deliveries, chosen):
+            if isinstance(tokens, Exception):
+                joint.setdefault(id(tokens), []).append((delivery, tokens))
+            elif tokens is not None:
+                delivery.choice = Choice(tokens)
+        for failed in joint.values():
+            errors = [_choose_alone(delivery, report) for delivery, _ in failed]
+            if not any(errors) and not _is_of_memory(failed[0][1]):
+                raise failed[0][1]  # It is no call's: a signal handler raised it, in this thread.
+        for delivery, _ in left:
+            _choose_alone(delivery, report)
+
+    # What happens in sections, under the pool's lock.
+
+    def _next_order(self, seat: Seat, done: Report | Sampled | None):
+        """Note what a call has done; what it does next: an order, an error to raise, or None if it is done."""
+        if isinstance(done, Report):
+            self._finish_step(done)
+        elif isinstance(done, Sampled):
+            self._hand_back(seat, done)
+        if seat.error is None and seat.failed:
+            for request, error in seat.failed:
+                seat.call.fail(request, error)
+            seat.failed.clear()
+        if seat.error is not None:
+            error, seat.error = seat.error, None  # Its traceback may hold this seat: the cycle would keep blocks.
+            self._pass_on(seat)
+            return error
+        if seat.logits:
+            self._pass_on(seat)
+            return Sample(*seat.logits.popleft())
+        if seat.call.is_cancelled and not self._is_in_step(seat):
+            self._cancel(seat)
+        if seat.call.is_done:
+            self._pass_on(seat)
+            return None
+        if self._driver not in (None, seat):
+            seat.is_asleep = True
+            return Sleep(None)
+        self._driver = seat
+        return self._order_to_drive(seat)
+
+    def _order_to_drive(self, seat: Seat):
+        seconds = self._wait_for_others()
+        order = self._plan() if seconds <= 0 else None
+        if order is None:
+            if seat.failed:
+                return self._next_order(seat, None)
+            # What does not fit waits for rows that other threads are sampling.
+            seat.is_asleep = True
+            order = Sleep(seconds if seconds > 0 else _PATIENCE)
+        return order
+
+    def _wait_for_others(self) -> float:
+        """Seconds that calls which are sampling may still take, so that they do not miss the step."""
         ended, took = self._last_step
         left = ended + _GRACE * took - time.monotonic()
-        if left <= 0 or not any(seat.is_sampling for seat in set(self._seats.values())):
-            return False
-        self._handed_back.wait(left)
-        return True
+        return left if left > 0 and any(seat.is_sampling for seat in set(self._seats.values())) else 0.0
 
-    def _hand_back(self, seat: Seat, sampled: list[tuple[Request, int | None]]) -> None:
+    def _plan(self) -> Drive | None:
+        began = time.monotonic()
+        self._cancel_calls()
+        self.scheduler.is_closed = self.pool.num_waiting > 0
+        # A call from inside another one cannot wait for it.
+        is_awaited = any(seat.is_inside for seat in self._seats.values())
+        self.scheduler.keeps_budget = self._patience.is_for_rectangles and not is_awaited
+        schedule = self.scheduler.schedule()
+        for request, error in schedule.failed:
+            self._seats[request].failed.append((request, error))
+            self._seats[request].wake()
+        if not schedule.chunks:
+            return None
+        self._under_way = schedule
+        rows = [row for chunk in schedule.chunks for row in (chunk.request, *chunk.request.followers)]
+        return Drive(schedule, {row: self._seats[row] for row in rows if row in self._seats}, began)
+
+    def _is_in_step(self, seat: Seat) -> bool:
+        """Whether a row of the call runs in the step under way, which writes to its blocks."""
+        step = self._under_way
+        return step is not None and any(self._seats.get(chunk.request) is seat for chunk in step.chunks)
+
+    def _finish_step(self, report: Report) -> None:
+        schedule, self._under_way = self._under_way, None
+        if not report.is_same_model:
+            self.scheduler.prefix.suspend()
+        self.scheduler.done(Schedule(report.chunks, schedule.copies, []))
+        for seat, error in report.errors:
+            self._fail(seat, error)
+        for delivery in report.deliveries:
+            if delivery.seat.error is None and delivery.seat not in self._leaving:
+                self._deliver(delivery)
+        self._take_out_leaving()
+        self._last_step = (time.monotonic(), time.monotonic() - report.began)
+        self._cancel_calls()
+
+    def _deliver(self, delivery: Delivery) -> None:
+        seat = delivery.seat
+        for request in delivery.requests:
+            self.scheduler.follow(request)
+        if delivery.choice is None:
+            seat.logits.append((delivery.requests, delivery.logits))
+            seat.is_sampling = True
+            seat.wake()  # It begins meanwhile.
+            return
+        try:
+            self._note(seat, seat.call.accept(delivery.requests, delivery.choice))
+        except BaseException as error:  # Of its streamer.
+            self._fail(seat, error)
+        if seat.call.is_done:
+            seat.wake()
+
+    def _note(self, seat: Seat, tokens: list[tuple[Request, int | None]]) -> None:
         """Give sampled rows their tokens; the blocks of finished ones are free at once."""
-        with self._lock, self.pool.lock:
-            seat.is_sampling = bool(seat.logits)
-            for request, token in sampled:
-                if token is None:
-                    self._take_out_row(request, seat.call)
-                else:
-                    request.tokens.append(token)
-            self._handed_back.notify_all()
-
-    def _leave(self, call: Call) -> None:
-        """Take all that is left of a call out, however it ended."""
-        with self._lock:
-            if self._is_driven and any(request in self._seats for request in call.requests):
-                # A step under way writes to its rows' blocks: its driver frees them when it is over.
-                self._leaving.append(call)
-                while call in self._leaving:
-                    self._stepped.wait()
+        for request, token in tokens:
+            if token is None:
+                self._take_out_row(request, seat.call)
             else:
-                self._take_out(call)
-            self._pass_on()
+                request.tokens.append(token)
 
-    def _take_out(self, *calls: Call) -> None:
+    def _hand_back(self, seat: Seat, sampled: Sampled) -> None:
+        seat.is_sampling = bool(seat.logits)
+        self._note(seat, sampled.tokens)
+        if self._is_driven:
+            self._driver.wake()
+
+    def _fail(self, seat: Seat, error: BaseException) -> None:
+        """End a call by an error. Its rows are out at once: what their blocks hold may be wrong."""
+        seat.error = error
+        self._take_out_rows(seat)
+        seat.wake()
+
+    def _cancel_calls(self) -> None:
+        for seat in set(self._seats.values()):
+            if seat.call.is_cancelled and not seat.is_sampling:
+                self._cancel(seat)
+
+    def _cancel(self, seat: Seat) -> None:
+        """End a call with the tokens that it has."""
+        seat.call.cancel()
+        self._take_out_rows(seat)
+        seat.wake()
+
+    def _pass_on(self, seat: Seat) -> None:
+        """Let another call drive, if it was this one that did."""
+        if self._driver is seat:
+            self._driver = None
+        if not self._is_driven:
+            asleep = (other for other in self._seats.values() if other.is_asleep)
+            if (other := next(asleep, None)) is not None:
+                other.wake()
+
+    def _drop(self, seat: Seat) -> None:
+        """Take all that is left of a call out, however it ended. Idempotent."""
         with self.pool.lock:
-            for call in calls:
-                for request in call.requests:
-                    self._take_out_row(request, call)
-        self._handed_back.notify_all()
+            if self._driver is seat and self._under_way is not None:
+                schedule, self._under_way = self._under_way, None
+                self.scheduler.abort(schedule)
+                self._take_out_leaving()
+            if self._is_in_step(seat):
+                self._leaving.append(seat)  # The driver takes it out when the step is over.
+            else:
+                self._take_out(seat)
+            self._pass_on(seat)
+
+    def _take_out_leaving(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        for seat in leaving:
+            self._take_out(seat)
+
+    def _take_out(self, seat: Seat) -> None:
+        self._take_out_rows(seat)
+        seat.tell_left()
+        if self._is_driven:
+            self._driver.wake()
+
+    def _take_out_rows(self, seat: Seat) -> None:
+        for request in seat.call.requests:
+            self._take_out_row(request, seat.call)
 
     def _take_out_row(self, request: Request, call: Call) -> None:
         """Take a row out, finished or not; a cache of its caller's gets what is stored of it."""
@@ -200,89 +610,11 @@ class Engine:
                 adopt(call.cache, request, self.pool, self.keys)
             self.scheduler.remove(request)
 
-    def _step(self, model) -> None:
-        """Run one step for every row that can run."""
-        began = time.monotonic()
-        with self._lock:
-            with self.pool.lock:
-                self.scheduler.is_closed = self.pool.num_waiting > 0
-                # A call from inside another one cannot wait for it.
-                is_awaited = any(seat.is_inside for seat in self._seats.values())
-                self.scheduler.keeps_budget = self._patience.is_for_rectangles and not is_awaited
-                schedule = self.scheduler.schedule()
-                for group, copies in zip(self.scheduler.groups, schedule.copies):
-                    # Before the lock is let go: a row that gave a source up may leave it to another cache.
-                    group.copy_blocks(copies)
-                    for storage in group.layers.values():
-                        storage.ensure(group.blocks.high_water)
-            for request, error in schedule.failed:
-                self._seats[request].failed.append((request, error))
-                self._seats[request].news.notify()
-            if not schedule.chunks and not schedule.failed:
-                # What does not fit waits for rows that other threads are sampling.
-                self._handed_back.wait(_PATIENCE)
-        if schedule.chunks:
-            self._run(model, schedule)
-            self._last_step = (time.monotonic(), time.monotonic() - began)
-        with self._lock:
-            for seat in set(self._seats.values()):
-                if seat.call.is_cancelled and not seat.is_sampling:
-                    seat.call.cancel()
-                    seat.news.notify()
-
-    def _run(self, model, schedule: Schedule) -> None:
-        """Run scheduled chunks and deliver their logits, or an error to the call whose chunks raise it."""
-        try:
-            logits = self._forward(model, schedule)
-        except Exception as error:
-            parts = self._by_call(schedule)
-            for seat, chunks in parts.items():
-                if len(parts) == 1:
-                    self._tell(seat, error)
-                else:  # Which call it was shows when each is run by itself.
-                    self._run(model, Schedule(chunks, [], []))
-            return
-        with self._lock, self.pool.lock:
-            self.scheduler.done(schedule)
-            seats = deliver(self._seats, self.scheduler, schedule, logits)
-        for seat in seats:
-            if not seat.call.is_quick:
-                self._tell(seat)  # It begins meanwhile.
-        self._sample_for([seat for seat in seats if seat.call.is_quick])
-
-    def _tell(self, seat: Seat, error: BaseException | None = None) -> None:
-        """Wake a call: there are logits for it, it is done, or it has failed."""
-        with self._lock:
-            seat.error = error or seat.error
-            seat.news.notify()
-
-    def _sample_for(self, seats: list[Seat]) -> None:
-        """Sample for calls in the driver's thread."""
-        chosen = choose_together([seat.call.recipe for seat in seats], [seat.logits[0][1] for seat in seats])
-        for seat, tokens in zip(seats, chosen):
-            try:
-                self._hand_back(seat, seat.call.sample(*seat.logits.popleft(), tokens))
-            except BaseException as error:
-                self._tell(seat, error)
-                if not isinstance(error, Exception):  # It was meant for the driver; the call cannot go on either.
-                    raise
-            if seat.call.is_done:
-                self._tell(seat)
-
-    def _by_call(self, schedule: Schedule) -> dict[Seat, list[Chunk]]:
-        parts: dict[Seat, list[Chunk]] = {}
-        with self._lock:
-            for chunk in schedule.chunks:
-                if (seat := self._seats.get(chunk.request)) is not None:
-                    parts.setdefault(seat, []).append(chunk)
-        return parts
-
-    def _forward(self, model, schedule: Schedule) -> torch.Tensor:
-        groups = self.scheduler.groups
-        # Tensors made under one caller's inference_mode could not be changed by another's processors.
-        with torch.inference_mode(False), torch.no_grad(), self._linears_for(model):
-            windows = [group.window for group in groups]
-            step = pack(schedule.chunks, windows, [group.layers for group in groups], self._buffers)
-            logits = run_step(model, step)
-        self.pool.page_reads += step.page_reads
-        return logits
+    def forget_other_threads(self) -> None:
+        """Drop the calls of all threads but this one: in a forked child they are gone."""
+        here = threading.get_ident()
+        for seat in [self._driver, *self._seats.values()]:
+            if seat is not None and seat.thread != here:
+                self._drop(seat)
+        if self._under_way is None:
+            self._take_out_leaving()

@@ -96,3 +96,11 @@ def _by_kind(samples: list[torch.Tensor]) -> Iterator[bytes]:
         kinds.setdefault((sample.dtype, sample.device), []).append(sample)
     for parts in kinds.values():
         yield torch.cat(parts).cpu().view(torch.uint8).numpy().tobytes()
+
+
+class ModelIdentity:
+    def full(self, model, *besides):
+        return fingerprint(model, *besides)
+
+    def quick(self, model):
+        return tuple((p.data_ptr(), p._version) for p in model.parameters())

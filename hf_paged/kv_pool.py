@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,12 @@ from transformers.utils import logging
 
 from hf_paged.kernels import ops
 
+from .atomic import after_fork_in_child
 from .config import PagedConfig, physical_memory
 from .errors import OutOfBlocksError
 from .pool import BlockPool
 from .prefix import PrefixCounts
-from .reservation import Reservation, draw
+from .reservation import Reservation, of_this_thread
 from .storage import KVStorage
 
 logger = logging.get_logger(__name__)
@@ -50,20 +52,25 @@ class GroupPool:
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVStorage:
         """Storage of layer `index`, made for states ``[batch, num_kv_heads, tokens, head_dim]`` if new."""
         if index not in self.layers:
-            self.layers[index] = KVStorage(
-                key.shape[1], key.shape[3], value.shape[3], self.blocks.block_size, key.dtype, key.device, self.capacity
-            )
+            shape = key.shape[1], key.shape[3], value.shape[3], self.blocks.block_size
+            self.layers[index] = KVStorage(*shape, key.dtype, key.device, self.capacity, self.budget_blocks)
         return self.layers[index]
 
-    def allocate(self, num_blocks: int) -> list[int]:
+    def allocate(self, num_blocks: int, promised: Sequence[Reservation] | None = None) -> list[int]:
         """As `BlockPool.allocate`; past the budget the pool grows, with one warning.
+
+        Parameters
+        ----------
+        promised : sequence of Reservation or None
+            Those that the blocks are taken from, as far as they go; None: those of this thread.
 
         Raises
         ------
         OutOfBlocksError
             If the memory of the device cannot hold them.
         """
-        draw(self, num_blocks)
+        for reservation in of_this_thread() if promised is None else promised:
+            reservation.draw(self, num_blocks)
         try:
             return self.blocks.allocate(num_blocks)
         except OutOfBlocksError as error:
@@ -79,21 +86,27 @@ class GroupPool:
             self.blocks.grow(extra)
             return self.blocks.allocate(num_blocks)
 
+    def ensure(self) -> None:
+        """Make every block that was ever handed out addressable in every layer. Called under the pool's lock."""
+        for storage in self.layers.values():
+            storage.ensure(self.blocks.high_water)
+
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks in every layer: the copy of copy-on-write."""
         if not copies:
             return
         source, destination = torch.tensor(copies, device=self.key.device).unbind(1)
+        self.ensure()
         for storage in self.layers.values():
-            storage.ensure(self.blocks.high_water)
             ops.copy_blocks(storage.key_cache, storage.value_cache, source, destination)
 
 
 class KVPool:
     """The blocks of one model (of its decoder), shared by every cache of that model.
 
-    Owns the storage; caches own the blocks they use and give them back when they die. Every mutation
-    happens under `lock`, and storage grows only before a step writes to it.
+    Owns the storage; caches own the blocks they use and give them back when they die. What changes the pool's
+    state is an atomic section (`atomic.py`) and holds `lock`, which readers hold, too; storage grows only before a
+    step writes to it, under `lock`.
 
     Parameters
     ----------
@@ -108,12 +121,18 @@ class KVPool:
         self.engines: weakref.WeakSet = weakref.WeakSet()
         self.reservations: list[Reservation] = []
         self.last_reserved = float("-inf")  # When a reservation last ended, on `time.monotonic`'s clock.
-        self.num_waiting = 0  # Calls that wait for a reservation; new packed rows let them go first.
+        self.waiting: set[Reservation] = set()  # Of calls that wait; new packed rows let them go first.
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
         self.packed_calls = 0
         self.fallbacks: Counter[str] = Counter()
         self.prefix_counts = PrefixCounts()
+        _all.add(self)
+
+    @property
+    def num_waiting(self) -> int:
+        """Calls that wait for a reservation."""
+        return len(self.waiting)
 
     def group(self, group_key: GroupKey, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> GroupPool:
         """The group of that key; sized at its first use from one layer's states and the model's layer count."""
@@ -128,3 +147,20 @@ class KVPool:
         with self.lock:
             for key, group in self.groups.items():
                 group.blocks.check_integrity(table.blocks for cache in self.caches for table in cache.tables_in(key))
+
+
+_all: "weakref.WeakSet[KVPool]" = weakref.WeakSet()
+
+
+def _reset_in_child() -> None:
+    """In a forked child the calls of other threads are gone, and whoever held a lock with them."""
+    for pool in list(_all):
+        pool.lock = threading.RLock()
+        for reservation in {*pool.reservations, *pool.waiting}:
+            if not reservation.is_of_this_thread:
+                reservation.end(pool)
+        for engine in list(pool.engines):
+            engine.forget_other_threads()
+
+
+after_fork_in_child(_reset_in_child)

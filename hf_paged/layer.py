@@ -151,7 +151,7 @@ class PagedLayerMixin:
 
     def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
         """Why these states cannot go into pages."""
-        if self.sequences.pool is None and binding.current_call() is None:
+        if self.sequences.pool is None and binding.running_call() is None:
             return "the cache is used outside a paged model"
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             return "gradients flow through the cache"

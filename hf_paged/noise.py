@@ -48,8 +48,10 @@ class Noise:
     ``torch.multinomial(p, 1)`` on the CPU is ``(p / noise).argmax()`` with one such draw a call, and row
     chunks drawn in order equal one draw of all rows.
 
-    Takes over the state of torch's global CPU generator and moves that on by one draw, so that calls at the
-    same time differ; `close` puts it where dense would have left it, unless somebody else has moved it.
+    Takes over the state of torch's global CPU generator. The first draw moves that on by one number, so that calls
+    at the same time differ; `close` puts it where dense would have left it, unless it was moved by others meanwhile.
+
+    A draw that is interrupted can be made again: it changes nothing before its end.
 
     Parameters
     ----------
@@ -57,15 +59,11 @@ class Noise:
     """
 
     def __init__(self, batch_size: int, vocab_size: int):
-        self._generator = torch.Generator()
-        with _lock:
-            self._generator.set_state(torch.get_rng_state())
-            torch.rand(1)
-            self._left = torch.get_rng_state()
         self._chunks = [(first, min(first + _CHUNK_ROWS, batch_size)) for first in range(0, batch_size, _CHUNK_ROWS)]
         self._vocab_size = vocab_size
-        self._drawn = 0  # Logical steps drawn so far.
         self._states: dict[tuple[int, int], torch.Tensor] = {}  # (step, chunk) -> state before it
+        self._left: torch.Tensor | None = None  # The state in which the first draw left the global generator.
+        self._front = (0, torch.get_rng_state())  # Logical steps drawn so far, and the state after them.
 
     def rows(self, step: int, rows: list[int]) -> torch.Tensor:
         """The noise of some rows at logical step `step`, ``[len(rows), vocab]`` float32.
@@ -75,21 +73,33 @@ class Noise:
         rows : list of int
             In rising order.
         """
+        self._part_from_others()
         chunks: dict[int, torch.Tensor] = {}
         wanted = {row // _CHUNK_ROWS for row in rows}
-        while self._drawn <= step:
-            is_last = self._drawn == step
-            for number in range(len(self._chunks)):
-                self._states[self._drawn, number] = self._generator.get_state()
-                noise = self._draw(number, self._generator)
-                if is_last and number in wanted:
-                    chunks[number] = noise
-            self._drawn += 1
+        while self._front[0] <= step:
+            drawn = self._advance()
+            if self._front[0] > step:
+                chunks = {number: drawn[number] for number in wanted}
         for number in wanted - chunks.keys():
-            again = torch.Generator()
-            again.set_state(self._states[step, number])
-            chunks[number] = self._draw(number, again)
+            chunks[number] = self._draw(number, _generator(self._states[step, number]))
         return torch.stack([chunks[row // _CHUNK_ROWS][row % _CHUNK_ROWS] for row in rows])
+
+    def _part_from_others(self) -> None:
+        """Let a call that begins now start from other numbers."""
+        if self._left is None:
+            with _lock:
+                torch.rand(1)
+                self._left = torch.get_rng_state()
+
+    def _advance(self) -> list[torch.Tensor]:
+        """Draw the next logical step, chunk by chunk."""
+        step, state = self._front
+        generator, drawn = _generator(state), []
+        for number in range(len(self._chunks)):
+            self._states[step, number] = generator.get_state()
+            drawn.append(self._draw(number, generator))
+        self._front = (step + 1, generator.get_state())
+        return drawn
 
     def _draw(self, number: int, generator: torch.Generator) -> torch.Tensor:
         first, end = self._chunks[number]
@@ -102,10 +112,14 @@ class Noise:
 
     def close(self, num_steps: int) -> None:
         """Leave the global generator as dense would after `num_steps` logical steps."""
-        while self._drawn < num_steps:
-            for number in range(len(self._chunks)):
-                self._draw(number, self._generator)
-            self._drawn += 1
+        while self._front[0] < num_steps:
+            self._advance()
         with _lock:
-            if torch.equal(torch.get_rng_state(), self._left):
-                torch.set_rng_state(self._generator.get_state())
+            if self._left is not None and torch.equal(torch.get_rng_state(), self._left):
+                torch.set_rng_state(self._front[1])
+
+
+def _generator(state: torch.Tensor) -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator

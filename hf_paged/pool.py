@@ -1,6 +1,6 @@
 """BlockPool: which blocks are free, cached or used, and by how many block tables. No tensors here."""
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 
 from .errors import BlockError, OutOfBlocksError
@@ -37,6 +37,7 @@ class BlockPool:
         self._free: list[int] = []
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._kept: dict[int, Callable[[int], None]] = {}  # Used or cached -> who is told when it is evicted.
+        self._holds: Counter[int] = Counter()  # Owners of used blocks that `hold` added.
         self._returned: deque[list[int]] = deque()
         self.reserved = 0  # Blocks, free or cached, that are promised to calls under way.
 
@@ -112,6 +113,20 @@ class BlockPool:
                 raise BlockError(f"block {block} is not in use: it cannot be shared")
         for block in blocks:
             self._ref_counts[block] += 1
+
+    def hold(self, block: int) -> None:
+        """Let one owner of a block only keep it from being handed out: `is_shared` does not count it any more."""
+        self._holds[block] += 1
+
+    def let_go(self, block: int) -> None:
+        """Undo `hold`, and free the block."""
+        self._holds[block] -= 1
+        self._holds += Counter()  # Without those that are zero.
+        self.free([block])
+
+    def is_shared(self, block: int, but: int = 0) -> bool:
+        """Whether several rows own `block`, `but` of them not counted: who writes to it must copy it first."""
+        return self._ref_counts[block] - self._holds[block] - but > 1
 
     def free(self, blocks: Iterable[int]) -> None:
         """Take an owner from each of `blocks`; those without any become free or, if they are kept, cached.

@@ -80,7 +80,7 @@ class PrefixCache:
         self.block_size = pools[0].block_size
         self.counts = PrefixCounts()
         self._pools, self._windows = list(pools), list(windows)
-        self._identity = b""
+        self._identity: bytes | None = b""  # None: suspended.
         self._drops = 0
         self._entries: dict[bytes, _Entry] = {}
         self._entry_of: list[dict[int, _Entry]] = [{} for _ in pools]  # For each group, by block.
@@ -91,6 +91,17 @@ class PrefixCache:
         if identity != self._identity:
             self.drop()
             self._identity = identity
+
+    def suspend(self) -> None:
+        """Forget every block, and look up and store nothing until `use` is called: the model is being changed."""
+        if self._identity is not None:
+            self.drop()
+            self._identity = None
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether `use` was called, and not `suspend` after it."""
+        return bool(self._identity)
 
     def drop(self) -> None:
         """Forget every block; cached ones become free. Rows that run already store nothing any more."""
@@ -141,7 +152,9 @@ class PrefixCache:
     def digests(self, request: Request, start: int, end: int) -> list[bytes]:
         """What the blocks that tokens ``start .. end - 1`` complete will be stored under."""
         first, last = start // self.block_size, end // self.block_size
-        if first == last or request.salt is None or request.chain[:1] != [self._root(request.salt)]:
+        if first == last or request.salt is None or self._identity is None:
+            return []
+        if request.chain[:1] != [self._root(request.salt)]:
             return []
         self._extend(request, last)
         return request.chain[first + 1 : last + 1]
@@ -187,7 +200,9 @@ class PrefixCache:
         return entry if entry is not None and entry.tokens == self._tokens(request, index) else None
 
     def _num_findable(self, request: Request) -> int:
-        return 0 if request.salt is None else (len(request.tokens) - 1) // self.block_size
+        if request.salt is None or self._identity is None:
+            return 0
+        return (len(request.tokens) - 1) // self.block_size
 
     def _num_seen(self, number: int, num_blocks: int) -> int:
         """How many of the first `num_blocks` blocks of a row the next token sees in group `number`."""
@@ -207,7 +222,7 @@ class PrefixCache:
 
     def _anchor(self, request: Request) -> None:
         """Begin the row's chain anew if its blocks would be stored under another root by now."""
-        if request.salt is not None and request.chain[:1] != [self._root(request.salt)]:
+        if request.salt is not None and self._identity is not None and request.chain[:1] != [self._root(request.salt)]:
             request.chain = [self._root(request.salt)]
 
     def _extend(self, request: Request, num_blocks: int) -> None:

@@ -3,7 +3,6 @@
 Calls with equal recipes choose together: a step of many small calls costs as much as one of a large call.
 """
 
-import contextlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -55,32 +54,38 @@ class Recipe:
         return draw(scores.softmax(dim=-1)) if self.draws else likeliest(scores)
 
 
-def choose_together(recipes: Sequence[Recipe | None], logits: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+def choose_together(
+    recipes: Sequence[Recipe | None], logits: Sequence[torch.Tensor]
+) -> list[torch.Tensor | Exception | None]:
     """Next tokens for the rows of several calls, those of equal recipes in one go.
 
     Parameters
     ----------
     recipes : sequence of Recipe or None
-        One a call.
+        One per call.
     logits : sequence of torch.Tensor
         ``[rows, vocab]`` for each call; not changed.
 
     Returns
     -------
-    list of torch.Tensor or None
-        ``[rows]`` int64 for each call; None for one that must choose by itself: it has no recipe, or together they
-        failed.
+    list of torch.Tensor, Exception or None
+        ``[rows]`` int64 for each call. An error that was raised while it chose together with others: it is the error
+        of one of them, or of none. None for a call without a recipe.
     """
     alike: dict[Recipe, list[int]] = {}
     for number, recipe in enumerate(recipes):
         if recipe is not None:
             alike.setdefault(recipe, []).append(number)
-    chosen: list[torch.Tensor | None] = [None] * len(recipes)
+    chosen: list[torch.Tensor | Exception | None] = [None] * len(recipes)
     for recipe, numbers in alike.items():
         parts = [logits[number] for number in numbers]
-        # An error is of one of them: it will be raised when that chooses by itself.
-        with contextlib.suppress(Exception), torch.inference_mode(False), torch.no_grad():
-            tokens = recipe.choose(torch.cat(parts) if len(parts) > 1 else parts[0])
-            for number, part in zip(numbers, tokens.split([len(part) for part in parts])):
-                chosen[number] = part
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                tokens = recipe.choose(torch.cat(parts) if len(parts) > 1 else parts[0])
+        except Exception as error:
+            for number in numbers:
+                chosen[number] = error
+            continue
+        for number, part in zip(numbers, tokens.split([len(part) for part in parts])):
+            chosen[number] = part
     return chosen

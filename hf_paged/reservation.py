@@ -5,9 +5,12 @@ all their rows to their end, so they come in when all of these are free, or when
 """
 
 import contextlib
+import functools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+
+from .atomic import Undo, atomically
 
 _PAUSE = 0.005  # Seconds between two looks at the pool.
 _PATIENCE = 10.0  # Seconds without any progress on the pool, after which nobody is worth waiting for.
@@ -15,36 +18,43 @@ _LINGER = 0.1  # Seconds that the cache of a call may outlive its loop, inside `
 
 
 class _ThreadState(threading.local):
-    def __init__(self):
-        self.pools: list = []  # On which this thread runs calls, outermost first.
-        self.reservations: list[Reservation] = []
+    pools: tuple = ()  # On which this thread runs calls, outermost first.
+    reservations: "tuple[Reservation, ...]" = ()
 
 
 _thread = _ThreadState()
 
 
 class Reservation:
-    """Blocks that others may not take, by attention group.
+    """Blocks that others may not take, by attention group. Changed in atomic sections, under the pool's lock.
 
     Parameters
     ----------
     needs : mapping of GroupPool to int
-        What the call holds at most, at any time.
+        Blocks that the call holds at most, at any time.
     """
 
     def __init__(self, needs: Mapping):
-        self._needs, self._left = dict(needs), dict(needs)
+        self._needs, self._left = dict(needs), dict.fromkeys(needs, 0)
+        self._thread = threading.get_ident()
+
+    @property
+    def is_of_this_thread(self) -> bool:
+        return self._thread == threading.get_ident()
 
     def fits(self) -> bool:
-        return all(group.blocks.spare_blocks >= count for group, count in self._left.items())
+        return all(group.blocks.spare_blocks >= count for group, count in self._needs.items())
 
-    def take(self) -> None:
-        """Promise the blocks. Called under the pool's lock."""
-        for group, count in self._left.items():
+    def begin(self, pool) -> None:
+        """Promise the blocks."""
+        for group, count in self._needs.items():
             group.blocks.reserved += count
+            self._left[group] = count
+        pool.waiting.discard(self)
+        pool.reservations.append(self)
 
     def draw(self, group, num_blocks: int) -> None:
-        """Turn promised blocks of `group` into ones that this thread may allocate now, as far as they go."""
+        """Turn promised blocks of `group` into ones that the call may allocate now, as far as they go."""
         drawn = min(num_blocks, self._left.get(group, 0))
         if drawn:
             self._left[group] -= drawn
@@ -58,11 +68,16 @@ class Reservation:
             self._left[group] = left + back
             group.blocks.reserved += back
 
-    def give_up(self) -> None:
-        """Take back what is left of the promise. Called under the pool's lock."""
+    def end(self, pool) -> None:
+        """Take back what is left of the promise. Idempotent."""
+        pool.waiting.discard(self)
+        if self not in pool.reservations:
+            return
         for group, count in self._left.items():
             group.blocks.reserved -= count
         self._needs.clear(), self._left.clear()
+        pool.reservations.remove(self)
+        pool.last_reserved = time.monotonic()
 
 
 class Patience:
@@ -90,19 +105,25 @@ class Patience:
         return (bool(self._pool.reservations) or just_ended) and not self.is_over
 
 
-def draw(group, num_blocks: int) -> None:
-    """Let the call that runs on this thread use what it reserved. Called under the pool's lock."""
-    for reservation in _thread.reservations:
-        reservation.draw(group, num_blocks)
+def of_this_thread() -> "tuple[Reservation, ...]":
+    """The reservations of the calls that run on this thread."""
+    return _thread.reservations
 
 
 @contextlib.contextmanager
-def keeping(group):
-    """Blocks that the call on this thread frees inside stay promised to it. Entered under the pool's lock."""
+def keeping(group, promised: Sequence[Reservation] | None = None) -> Iterator[None]:
+    """Blocks that a call frees inside stay promised to it. Entered under the pool's lock.
+
+    Parameters
+    ----------
+    group : GroupPool
+    promised : sequence of Reservation or None
+        The call's; None: those of this thread.
+    """
     spare = group.blocks.spare_blocks
     yield
     freed = group.blocks.spare_blocks - spare
-    for reservation in _thread.reservations:
+    for reservation in of_this_thread() if promised is None else promised:
         reservation.put_back(group, freed)
 
 
@@ -112,17 +133,18 @@ def is_inside(pool) -> bool:
 
 
 @contextlib.contextmanager
-def entered(pool):
+def entered(pool, *reservations: Reservation) -> Iterator[None]:
     """Mark that this thread runs a call on `pool`: calls that its callbacks make must not wait for it."""
-    _thread.pools.append(pool)
+    before = _thread.pools, _thread.reservations
     try:
+        _thread.pools, _thread.reservations = (*before[0], pool), (*before[1], *reservations)
         yield
     finally:
-        _thread.pools.pop()
+        _thread.pools, _thread.reservations = before
 
 
 @contextlib.contextmanager
-def reserve(pool, needs: Mapping):
+def reserve(pool, needs: Mapping) -> Iterator[None]:
     """Run a rectangular call: wait until its blocks are free, all of them, and keep them for this thread.
 
     Where nobody else runs on the pool, or this call is made from inside another, there is nothing to wait for: it
@@ -135,38 +157,39 @@ def reserve(pool, needs: Mapping):
         Blocks, at most.
     """
     reservation = Reservation(needs)
-    is_kept = not is_inside(pool) and _wait(pool, reservation)
-    with entered(pool):
-        if not is_kept:
+    undo = Undo(functools.partial(_end, pool, reservation))
+    try:
+        is_kept = not is_inside(pool) and _wait(pool, reservation)
+        with entered(pool, *([reservation] if is_kept else [])):
             yield
-            return
-        _thread.reservations.append(reservation)
-        try:
-            yield
-        finally:
-            _thread.reservations.remove(reservation)
-            with pool.lock:
-                reservation.give_up()
-                pool.reservations.remove(reservation)
-                pool.last_reserved = time.monotonic()
+    finally:
+        undo.now()
+
+
+def _end(pool, reservation: Reservation) -> None:
+    with pool.lock:
+        reservation.end(pool)
 
 
 def _wait(pool, reservation: Reservation) -> bool:
     """Whether the blocks were promised; False if they are not there and nobody will free them."""
     patience = Patience(pool)
+    while True:
+        is_kept = atomically(functools.partial(_try, pool, reservation, patience))
+        if is_kept is not None:
+            return is_kept
+        time.sleep(_PAUSE)
+
+
+def _try(pool, reservation: Reservation, patience: Patience) -> bool | None:
+    """Promise the blocks if they are free; False: nobody will free them; None: look again soon."""
     with pool.lock:
-        pool.num_waiting += 1
-    try:
-        while True:
-            with pool.lock:
-                if reservation.fits():
-                    reservation.take()
-                    pool.reservations.append(reservation)
-                    return True
-                are_packed = any(engine.is_running for engine in pool.engines)
-                if not (patience.is_for_rectangles or (are_packed and not patience.is_over)):
-                    return False
-            time.sleep(_PAUSE)
-    finally:
-        with pool.lock:
-            pool.num_waiting -= 1
+        pool.waiting.add(reservation)
+        if reservation.fits():
+            reservation.begin(pool)
+            return True
+        are_packed = any(engine.is_running for engine in pool.engines)
+        if patience.is_for_rectangles or (are_packed and not patience.is_over):
+            return None
+        pool.waiting.discard(reservation)
+        return False

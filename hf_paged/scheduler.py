@@ -50,7 +50,8 @@ class Schedule:
     chunks : list of Chunk
         In order of arrival.
     copies : list of list of (source, destination)
-        For each group the blocks to copy before anything is written (copy-on-write).
+        For each group the blocks to copy before anything is written (copy-on-write). The scheduler holds the
+        sources until the step is done or aborted.
     failed : list of (Request, OutOfBlocksError)
         Rows that the whole pool cannot hold; they are out.
     """
@@ -83,6 +84,7 @@ class Scheduler:
         self.prefix = PrefixCache([group.blocks for group in groups], [group.window for group in groups])
         self.waiting: list[Request] = []  # Both in order of arrival.
         self.running: list[Request] = []
+        self.held: list[list[int]] = [[] for _ in groups]  # Sources of the copies of the step under way.
         self.num_preemptions = 0
         self.is_closed = False  # Whether rows that wait stay out while others run: a rectangular call is to come in.
         self.keeps_budget = False  # Whether a row alone waits, too: blocks of others will be free soon.
@@ -113,7 +115,20 @@ class Scheduler:
             row.release()
 
     def schedule(self) -> Schedule:
-        """Choose the next step and make room for it. Rows that are being sampled sit it out."""
+        """Choose the next step and make room for it. Rows that are being sampled sit it out.
+
+        The step before is done or aborted. After an error no row has any blocks: all run their tokens again.
+        """
+        try:
+            return self._schedule()
+        except BaseException:
+            # Rows may own blocks whose copies were never told to anyone.
+            for request in reversed(self.running[:]):
+                self._preempt(request)
+            self._let_go()
+            raise
+
+    def _schedule(self) -> Schedule:
         step = Schedule([], [[] for _ in self.groups], [])
         left, preemptions = self.token_budget, self.num_preemptions
         for request in list(self.running):
@@ -125,15 +140,42 @@ class Scheduler:
         is_closed = self.is_closed and self.running
         if self.waiting and left and self.num_preemptions == preemptions and not is_closed:
             self._admit(left, step)
+        if not step.chunks:
+            self._let_go()
         return step
 
     def done(self, step: Schedule) -> None:
-        """Note that a step has run: its tokens are stored, and next tokens are being sampled."""
+        """Note that a step has run: its tokens are stored, and next tokens are being sampled.
+
+        Parameters
+        ----------
+        step : Schedule
+            With those of its chunks that have run.
+        """
+        self._let_go()
         for chunk in step.chunks:
             chunk.request.num_stored = chunk.end
             self.prefix.store(chunk.request, chunk.start, chunk.end)
             if chunk.samples:
                 chunk.request.num_sampled = chunk.end
+
+    def abort(self, step: Schedule) -> None:
+        """Note that a step has not run, or not to its end: its rows are as before it.
+
+        Those whose copies may be missing give their blocks up.
+        """
+        missing = [{destination for _, destination in copies} for copies in step.copies]
+        for chunk in step.chunks:
+            is_short = any(not copied.isdisjoint(t.blocks) for copied, t in zip(missing, chunk.request.tables))
+            if is_short and chunk.request.state is State.RUNNING:
+                self._preempt(chunk.request)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Free the sources of the last step's copies."""
+        for group, held in zip(self.groups, self.held):
+            while held:
+                group.blocks.let_go(held.pop())
 
     def _move(self, request: Request, state: State) -> None:
         """Take a row from the queue it is in to its place in that of `state`."""
@@ -150,6 +192,9 @@ class Scheduler:
         while self._make_room(request, count, copies) is not None:
             self._yield_blocks(request, count, copies, step)
             if request.state is not State.RUNNING:
+                for index, (source, _) in copies:
+                    self.held[index].remove(source)
+                    self.groups[index].blocks.let_go(source)
                 return 0
         for index, pair in copies:
             step.copies[index].append(pair)
@@ -224,9 +269,14 @@ class Scheduler:
                 continue
             try:
                 allocate = group.allocate if beyond else group.blocks.allocate
-                copies.extend((index, pair) for pair in make_writable([table], [(start, end)], allocate))
+                pairs = make_writable([table], [(start, end)], allocate)
             except OutOfBlocksError:
                 return self._error(request, index)
+            for source, destination in pairs:
+                # The row that keeps the source may leave before it is copied, and another would write to it.
+                group.blocks.hold(source)
+                self.held[index].append(source)
+                copies.append((index, (source, destination)))
         return None
 
     def _yield_blocks(self, request: Request, count: int, copies: list, step: Schedule) -> None:
@@ -296,5 +346,5 @@ def _is_private(table: BlockTable, start: int, end: int) -> bool:
     first, last = (start - table.base) // size, (end - 1 - table.base) // size
     blocks, pool = table.blocks, table.pool
     return last < len(blocks) and all(
-        pool.ref_count(block) == 1 and not pool.is_kept(block) for block in blocks[first : last + 1]
+        not pool.is_shared(block) and not pool.is_kept(block) for block in blocks[first : last + 1]
     )

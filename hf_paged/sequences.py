@@ -5,13 +5,16 @@ at the same slots, so the tables are kept here, once an attention group; the fir
 the work and its siblings find it done.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from .block_table import BlockTable, make_writable
+from .atomic import atomically
+from .block_table import BlockTable
 from .group_rows import GroupRows
 from .kv_pool import GroupKey, KVPool
 from .padding import Padding
-from .reservation import keeping
+from .reservation import keeping, of_this_thread
 from .step import Step
 from .twins import agree
 
@@ -45,7 +48,7 @@ class Sequences:
 
     def __del__(self):
         for rows in self.groups.values():
-            for table in rows.tables:
+            for table in rows.owned:
                 # A finalizer may run inside the pool's own methods, on any thread: queue, do not free.
                 table.pool.give_back(table.blocks)
 
@@ -58,23 +61,43 @@ class Sequences:
         twin.padding, twin.twins, twin.record_past = self.padding.copy(), self.twins, self.record_past
         twin.deferred, twin._held = self.deferred, dict(self._held)
         if self.pool is not None:
-            with self.pool.lock:
+            self._settle(*self.groups.values())
+
+            def fork() -> None:
+                twin.bind(self.pool)
                 for key, rows in self.groups.items():
                     twin.groups[key] = copy = GroupRows(rows.pool, 0)
                     copy.tables = [table.fork() for table in rows.tables]
                     copy.lengths = dict(rows.lengths)
-                twin.bind(self.pool)
+
+            self._change(fork)
         return twin
 
     def bind(self, pool: KVPool) -> None:
         """Tie this cache to its model's pool, for life."""
         if self.pool is None:
-            with pool.lock:
-                self.pool = pool
-                pool.caches.add(self)
+            self.pool = pool
+            self._change(lambda: pool.caches.add(self))
 
     def tables_in(self, key: GroupKey) -> list[BlockTable]:
-        return self.groups[key].tables if key in self.groups else []
+        return self.groups[key].owned if key in self.groups else []
+
+    def _change(self, section: Callable[[], None]) -> None:
+        """Run an atomic section that changes tables, under the pool's lock."""
+
+        def locked():
+            with self.pool.lock:
+                section()
+
+        atomically(locked)
+
+    def _settle(self, *groups: GroupRows) -> None:
+        """Let every block hold what its row has stored, before it is read, written or shared."""
+        for rows in groups:
+            if not rows.is_settled:
+                with self.pool.lock, torch.no_grad():
+                    rows.copy_shared()
+                self._change(rows.let_go)
 
     def admits(self, positions: int) -> bool:
         """Whether a layer may begin with that many: cross-attention in a text's own cache counts others."""
@@ -114,19 +137,21 @@ class Sequences:
         ValueError
             If the batch size is not that of the cache.
         """
+        rows = self._rows(layer, window, key, value)
+        start = rows.lengths.get(layer, 0)
+        end = start + key.shape[2]
+        if rows.step is None or (rows.step.start, rows.step.end) != (start, end):
+            self._begin_step(rows, start, end)
+        step = rows.step
+        if step.twins is not None and not (agree(step.twins, key) and agree(step.twins, value)):
+            self._part_twins(rows, step)
+        self._settle(rows)
         with self.pool.lock, torch.no_grad():
-            rows = self._rows(layer, window, key, value)
-            start = rows.lengths.get(layer, 0)
-            end = start + key.shape[2]
-            if rows.step is None or (rows.step.start, rows.step.end) != (start, end):
-                rows.step = self._begin_step(rows, start, end)
-            if rows.step.twins is not None and not (agree(rows.step.twins, key) and agree(rows.step.twins, value)):
-                rows.step = self._part_twins(rows, rows.step)
             storage = rows.pool.layer(layer, key, value)
             storage.ensure(rows.pool.blocks.high_water)
             rows.step.write(storage, key, value)
             rows.lengths[layer] = end
-            return rows, rows.step
+        return rows, rows.step
 
     def _rows(self, layer, window, key, value) -> GroupRows:
         if self.batch_size != key.shape[0]:
@@ -136,45 +161,48 @@ class Sequences:
             )
         group_key = GroupKey(window, key.dtype, key.device)
         if group_key not in self.groups:
-            pool = self.pool.group(group_key, key, value, self.num_layers)
+            with self.pool.lock:
+                pool = self.pool.group(group_key, key, value, self.num_layers)
             self.groups[group_key] = GroupRows(pool, self.batch_size)
         return self.groups[group_key]
 
-    def _begin_step(self, rows: GroupRows, start: int, end: int) -> Step:
+    def _begin_step(self, rows: GroupRows, start: int, end: int) -> None:
         """Make room for positions ``start .. end - 1`` in every row: all rows or none."""
-        rows.version += 1
         first, last = (self.padding.tokens_before(at, self.batch_size) for at in (start, end))
-        twins = self.twins if start == 0 and rows.length == 0 else None
-        if rows.window is not None:
-            with keeping(rows.pool):
-                self._slide(rows, first, last)
-        writes = {
-            row: max(first[row], rows.tables[row].base) for row in (sorted(set(twins)) if twins else range(len(first)))
-        }
-        self._make_room(rows, writes, last)
-        for row, twin in enumerate(twins or ()):
-            if twin != row:
-                rows.tables[row] = rows.tables[twin].fork()
         valid = self.padding.valid_in(start, end)
-        return Step(list(rows.tables), start, end, first, last, writes, twins, valid, rows.pool.key.device)
+        twins = self.twins if start == 0 and rows.length == 0 else None
+        promised = of_this_thread()
 
-    def _part_twins(self, rows: GroupRows, step: Step) -> Step:
+        def begin() -> None:
+            rows.version += 1
+            if rows.window is not None:
+                with keeping(rows.pool, promised):
+                    self._slide(rows, first, last)
+            stored = sorted(set(twins)) if twins else range(len(first))
+            writes = {row: max(first[row], rows.tables[row].base) for row in stored}
+            rows.make_room(writes, last, promised)
+            for row, twin in enumerate(twins or ()):
+                if twin != row:
+                    rows.tables[row] = rows.tables[twin].fork()
+            rows.step = Step(list(rows.tables), start, end, first, last, writes, twins, valid, rows.pool.key.device)
+
+        self._change(begin)
+
+    def _part_twins(self, rows: GroupRows, step: Step) -> None:
         """Rows with the same tokens turn out to differ in a layer: store each for itself.
 
         Layers that stored them once already are copied; handles on these stay good, their content is the same.
         """
-        writes = {row: max(first, rows.tables[row].base) for row, first in enumerate(step.first)}
-        self._make_room(rows, writes, step.last)
-        return Step(
-            list(rows.tables), step.start, step.end, step.first, step.last, writes, None, step.valid, step.device
-        )
+        promised = of_this_thread()
 
-    @staticmethod
-    def _make_room(rows: GroupRows, writes: dict[int, int], last: list[int]) -> None:
-        """Private blocks for the tokens from `writes` to `last` of the rows that store some."""
-        tables = [rows.tables[row] for row in writes]
-        ranges = [(token, last[row]) for row, token in writes.items()]
-        rows.pool.copy_blocks(make_writable(tables, ranges, rows.pool.allocate))
+        def part() -> None:
+            writes = {row: max(first, rows.tables[row].base) for row, first in enumerate(step.first)}
+            rows.make_room(writes, step.last, promised)
+            rows.step = Step(
+                list(rows.tables), step.start, step.end, step.first, step.last, writes, None, step.valid, step.device
+            )
+
+        self._change(part)
 
     def _slide(self, rows: GroupRows, first: list[int], last: list[int]) -> None:
         """Free the blocks that left the window; skip prompt tokens that no later step can see.
@@ -197,20 +225,25 @@ class Sequences:
 
     def truncate(self, layer: int, window: int | None, removed: int) -> None:
         """Forget the last `removed` positions of one layer; blocks go with the last layer that forgets them."""
-        rows = self.group_rows(layer)
-        with self.pool.lock:
+        rows, promised = self.group_rows(layer), of_this_thread()
+        self._settle(rows)
+        lengths = {**rows.lengths, layer: max(0, rows.lengths[layer] - removed)}
+        # Its siblings may not have been told yet: keep what the longest and the shortest of them need.
+        kept = self.padding.tokens_before(max(lengths.values()), self.batch_size)
+        seen = self.padding.tokens_before(min(lengths.values()), self.batch_size)
+
+        def truncate() -> None:
             rows.change()
-            rows.lengths[layer] = max(0, rows.lengths[layer] - removed)
-            # Its siblings may not have been told yet: keep what the longest and the shortest of them need.
-            kept = self.padding.tokens_before(rows.length, self.batch_size)
-            seen = self.padding.tokens_before(min(rows.lengths.values()), self.batch_size)
-            with keeping(rows.pool):
+            rows.lengths = lengths
+            with keeping(rows.pool, promised):
                 for table, last, first in zip(rows.tables, kept, seen):
                     if last < table.num_tokens:
                         table.truncate(last)
                     if window is not None:
                         table.evict_before(first - (window - 1))
-            self.padding.truncate(max(group.length for group in self.groups.values()))
+
+        self._change(truncate)
+        self.padding.truncate(max(group.length for group in self.groups.values()))
 
     def select(self, epoch: int, indices: torch.Tensor) -> None:
         """Make row ``i`` what row ``indices[i]`` is now. Tables are copied, tokens never.
@@ -222,12 +255,17 @@ class Sequences:
         if epoch <= self.epoch:
             assert epoch < self.epoch or rows == self._last_selection, "layers of one cache were reordered differently"
             return
-        with self.pool.lock:
+        self._settle(*self.groups.values())
+        promised = of_this_thread()
+
+        def select() -> None:
             self.epoch, self._last_selection = epoch, rows
             self._last_batch_size, self.batch_size = self.batch_size, len(rows)
             for group in self.groups.values():
-                group.select(rows)
-            self.padding.select(rows)
+                group.select(rows, promised)
+
+        self._change(select)
+        self.padding.select(rows)
 
     def batch_size_at(self, epoch: int) -> int:
         """Rows before reordering number `epoch`, the last or the next."""
@@ -247,6 +285,7 @@ class Sequences:
             If some of these positions left the window.
         """
         rows = self.group_rows(layer)
+        self._settle(rows)
         storage = rows.pool.layers[layer]
         cache = storage.key_cache if is_key else storage.value_cache
         dense = cache.new_zeros(self.batch_size, cache.shape[1], end - start, cache.shape[3])
@@ -271,15 +310,21 @@ class Sequences:
     def drop_layer(self, layer: int) -> None:
         """Forget all that one layer stored."""
         self._held.pop(layer, None)
-        for rows in self.groups.values():
-            rows.lengths.pop(layer, None)
-            if not rows.lengths:
-                with self.pool.lock:
+
+        def drop() -> None:
+            for rows in self.groups.values():
+                rows.lengths.pop(layer, None)
+                if not rows.lengths:
                     rows.change()
+                    rows.let_go()
                     for table in rows.tables:
                         table.release()
-        if not self._held and not any(rows.lengths for rows in self.groups.values()):
-            self.groups.clear()
+            if not any(rows.lengths for rows in self.groups.values()):
+                self.groups.clear()
+
+        if self.pool is not None:
+            self._change(drop)
+        if not self._held and not self.groups:
             self.padding, self.twins, self.batch_size = Padding(), None, None
 
     def length(self, layer: int) -> int:

@@ -116,6 +116,6 @@ def visible_lens(mask_function, columns: torch.Tensor | None, positions: int) ->
 
 def read_handle(layer, is_key: bool) -> StoredStates | None:
     """A handle on all that `layer` holds, if a model's forward asks for it; else None."""
-    if torch.compiler.is_compiling() or binding.current_call() is None:
+    if torch.compiler.is_compiling() or binding.running_call() is None:
         return None
     return StoredStates(layer, is_key)

@@ -10,6 +10,13 @@ from hf_paged.errors import BlockError, OutOfBlocksError
 from hf_paged.pool import BlockPool
 
 
+def write(tables, ranges, pool):
+    """Make room and free what was copied; the copies."""
+    copies = make_writable(tables, ranges, pool.allocate)
+    pool.free(source for source, _ in copies)
+    return copies
+
+
 def test_allocation_is_all_or_nothing():
     pool = BlockPool(4, 4)
     pool.allocate(3)
@@ -87,17 +94,17 @@ def test_what_is_evicted_by_name_is_free():
 def test_a_kept_block_that_is_written_again_is_forgotten():
     pool = BlockPool(8, 4)
     table, evicted = BlockTable(pool), []
-    make_writable([table], [(0, 8)], pool.allocate)
+    write([table], [(0, 8)], pool)
     first, second = table.blocks
     for block in table.blocks:
         pool.keep(block, evicted.append)
     sharer = table.fork()
     table.truncate(6)
-    assert make_writable([table], [(6, 8)], pool.allocate) == [(second, table.blocks[1])]
+    assert write([table], [(6, 8)], pool) == [(second, table.blocks[1])]
     assert evicted == [], "the other row still has what was kept"
     sharer.truncate(2)
     table.release()
-    make_writable([sharer], [(2, 4)], pool.allocate)
+    write([sharer], [(2, 4)], pool)
     assert evicted == [first]
     sharer.release()
     assert pool.cached_blocks == 1 and pool.is_kept(second)
@@ -122,10 +129,10 @@ def test_integrity_check_finds_a_leak_and_a_stranger():
 def test_copy_on_write_spares_the_last_owner():
     pool = BlockPool(8, 4)
     first = BlockTable(pool)
-    make_writable([first], [(0, 6)], pool.allocate)
+    write([first], [(0, 6)], pool)
     second, third = first.fork(), first.fork()
     tables = [first, second, third]
-    copies = make_writable(tables, [(6, 7)] * 3, pool.allocate)
+    copies = write(tables, [(6, 7)] * 3, pool)
     assert len(copies) == 2, "three owners of one block need two copies"
     assert len({table.blocks[1] for table in tables}) == 3
     assert len({table.blocks[0] for table in tables}) == 1, "full blocks stay shared"
@@ -135,7 +142,7 @@ def test_copy_on_write_spares_the_last_owner():
 def test_a_window_frees_whole_blocks_only():
     pool = BlockPool(8, 4)
     table = BlockTable(pool)
-    make_writable([table], [(0, 11)], pool.allocate)
+    write([table], [(0, 11)], pool)
     table.evict_before(7)
     assert (table.base, len(table.blocks), pool.used_blocks) == (4, 2, 2)
     assert table.slots(7, 9) == [table.blocks[0] * 4 + 3, table.blocks[1] * 4]
@@ -183,7 +190,7 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
         before = [(list(t.blocks), t.num_tokens) for t in tables], self.pool.free_blocks
         ranges = [(len(self.model[row]), len(self.model[row]) + count) for row in chosen]
         try:
-            copies = make_writable(tables, ranges, self.pool.allocate)
+            copies = write(tables, ranges, self.pool)
         except OutOfBlocksError as error:
             assert error.needed > error.free
             assert before == ([(list(t.blocks), t.num_tokens) for t in tables], self.pool.free_blocks)

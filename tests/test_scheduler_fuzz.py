@@ -134,7 +134,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         for number, group in enumerate(self.groups):
             slots = [s for chunk in step.chunks for s in chunk.request.tables[number].slots(chunk.start, chunk.end)]
             assert len(set(slots)) == len(slots), "two tokens go to one slot"
-            assert all(group.blocks.ref_count(slot // group.blocks.block_size) == 1 for slot in slots)
+            assert not any(group.blocks.is_shared(slot // group.blocks.block_size) for slot in slots)
 
     def check_queues(self, running, waiting):
         arrivals = {row: number for number, row in enumerate(self.tokens)}
@@ -193,6 +193,16 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
                 self.born.update(dict.fromkeys(followers, self.born[chunk.request]))
                 self.states.update({row: list(self.states[chunk.request]) for row in followers})
                 self.sampling.update(dict.fromkeys([chunk.request, *followers]))
+
+    @within_a_step
+    @rule()
+    def abort_step(self):
+        """Whoever runs the step is interrupted before it has copied anything."""
+        step, self.step = self.step, None
+        self.scheduler.abort(step)
+        for number, copies in enumerate(step.copies):
+            for _, destination in copies:  # What was copied is lost; nobody may read it.
+                assert not any(destination in row.tables[number].blocks for row in self.tokens)
 
     @precondition(lambda self: self.sampling)
     @rule(pick=picks, is_over=st.booleans())
@@ -265,7 +275,10 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     def pools_are_whole(self):
         for number, group in enumerate(self.groups):
             blocks = group.blocks
-            blocks.check_integrity([*(row.tables[number].blocks for row in self.tokens), list(self.held[number])])
+            sources = self.scheduler.held[number]
+            assert sorted(sources) == sorted(source for source, _ in (self.step.copies[number] if self.step else []))
+            owned = [row.tables[number].blocks for row in self.tokens]
+            blocks.check_integrity([*owned, list(self.held[number]), sources])
             assert blocks.free_blocks + blocks.cached_blocks + blocks.used_blocks == blocks.total_blocks
 
     @invariant()
