@@ -113,11 +113,16 @@ class Drive:
     schedule : Schedule
     seats : dict of Request to Seat
         Of the rows that run, and of their followers.
+    began : float
+        When it was planned.
+    must_check : bool
+        Whether a call has found the model at its entry since the last look at it.
     """
 
     schedule: Schedule
     seats: dict[Request, Seat]
     began: float
+    must_check: bool
 
 
 @dataclass
@@ -216,6 +221,7 @@ class Engine:
         self._linears_for = linears_of(pool.config)
         self._identity = ModelIdentity()
         self._quick_identity: object = None  # Of the model that the prefix cache serves.
+        self._is_checked = True  # Whether a step is planned that looks whether the model is still as a call found it.
         self._seats: dict[Request, Seat] = {}
         self._leaving: list[Seat] = []
         self._driver: Seat | None = None
@@ -291,7 +297,7 @@ class Engine:
         def enter() -> None:
             if full is not None:
                 self.scheduler.prefix.use(full)
-                self._quick_identity = quick
+                self._quick_identity, self._is_checked = quick, False
             for request in call.requests:
                 # Tokens that a row brings along may have been stored in any way.
                 request.salt = salt if full is not None and request.num_stored == 0 else None
@@ -338,14 +344,18 @@ class Engine:
         """Run the chunks of all calls. What one of them raises is its own; what none of them raises is the driver's."""
         report = Report(order.began)
         chunks = self._prepare(order, report)
+        is_same_model = not order.must_check or self._is_same(model)
         for part, logits in self._forward_all(model, driver, order, chunks, report):
             report.chunks += part
             report.deliveries += self._deliveries(order, part, logits)
         report.chunks.sort(key=lambda chunk: chunk.request.order)
         self._choose_for([delivery for delivery in report.deliveries if delivery.seat.call.is_quick], report)
-        if self.scheduler.prefix.is_in_use:
-            report.is_same_model = self._identity.quick(model) == self._quick_identity
+        report.is_same_model = is_same_model and self._is_same(model)
         return report
+
+    def _is_same(self, model: PreTrainedModel) -> bool:
+        """Whether the model is the one that the prefix cache serves, if it serves any."""
+        return not self.scheduler.prefix.is_in_use or self._identity.quick(model) == self._quick_identity
 
     def _prepare(self, order: Drive, report: Report) -> list[Chunk]:
         """Make the step's blocks addressable and copy the shared ones; the chunks whose blocks are ready."""
@@ -497,8 +507,10 @@ class Engine:
         if not schedule.chunks:
             return None
         self._under_way = schedule
+        must_check, self._is_checked = not self._is_checked, True
         rows = [row for chunk in schedule.chunks for row in (chunk.request, *chunk.request.followers)]
-        return Drive(schedule, {row: self._seats[row] for row in rows if row in self._seats}, began)
+        seats = {row: self._seats[row] for row in rows if row in self._seats}
+        return Drive(schedule, seats, began, must_check)
 
     def _is_in_step(self, seat: Seat) -> bool:
         """Whether a row of the call runs in the step under way, which writes to its blocks."""
@@ -581,6 +593,7 @@ class Engine:
             if self._driver is seat and self._under_way is not None:
                 schedule, self._under_way = self._under_way, None
                 self.scheduler.abort(schedule)
+                self._is_checked = False
                 self._take_out_leaving()
             if self._is_in_step(seat):
                 self._leaving.append(seat)  # The driver takes it out when the step is over.

@@ -111,8 +111,10 @@ def _plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
     while left:
         module = left.pop()
         left.extend(child for child in module._modules.values() if child is not None)
-        if isinstance(module, torch.nn.Linear) and type(module).forward is _FORWARD and "forward" not in vars(module):
-            found.append(module)
+        if isinstance(module, torch.nn.Linear) and type(module).forward is _FORWARD:
+            # An interrupt may have left a forward of ours behind.
+            if isinstance(vars(module).get("forward"), PrepackedForward | None):
+                found.append(module)
     return found
 
 

@@ -284,11 +284,20 @@ class Scheduler:
         # Alone, and still no room: caches outside the scheduler hold the blocks, or the pool is too small.
         error = self._shortage(request) if len(self.running) == 1 else None
         if error is None and (len(self.running) > 1 or self.keeps_budget):
+            self._withdraw(self.running[-1], step)
             self._preempt(self.running[-1])
             return
         error = error or self._make_room(request, count, copies, beyond=True)
         if error is not None:
             self._fail(request, error, step)
+
+    def _withdraw(self, request: Request, step: Schedule) -> None:
+        """Take a row's chunk out of the step that is being planned: one that waited may run beside later ones."""
+        if all(chunk.request is not request for chunk in step.chunks):
+            return
+        step.chunks[:] = [chunk for chunk in step.chunks if chunk.request is not request]
+        for copies, table in zip(step.copies, request.tables):
+            copies[:] = [pair for pair in copies if pair[1] not in table.blocks]
 
     def _preempt(self, request: Request) -> None:
         """Free a running row's blocks and queue it where it was; it runs all its tokens again."""

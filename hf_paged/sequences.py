@@ -47,7 +47,7 @@ class Sequences:
         self.record_past = False  # Keep blocks that left the window until the next crop.
 
     def __del__(self):
-        for rows in self.groups.values():
+        for rows in self.__dict__.get("groups", {}).values():  # Its making may have been interrupted.
             for table in rows.owned:
                 # A finalizer may run inside the pool's own methods, on any thread: queue, do not free.
                 table.pool.give_back(table.blocks)

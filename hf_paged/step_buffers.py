@@ -17,8 +17,8 @@ class StepBuffers:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._host: dict[str, torch.Tensor] = {}  # name -> [capacity]
-        self._on_device: dict[str, torch.Tensor] = {}
+        # name -> [capacity] in the host's memory and on the device; on the CPU they are one tensor.
+        self._tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fill(self, name: str, values: np.ndarray) -> torch.Tensor:
         """Put `values` into the buffer `name`; it grows when they need more than ever before.
@@ -29,10 +29,10 @@ class StepBuffers:
             A contiguous tensor in the shape of `values`, over the buffer's memory.
         """
         count = values.size
-        if name not in self._host or len(self._host[name]) < count:
-            self._host[name] = torch.empty(_capacity(count), dtype=torch.long)
-            self._on_device[name] = self._host[name].to(self.device)  # On the CPU: the same tensor.
-        host, tensor = self._host[name], self._on_device[name]
+        if name not in self._tensors or len(self._tensors[name][0]) < count:
+            new = torch.empty(_capacity(count), dtype=torch.long)
+            self._tensors[name] = (new, new.to(self.device))  # Both at once: an interrupt may come at any line.
+        host, tensor = self._tensors[name]
         host.numpy()[:count] = values.ravel()
         if tensor.device != host.device:
             tensor[:count].copy_(host[:count])
