@@ -16,6 +16,7 @@ from .errors import PagedError
 from .gpu_check import check_gpu
 from .integrations import autoload
 from .integrations.hooks import NAME, TESTED_TRANSFORMERS, enable
+from .limits import memory_limits
 from .machine import gpu_driver, gpus, vector_units
 from .plan_report import size
 from .selfcheck import check_paged
@@ -129,13 +130,21 @@ def _processor() -> list[Line]:
     about, units = torch.cpu.get_capabilities(), vector_units()
     cores = psutil.cpu_count(logical=False) or "number unknown"
     has = ", ".join(f"{title} {'yes' if present else 'no'}" for title, present in units.items()) or "none known"
-    memory = psutil.virtual_memory()
     return [
         ("name", f"{about.get('cpu_name', 'unknown')} ({platform.machine()})"),
         ("cores", f"{cores}; {psutil.cpu_count()} logical; torch uses {torch.get_num_threads()} threads"),
         ("vector units", f"{has}; torch's own kernels use {torch.backends.cpu.get_cpu_capability()}"),
-        ("memory", f"{size(memory.available)} available of {size(memory.total)}"),
+        ("memory", _memory()),
     ]
+
+
+def _memory() -> str:
+    machine, *others = memory_limits()
+    said = f"{size(machine.left)} available of {size(machine.total)}"
+    least = min(others, key=lambda limit: limit.left, default=machine)
+    if least.left >= machine.left:
+        return said
+    return f"{said}; {size(least.left)} of them for this process: {least.name} is {size(least.total)}"
 
 
 def _compiler() -> list[Line]:

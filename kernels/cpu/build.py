@@ -96,7 +96,7 @@ def _scratch_folder():
     try:
         folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     except OSError as error:
-        raise BuildError(f"there is no folder to compile in ({error}): set TMPDIR to one that can be written") from error
+        raise BuildError(f"no folder can be compiled in ({error}): set TMPDIR to one that can be written") from error
     with folder as name:
         yield Path(name)
 

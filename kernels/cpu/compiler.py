@@ -49,7 +49,7 @@ def find_compiler() -> Compiler:
             return _ask(shlex.split(stated))
         except (BuildError, ValueError) as error:  # ValueError: a quotation mark that is never closed.
             raise BuildError(
-                f"CXX={stated} is no C++ compiler that runs here: {error}. Set CXX to one that is installed, or unset it"
+                f"CXX={stated} is no C++ compiler that runs here: {error}. Set CXX to one that does, or unset it"
             ) from error
     for name in _NAMES:
         with contextlib.suppress(BuildError):

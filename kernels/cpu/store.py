@@ -48,16 +48,14 @@ def open_library(path: Path) -> int | None:
     """
     try:
         _check_writers(path.parent, os.stat(path.parent), stat.S_ISDIR)
-        descriptor, content = _open_checked(path)
-        try:
+        with contextlib.ExitStack() as closing:
+            descriptor, content = _open_checked(path)
+            closing.callback(os.close, descriptor)
             record, recorded = _open_checked(_record_path(path))
             os.close(record)
             if recorded == _record(content, path):
-                opened, descriptor = descriptor, None
-                return opened
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
+                closing.pop_all()
+                return descriptor
     except FileNotFoundError:
         pass
     except OSError as error:
