@@ -95,7 +95,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_started(limit, lines, folde
 
 
 def is_gone(process: int) -> bool:
-    """A process that was just killed may stay for a moment, and for ever as a zombie that nobody asks for."""
+    """A process that was just killed may stay for a moment, and as a zombie for ever."""
     for _ in range(100):
         if not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
             return True

@@ -1,4 +1,4 @@
-"""Whether the C++ kernels are here, and why not: they are compiled, or found in the cache, at first use.
+"""The C++ kernels in this process: they are compiled, or found in the cache, at first use.
 
 Environment variables, read at first use: ``HF_PAGED_NATIVE=0`` does without them, ``HF_PAGED_CPU_ISA`` names
 the instruction set to use (baseline, avx2, avx512, avx512_bf16), ``HF_PAGED_CACHE`` the folder that keeps what

@@ -113,7 +113,7 @@ def keep_library(built: Path, path: Path) -> None:
 def lock_library(path: Path):
     """Hold the lock of a library while it is compiled: processes that start together compile it once.
 
-    The lock saves work, nothing depends on it. Who finds no locks here, or waits too long, goes on without.
+    The lock saves work, nothing depends on it: where there are no locks, or after a long wait, the block runs without.
     """
     with _writing(path.parent):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
