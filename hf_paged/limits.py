@@ -142,4 +142,8 @@ def _number(path: Path) -> int | None:
 def _statistics(path: Path) -> dict[str, int]:
     """Numbers by name, from lines of a name, a number and perhaps a unit."""
     fields = (line.split() for line in _lines(path))
-    return {name: int(number) for name, number, *_ in fields if number.isdecimal()}
+    return {name: int(number) for name, number, *_ in filter(_has_number, fields)}
+
+
+def _has_number(fields: list[str]) -> bool:
+    return len(fields) > 1 and fields[1].isdecimal()
