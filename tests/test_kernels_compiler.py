@@ -50,6 +50,12 @@ def test_arguments_of_cxx_are_kept(folder, monkeypatch):
     assert find_compiler().command == [str(folder / "my c++"), "-m64", "-DX=a b"]
 
 
+def test_a_compiler_of_any_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_PAGED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", script(tmp_path, "c++ \udcff", f'exec {find_compiler().command[0]} "$@"'))
+    assert build_one(tmp_path).exists()
+
+
 def test_output_in_another_encoding(folder, monkeypatch):
     stated = script(folder, "c++", '[ "$1" = --version ] && echo "\udcff\udcfe 1" && exit 0', "echo \udcff >&2; exit 1")
     monkeypatch.setenv("CXX", stated)
