@@ -11,13 +11,15 @@ import sys
 import types
 import warnings
 
+# As in hf_paged/kernels/switches.py, which cannot be imported without hf_paged.
+_SWITCH, _OFF = "HF_PAGED_AUTOLOAD", ("0", "false", "no", "off", "f", "n")
 _MODULE, _CLASS, _CHECK = "transformers.modeling_utils", "PreTrainedModel", "get_correct_attn_implementation"
 
 
 def install() -> None:
     """The entry point of the group ``torch.backends``. Never raises: it would break ``import torch``."""
     try:
-        if os.environ.get("HF_PAGED_AUTOLOAD") == "0":
+        if os.environ.get(_SWITCH, "").strip().lower() in _OFF:
             return
         module = sys.modules.get(_MODULE)
         if module is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from hf_paged.kernels.cpu import build, native
+from hf_paged.kernels.cpu.compiler import find_compiler
 
 
 def machine() -> str:
@@ -46,6 +47,6 @@ median = statistics.median
 def load_stream_read() -> Callable[[torch.Tensor], int]:
     """An op that reads a tensor once, as fast as torch's threads can."""
     source = Path(__file__).with_name("stream_read.cpp")
-    path = build.build_library(build.find_compiler(), "stream_read", [(source, ["-O3", "-march=native"])])
+    path = build.build_library(find_compiler(), "stream_read", [(source, ["-O3", "-march=native"])])
     torch.ops.load_library(str(path))
     return torch.ops.hf_paged_evals.stream_read.default

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from hf_paged.kernels.cpu.build import BuildError, build_kernels, find_compiler
+from hf_paged.kernels.cpu.build import build_kernels
+from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
 
 from .config import PagedConfig
 from .demo import run_demo
@@ -15,6 +16,7 @@ from .plan_report import DTYPES, run_plan
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    sys.stdout.reconfigure(errors="backslashreplace")  # A path may have letters that the terminal lacks.
     try:
         if argv[:1] == ["eval"]:
             return _evaluate(argv[1:])

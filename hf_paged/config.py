@@ -2,12 +2,19 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
-import psutil
 import torch
+from transformers.utils import logging
 
-_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+from .limits import memory_limits
+
+logger = logging.get_logger(__name__)
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DEFAULT_SHARE = 0.25
+_LARGEST_BLOCK = 2**16
 
 
 @dataclass(frozen=True)
@@ -17,18 +24,24 @@ class PagedConfig:
     Parameters
     ----------
     block_size : int
-        Tokens a block holds: a power of two, at least 4. Small blocks waste less and share more,
+        Tokens a block holds: a power of two, at least 4 and at most 65,536. Small blocks waste less and share more,
         large ones are read faster.
     memory_budget : int, str or None
         Bytes of KV that the model's blocks may take ("512MiB", "2GB" and plain byte counts are
-        understood). ``None``: a quarter of the memory that is available on the device when the pool
-        is made. Memory is touched block by block as tokens arrive, so an unused budget costs nothing.
+        understood). ``None``: a quarter of the memory that this process can still get on the device when the pool
+        is made, by the machine, its control groups (a container's limit) and its resource limits. A budget
+        larger than these allow is lowered to what they do, with a warning. Memory is touched block by block as
+        tokens arrive, so an unused budget costs nothing.
     token_budget : int
         Tokens that one packed step of `generate` runs, prompts and new tokens of all rows together. Larger
         steps use the processor better and hold up rows that are further on for longer.
     prefix_cache : bool
         Whether packed rows find again what earlier rows stored for the same first tokens. Blocks of finished rows
         then stay cached until others need them, or the model's weights change.
+    prefix_cache_share : float
+        The share of the budget, from 0 to 1, that the blocks of finished rows may take. Beyond it the least recently
+        used ones make room for new tokens before memory is taken that was never used. Raise it where more than that
+        is read again: an eighth by default, as prompts that share nothing would fill the budget otherwise.
     prepack_weights : bool
         Whether packed steps use a second copy of the linear layers' weights, laid out for the processor's matrix
         kernels: faster, and the weights take their memory twice. On CPUs only. Edit no weight through ``.data`` then.
@@ -46,6 +59,7 @@ class PagedConfig:
     memory_budget: int | str | None = None
     token_budget: int = 512
     prefix_cache: bool = True
+    prefix_cache_share: float = 0.125
     prepack_weights: bool = False
     cache_salt: str = ""
 
@@ -53,6 +67,8 @@ class PagedConfig:
         size = self.block_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 4 or size & (size - 1):
             raise ValueError(f"block_size must be a power of two, at least 4; got {size!r}: try 16, 32 or 64")
+        if size > _LARGEST_BLOCK:
+            raise ValueError(f"block_size must be at most {_LARGEST_BLOCK}; got {size!r}: try 16, 32 or 64")
         parse_bytes(self.memory_budget)
         tokens = self.token_budget
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
@@ -60,13 +76,16 @@ class PagedConfig:
         for switch in ("prefix_cache", "prepack_weights"):
             if not isinstance(getattr(self, switch), bool):
                 raise ValueError(f"{switch} must be True or False; got {getattr(self, switch)!r}")
+        share = self.prefix_cache_share
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1:
+            raise ValueError(f"prefix_cache_share must be a number from 0 to 1; got {share!r}: try 0.125")
         if not isinstance(self.cache_salt, str):
             raise ValueError(f"cache_salt must be a text; got {self.cache_salt!r}: try str(...) of it")
 
     def budget_bytes(self, device: torch.device) -> int:
         """The budget in bytes for a pool that is made now on `device`."""
         stated = parse_bytes(self.memory_budget)
-        return stated if stated is not None else int(available_memory(device) * DEFAULT_SHARE)
+        return int(available_memory(device) * DEFAULT_SHARE) if stated is None else allowed_budget(stated, device)
 
 
 def parse_bytes(amount: int | str | None) -> int | None:
@@ -83,7 +102,7 @@ def parse_bytes(amount: int | str | None) -> int | None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", amount)
         if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f'memory_budget must be bytes or a text such as "512MiB" or "2GB"; got {amount!r}')
-        amount = int(float(match[1]) * _UNITS[match[2].upper()])
+        amount = int(Fraction(match[1]) * _UNITS[match[2].upper()])
     if not isinstance(amount, int) or isinstance(amount, bool) or amount <= 0:
         raise ValueError(
             f"memory_budget must be a positive number of bytes; got {amount!r}: leave it out for the default"
@@ -91,15 +110,33 @@ def parse_bytes(amount: int | str | None) -> int | None:
     return amount
 
 
+def allowed_budget(stated: int, device: torch.device) -> int:
+    """A budget in bytes, lowered to what can ever be held on `device`."""
+    if device.type == "cuda":
+        name, most = f"the memory of {device}", torch.cuda.mem_get_info(device)[1]
+    else:
+        limits = ((limit.left if limit.counts_addresses else limit.total, limit.name) for limit in memory_limits())
+        most, name = min(limits)
+    if stated > most:
+        logger.warning_once(
+            f"hf_paged: memory_budget is larger than {name}, {most:,} bytes: these are the budget. "
+            "Lower memory_budget, or leave it out for the default."
+        )
+    return min(stated, most)
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that a new allocation on `device` could get now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min(limit.left for limit in memory_limits())
 
 
 def physical_memory(device: torch.device) -> int:
-    """All the bytes of memory that `device` has."""
+    """Bytes that a pool may reserve on `device`: its memory, as far as this process may have it.
+
+    Reserving takes address space alone. Where that is limited, half of what is left stays for everything else.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return psutil.virtual_memory().total
+    return min(limit.left // 2 if limit.counts_addresses else limit.total for limit in memory_limits())

@@ -1,6 +1,5 @@
 """``hf-paged doctor``: what this machine offers, what is used for what, and whether "paged" works here."""
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -8,6 +7,7 @@ import psutil
 import torch
 
 from hf_paged.kernels.cpu import native
+from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
 from hf_paged.kernels.triton import gpu
 
 from . import __version__
@@ -16,13 +16,13 @@ from .errors import PagedError
 from .gpu_check import check_gpu
 from .integrations import autoload
 from .integrations.hooks import NAME, TESTED_TRANSFORMERS, enable
-from .machine import Compiler, find_compiler, gpu_driver, gpus, vector_units
+from .limits import memory_limits
+from .machine import gpu_driver, gpus, vector_units
 from .plan_report import size
 from .selfcheck import check_paged
 
 Line = tuple[str, str]  # A label and what there is to say.
 _TESTED = ",".join(sorted(map(str, TESTED_TRANSFORMERS), reverse=True))
-_INSTALL_COMPILER = "install one: apt install g++, dnf install gcc-c++, or xcode-select --install"
 _AFTER_A_FAILED_CHECK = (
     'use attn_implementation="sdpa"; install the tested versions (pip install -c constraints.txt .), '
     "and report this output if that does not help"
@@ -38,10 +38,10 @@ def run_doctor() -> bool:
     bool
         Whether ``attn_implementation="paged"`` works here.
     """
-    compiler, driver, gpu_lines = find_compiler(), gpu_driver(), gpus()
+    driver, gpu_lines = gpu_driver(), gpus()
     _print("Versions", _versions())
     _print("Processor", _processor())
-    _print("Compiler", _compiler(compiler))
+    _print("Compiler", _compiler())
     _print("GPU", _gpu(gpu_lines, driver))
     _print("Defaults on this machine", _defaults())
     try:
@@ -130,22 +130,29 @@ def _processor() -> list[Line]:
     about, units = torch.cpu.get_capabilities(), vector_units()
     cores = psutil.cpu_count(logical=False) or "number unknown"
     has = ", ".join(f"{title} {'yes' if present else 'no'}" for title, present in units.items()) or "none known"
-    memory = psutil.virtual_memory()
     return [
         ("name", f"{about.get('cpu_name', 'unknown')} ({platform.machine()})"),
         ("cores", f"{cores}; {psutil.cpu_count()} logical; torch uses {torch.get_num_threads()} threads"),
         ("vector units", f"{has}; torch's own kernels use {torch.backends.cpu.get_cpu_capability()}"),
-        ("memory", f"{size(memory.available)} available of {size(memory.total)}"),
+        ("memory", _memory()),
     ]
 
 
-def _compiler(found: Compiler | None) -> list[Line]:
-    if found is not None:
-        return [("C++", found.version)]
-    stated = os.environ.get("CXX", "").strip()
-    if stated:
-        return [("C++", f"$CXX is {stated}, which does not run: correct it, or unset it")]
-    return [("C++", f"none found (c++, g++, clang++): {_INSTALL_COMPILER}")]
+def _memory() -> str:
+    machine, *others = memory_limits()
+    said = f"{size(machine.left)} available of {size(machine.total)}"
+    least = min(others, key=lambda limit: limit.left, default=machine)
+    if least.left >= machine.left:
+        return said
+    return f"{said}; {size(least.left)} of them for this process: {least.name} is {size(least.total)}"
+
+
+def _compiler() -> list[Line]:
+    try:
+        found = find_compiler()
+    except BuildError as error:
+        return [("C++", " ".join(str(error).split()))]
+    return [("C++", next(iter(found.version.splitlines()), " ".join(found.command)))]
 
 
 def _gpu(lines: list[str], driver: str | None) -> list[Line]:

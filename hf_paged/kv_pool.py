@@ -42,7 +42,8 @@ class GroupPool:
         self.budget_blocks = max(1, config.budget_bytes(key.device) // bytes_per_block)
         # Address space past the budget: a call that cannot wait may exceed it rather than fail.
         self.capacity = max(self.budget_blocks, physical_memory(key.device) // bytes_per_block)
-        self.blocks = BlockPool(self.budget_blocks, config.block_size)
+        cache_blocks = int(self.budget_blocks * config.prefix_cache_share)
+        self.blocks = BlockPool(self.budget_blocks, config.block_size, cache_blocks)
         self.layers: dict[int, KVStorage] = {}
 
     @property

@@ -1,13 +1,9 @@
-"""What this machine offers: processor, C++ compiler, GPUs."""
+"""What this machine offers: processor and GPUs."""
 
-import os
-import shlex
 import subprocess
-from dataclasses import dataclass
 
 import torch
 
-_COMPILERS = ("c++", "g++", "clang++")
 _FEATURES = {
     "avx2": "AVX2",
     "avx512_f": "AVX512",
@@ -19,42 +15,10 @@ _FEATURES = {
 }
 
 
-@dataclass(frozen=True)
-class Compiler:
-    """A C++ compiler that answers ``--version``.
-
-    Attributes
-    ----------
-    command : list of str
-        What runs it, arguments of ``$CXX`` included.
-    version : str
-        The first line of its answer.
-    """
-
-    command: list[str]
-    version: str
-
-
 def vector_units() -> dict[str, bool]:
     """The vector instructions that matter to attention on this kind of processor, and whether it has them."""
     found = torch.cpu.get_capabilities()
     return {title: bool(found[name]) for name, title in _FEATURES.items() if name in found}
-
-
-def find_compiler() -> Compiler | None:
-    """The first of ``$CXX``, c++, g++ and clang++ that runs. ``$CXX`` alone, where it is set."""
-    try:
-        stated = shlex.split(os.environ.get("CXX", ""))
-    except ValueError:  # A quotation mark that is never closed.
-        return None
-    for command in [stated] if stated else [[name] for name in _COMPILERS]:
-        try:
-            done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if done.returncode == 0 and done.stdout.strip():
-            return Compiler(command, done.stdout.strip().splitlines()[0])
-    return None
 
 
 def gpus() -> list[str]:
@@ -70,7 +34,7 @@ def gpu_driver() -> str | None:
     """The version of NVIDIA's driver, or None if there is none that answers."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None

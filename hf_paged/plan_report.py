@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from .config import DEFAULT_SHARE, PagedConfig, available_memory, parse_bytes, physical_memory
+from .config import DEFAULT_SHARE, PagedConfig, allowed_budget, available_memory, parse_bytes, physical_memory
 from .footprint import Footprint, footprint, read_config
 from .plan import BLOCK_SIZES, Memory, Plan, remedies
 
@@ -35,11 +35,13 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
         if number < 1:
             raise ValueError(f"{name} must be at least 1; got {number}")
     model_config = read_config(model)
-    stated = model_config.dtype or model_config.get_text_config(decoder=True).dtype
-    chosen = DTYPES[dtype] if dtype else stated or torch.float32
+    own = model_config.dtype or model_config.get_text_config(decoder=True).dtype
+    chosen = DTYPES[dtype] if dtype else own or torch.float32
     plan = Plan(footprint(model_config, chosen), batch, context, config.block_size, chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    memory = Memory(available_memory(device), physical_memory(device), parse_bytes(config.memory_budget))
+    stated = parse_bytes(config.memory_budget)
+    budget = None if stated is None else allowed_budget(stated, device)
+    memory = Memory(available_memory(device), physical_memory(device), budget)
     _print_model(plan.footprint)
     _print_groups(plan)
     _print_sizes(plan)

@@ -14,7 +14,10 @@ class BlockPool:
     * free: nobody owns it, its content is meaningless;
     * used: one or more block tables own it (the reference count);
     * cached: nobody owns it, but somebody asked to `keep` its content. It is evicted, least recently
-      used first, when an allocation finds no free block.
+      used first, when an allocation finds no free block, or none but fresh ones while more than
+      `cache_blocks` are cached.
+
+    A fresh block was never handed out: the memory behind it is not taken from the system yet.
 
     The pool is not locked: its owner calls it under a lock. `give_back` alone is safe from any thread
     and from a finalizer.
@@ -25,11 +28,14 @@ class BlockPool:
         Blocks to manage, ids ``0 .. num_blocks - 1``.
     block_size : int
         Tokens a block holds.
+    cache_blocks : int or None
+        Cached blocks for which fresh ones are taken; None: as many as there are.
     """
 
-    def __init__(self, num_blocks: int, block_size: int):
+    def __init__(self, num_blocks: int, block_size: int, cache_blocks: int | None = None):
         self.block_size = block_size
         self.total_blocks = num_blocks
+        self.cache_blocks = num_blocks if cache_blocks is None else cache_blocks
         self.num_evictions = 0  # Cached blocks that an allocation took.
         # Blocks are numbered as they are first handed out: a large pool costs nothing until it is used,
         # and the memory that is touched stays compact.
@@ -88,7 +94,7 @@ class BlockPool:
         for _ in range(num_blocks):
             if self._free:  # The last one freed is the likeliest to be in a CPU cache.
                 block = self._free.pop()
-            elif len(self._ref_counts) < self.total_blocks:
+            elif len(self._ref_counts) < self.total_blocks and len(self._cached) <= self.cache_blocks:
                 block = len(self._ref_counts)
                 self._ref_counts.append(0)
             else:

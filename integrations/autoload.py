@@ -3,15 +3,17 @@
 import os
 from importlib.metadata import entry_points
 
+from hf_paged.kernels.switches import is_on
+
 GROUP, VALUE = "torch.backends", "hf_paged_autoload:install"
-# Each switches it off: ours by "0", torch's by everything but "1".
+# Each switches it off: ours as every switch of ours, torch's by everything but "1".
 SWITCH, TORCH_SWITCH = "HF_PAGED_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def why_off() -> str | None:
     """What keeps `hf_paged_autoload` from being called at ``import torch``; None if nothing does."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0 is set"
+    if not is_on(SWITCH):
+        return f"{SWITCH}={os.environ[SWITCH]} is set"
     if os.environ.get(TORCH_SWITCH, "1") != "1":
         return f"{TORCH_SWITCH}={os.environ[TORCH_SWITCH]} is set"
     if not any(point.value == VALUE for point in entry_points(group=GROUP)):

@@ -5,14 +5,17 @@ from hf_paged.pool import BlockPool
 
 
 class WatchedPool(BlockPool):
-    """Tells `on_hand_out` which blocks it hands out; evicts no cached block while others are free."""
+    """Tells `on_hand_out` which blocks it hands out; evicts as many cached blocks as it must, and no more."""
 
     on_hand_out = staticmethod(lambda blocks: None)
 
     def allocate(self, num_blocks):
-        free, evictions = self.free_blocks, self.num_evictions
+        fresh, cached, evictions = self.total_blocks - self.high_water, self.cached_blocks, self.num_evictions
+        wanted = max(0, num_blocks - (self.free_blocks - fresh))  # Blocks that were used before come first.
+        recycled = min(wanted, max(0, cached - self.cache_blocks))
         blocks = super().allocate(num_blocks)
-        assert self.num_evictions - evictions == max(0, num_blocks - free)
+        assert self.num_evictions - evictions == max(recycled, wanted - fresh)
+        assert self.high_water == self.total_blocks - fresh + min(fresh, wanted - recycled)
         self.on_hand_out(blocks)
         return blocks
 

@@ -63,7 +63,7 @@ def bare_path(tmp_path, monkeypatch):
 def test_no_compiler(bare_path, capsys):
     code, _, said = examine(capsys)
     assert code == 0
-    assert said["C++"].startswith("none found (c++, g++, clang++): install one: apt install g++")
+    assert said["C++"].startswith("no C++ compiler was found that runs (c++, g++, clang++): install one (apt")
 
 
 def test_compilers_are_tried_in_order(bare_path, capsys, monkeypatch):
@@ -80,7 +80,7 @@ def test_compilers_are_tried_in_order(bare_path, capsys, monkeypatch):
 def test_a_wrong_cxx_is_not_passed_over(stated, monkeypatch, capsys):
     monkeypatch.setenv("CXX", stated)
     code, _, said = examine(capsys)
-    assert code == 0 and f"$CXX is {stated}, which does not run" in said["C++"]
+    assert code == 0 and f"CXX={stated} is no C++ compiler that runs here" in said["C++"]
 
 
 def test_gpus_and_driver(bare_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from op_matrix import make_pages
 from hf_paged import cli
 from hf_paged.kernels import gather_sdpa, ops
 from hf_paged.kernels.cpu import build, native
+from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
 
 USE = """
 import torch
@@ -31,12 +32,13 @@ def counted_compiler(tmp_path, monkeypatch):
     """A compiler that makes a small library at once and writes down how often it linked one."""
     source, calls = tmp_path / "one.cpp", tmp_path / "calls"
     source.write_text('extern "C" int one() { return 1; }\n')
-    real = build.find_compiler()[0]
+    real = find_compiler().command[0]
     script = tmp_path / "counted-c++"
     script.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) echo link >> {calls};; esac\nexec {real} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("HF_PAGED_CACHE", str(tmp_path / "cache"))
-    return [str(script)], [(source, [])], lambda: len(calls.read_text().splitlines()) if calls.exists() else 0
+    return find_compiler(), [(source, [])], lambda: len(calls.read_text().splitlines()) if calls.exists() else 0
 
 
 def run(code: str, **environment) -> subprocess.CompletedProcess:
@@ -57,7 +59,7 @@ def test_a_library_is_compiled_once(counted_compiler):
     compiler, objects, links = counted_compiler
     first = build.build_library(compiler, "one", objects)
     assert build.build_library(compiler, "one", objects) == first and first.exists() and links() == 1
-    assert sorted(path.suffix for path in first.parent.iterdir()) == [".lock", ".so"]  # No scratch is left.
+    assert sorted(path.suffix for path in first.parent.iterdir()) == [".lock", ".sha256", ".so"]  # No scratch is left.
 
 
 def test_a_changed_source_or_flag_is_compiled_anew(counted_compiler):
@@ -71,8 +73,8 @@ def test_a_changed_source_or_flag_is_compiled_anew(counted_compiler):
 def test_processes_that_start_together_compile_once(counted_compiler):
     compiler, objects, links = counted_compiler
     code = (
-        "from pathlib import Path; from hf_paged.kernels.cpu import build; "
-        f"print(build.build_library({compiler!r}, 'one', [(Path({str(objects[0][0])!r}), [])]))"
+        "from pathlib import Path; from hf_paged.kernels.cpu import build, compiler; "
+        f"print(build.build_library(compiler.find_compiler(), 'one', [(Path({str(objects[0][0])!r}), [])]))"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate()[0].strip() for process in processes}
@@ -111,14 +113,14 @@ def test_no_compiler_at_all(unloaded, monkeypatch):
 
 def test_a_compiler_that_is_not_there(unloaded, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "which CXX names" in native.state().reason
+    assert "CXX=no-such-compiler is no C++ compiler that runs here" in native.state().reason
 
 
 def test_a_cache_that_cannot_be_written(unloaded, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_PAGED_CACHE", str(tmp_path / "file"))
-    with pytest.raises(build.BuildError, match="set HF_PAGED_CACHE"):
-        build.build_kernels(build.find_compiler())
+    with pytest.raises(BuildError, match="set HF_PAGED_CACHE"):
+        build.build_kernels(find_compiler())
 
 
 def test_not_compiled_yet_is_no_failure(unloaded):

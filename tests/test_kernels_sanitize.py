@@ -8,12 +8,13 @@ from pathlib import Path
 from op_matrix import ISAS
 
 from hf_paged.kernels.cpu import build
+from hf_paged.kernels.cpu.compiler import find_compiler
 
 FLAGS = "-O1 -std=c++17 -w -fsanitize=address -fno-omit-frame-pointer -pthread".split()
 
 
 def test_address_sanitizer(tmp_path):
-    compiler = build.find_compiler()
+    compiler = find_compiler().command
     objects = [job for job in build._kernel_objects() if job[0].name != "binding.cpp"]
     objects.append((Path(__file__).with_name("sanitize.cpp"), []))
 

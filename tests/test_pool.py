@@ -1,6 +1,7 @@
 """BlockPool and BlockTable: their contracts, and a stateful comparison with a plain dictionary."""
 
 import pytest
+from fake_groups import WatchedPool
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
@@ -72,6 +73,25 @@ def test_free_blocks_go_before_cached_ones():
     pool.keep(a, pytest.fail)
     pool.free([a, b])
     assert a not in pool.allocate(2)
+
+
+def test_more_cached_blocks_than_their_share_go_before_fresh_ones():
+    pool, evicted = BlockPool(100, 4, cache_blocks=3), []
+
+    def run_a_row(num_blocks):
+        blocks = pool.allocate(num_blocks)
+        for block in blocks:
+            pool.keep(block, evicted.append)
+        pool.free(blocks)
+        return blocks
+
+    first = [run_a_row(1)[0] for _ in range(4)]
+    assert (pool.cached_blocks, pool.high_water, evicted) == (4, 4, [])
+    assert run_a_row(1) == evicted == first[:1], "the fifth row takes the block of the first"
+    for _ in range(50):
+        run_a_row(2)
+    assert (pool.cached_blocks, pool.high_water) == (5, 5), "rows that share nothing take memory for ever"
+    assert len(pool.allocate(90)) == 90, "the share must not keep rows from the rest"
 
 
 def test_what_is_evicted_by_name_is_free():
@@ -160,7 +180,7 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pool = BlockPool(self.TOTAL, self.BLOCK)
+        self.pool = WatchedPool(self.TOTAL, self.BLOCK)  # Watches what an allocation evicts, and what is fresh.
         self.memory: dict[int, int] = {}
         self.tables: dict[int, BlockTable] = {}
         self.model: dict[int, list[int]] = {}
@@ -172,8 +192,9 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
         self.tables[self.next_row], self.model[self.next_row] = table, tokens
         return self.next_row
 
-    @initialize(target=rows)
-    def first_row(self):
+    @initialize(target=rows, cache_blocks=st.integers(0, TOTAL))
+    def first_row(self, cache_blocks):
+        self.pool.cache_blocks = cache_blocks
         return self.start()
 
     @rule(target=rows)

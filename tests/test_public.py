@@ -26,6 +26,18 @@ def test_wrong_block_sizes_are_refused(size):
         PagedConfig(block_size=size)
 
 
+def test_a_block_that_no_machine_holds_is_refused():
+    assert PagedConfig(block_size=2**16).block_size == 2**16
+    with pytest.raises(ValueError, match="block_size must be at most 65536; got 1180591620717411303424: try 16"):
+        PagedConfig(block_size=2**70)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, True, "half", float("nan")])
+def test_wrong_shares_are_refused(share):
+    with pytest.raises(ValueError, match="prefix_cache_share must be a number from 0 to 1; got .*: try 0.125"):
+        PagedConfig(prefix_cache_share=share)
+
+
 @pytest.mark.parametrize("budget", [0, -1, 1.5, "much", "12 parsec", True])
 def test_wrong_budgets_are_refused(budget):
     with pytest.raises(ValueError, match="memory_budget must be"):

@@ -32,11 +32,14 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         window=st.integers(1, 9),
         token_budget=st.integers(1, 12),
+        cache_blocks=st.integers(0, 20),
     )
-    def begin(self, budgets, slack, block_size, window, token_budget):
+    def begin(self, budgets, slack, block_size, window, token_budget, cache_blocks):
         self.groups = [
             FakeGroup(total, length, total + slack, block_size) for total, length in zip(budgets, (None, window))
         ]
+        for group in self.groups:
+            group.blocks.cache_blocks = cache_blocks
         self.scheduler = Scheduler(self.groups, token_budget)
         self.tokens: dict[Request, list[int]] = {}  # Of every row, in order of arrival.
         self.limits: dict[Request, int] = {}

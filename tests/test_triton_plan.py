@@ -85,9 +85,10 @@ def test_without_a_gpu_there_is_one_warning_and_torch(fresh):
     assert gpu.load() is None and not gpu.state().available and gpu.state().reason
 
 
-def test_they_can_be_turned_off(fresh, monkeypatch, recwarn):
-    monkeypatch.setenv("HF_PAGED_TRITON", "0")
-    assert gpu.state() == gpu.TritonState(False, "HF_PAGED_TRITON=0 turns them off") and not recwarn.list
+@pytest.mark.parametrize("word", ["0", "false", "Off"])
+def test_they_can_be_turned_off(word, fresh, monkeypatch, recwarn):
+    monkeypatch.setenv("HF_PAGED_TRITON", word)
+    assert gpu.state() == gpu.TritonState(False, f"HF_PAGED_TRITON={word} turns them off") and not recwarn.list
 
 
 def caches(dim=64, dtype=torch.bfloat16):

@@ -4,14 +4,15 @@ import contextlib
 import hashlib
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from .compiler import BuildError, Compiler, run_compiler
+from .store import cache_folder, has_library, keep_library, lock_library
 
 SOURCES = Path(__file__).parent
 _FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -w".split()
@@ -25,77 +26,34 @@ _X86_ISAS = {
     "avx512_bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-_ERROR_LINES = 5
 
 
-class BuildError(RuntimeError):
-    """The kernels cannot be compiled here; the message says why and what to do."""
-
-
-def find_compiler() -> list[str]:
-    """The C++ compiler as a command: ``$CXX``, else ``c++``, ``g++`` or ``clang++``.
-
-    Raises
-    ------
-    BuildError
-        If there is none.
-    """
-    if os.environ.get("CXX"):
-        try:
-            command = shlex.split(os.environ["CXX"])
-        except ValueError as error:
-            raise BuildError(f"CXX={os.environ['CXX']} is no command ({error}): set it to a C++ compiler") from error
-        if shutil.which(command[0]) is None:
-            raise BuildError(
-                f"there is no C++ compiler {command[0]!r}, which CXX names: set CXX to one that is installed"
-            )
-        return command
-    for name in ("c++", "g++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    raise BuildError("no C++ compiler was found: install g++ or clang++, or set CXX to one")
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$HF_PAGED_CACHE``, else hf_paged in the user's cache folder."""
-    if os.environ.get("HF_PAGED_CACHE"):
-        return Path(os.environ["HF_PAGED_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_paged"
-
-
-def library_path(compiler: list[str]) -> Path:
+def library_path(compiler: Compiler) -> Path:
     """Where the kernels that `compiler` makes from these sources for this torch are kept."""
     return _cached(compiler, "cpu", _kernel_objects())
 
 
-def build_kernels(compiler: list[str]) -> Path:
-    """Compile the kernels unless they are in the cache; returns the path of the shared library.
+def build_kernels(compiler: Compiler) -> Path:
+    """Compile the kernels unless they are in the cache, whole; returns the path of the shared library.
 
     Safe when several processes start at once: one compiles, the others wait and find the result.
 
     Raises
     ------
     BuildError
-        If the compiler fails or the cache cannot be written.
+        If the compiler fails, or the cache cannot be written or trusted.
     """
     return build_library(compiler, "cpu", _kernel_objects())
 
 
-def build_library(compiler: list[str], name: str, objects: list[tuple[Path, list[str]]]) -> Path:
+def build_library(compiler: Compiler, name: str, objects: list[tuple[Path, list[str]]]) -> Path:
     """As `build_kernels`, for any list of (source file, flags), linked against torch."""
     path = _cached(compiler, name, objects)
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            if not path.exists():
-                # Renamed when it is whole: a process that does not know of the lock never sees half of it.
-                os.replace(_compile(compiler, objects, Path(scratch)), path)
-    except OSError as error:
-        raise BuildError(
-            f"{path.parent} cannot be written ({error}): set HF_PAGED_CACHE to a folder that can"
-        ) from error
+    if not has_library(path):
+        with lock_library(path):
+            if not has_library(path):
+                with _scratch_folder() as scratch:
+                    keep_library(_compile(compiler, objects, scratch), path)
     return path
 
 
@@ -119,58 +77,49 @@ def _torch_flags() -> tuple[list[str], list[str]]:
     return compiling, ["-shared", f"-L{root / 'lib'}", "-ltorch_cpu"]
 
 
-def _cached(compiler: list[str], name: str, objects: list[tuple[Path, list[str]]]) -> Path:
+def _cached(compiler: Compiler, name: str, objects: list[tuple[Path, list[str]]]) -> Path:
     key = hashlib.sha256()
-    for part in (torch.__version__, platform.machine(), *_FLAGS, *compiler, _version(compiler)):
-        key.update(part.encode() + b"\0")
+    for part in (torch.__version__, platform.machine(), *_FLAGS, *compiler.command, compiler.version):
+        key.update(os.fsencode(part) + b"\0")
     headers = [(path, []) for path in sorted(SOURCES.glob("*.h"))]
-    for path, flags in [*objects, *headers]:
-        key.update(" ".join([path.name, *flags]).encode() + b"\0" + path.read_bytes())
+    try:
+        for path, flags in [*objects, *headers]:
+            key.update(" ".join([path.name, *flags]).encode() + b"\0" + path.read_bytes())
+    except OSError as error:
+        raise BuildError(f"the kernels' sources cannot be read ({error}): install hf_paged anew") from error
     return cache_folder() / f"{name}-{key.hexdigest()[:16]}.so"
 
 
-def _version(compiler: list[str]) -> str:
-    return _run([*compiler, "--version"]).stdout
+@contextlib.contextmanager
+def _scratch_folder():
+    """A folder of this user alone. Not inside the cache: who can write the folders above that could swap them."""
+    try:
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    except OSError as error:
+        raise BuildError(f"no folder can be compiled in ({error}): set TMPDIR to one that can be written") from error
+    with folder as name:
+        yield Path(name)
 
 
-def _compile(compiler: list[str], objects: list[tuple[Path, list[str]]], scratch: Path) -> Path:
+def _compile(compiler: Compiler, objects: list[tuple[Path, list[str]]], scratch: Path) -> Path:
     compiling, linking = _torch_flags()
+    has_failed = threading.Event()
 
     def compile_one(job):
         index, (source, flags) = job
         target = scratch / f"{index}.o"
-        _run([*compiler, *_FLAGS, *compiling, *flags, "-c", str(source), "-o", str(target)])
+        if not has_failed.is_set():  # Else the error is raised below, and no other object is of use.
+            try:
+                run_compiler(compiler, [*_FLAGS, *compiling, *flags, "-c", str(source), "-o", str(target)])
+            except BuildError:
+                has_failed.set()
+                raise
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         targets = list(threads.map(compile_one, enumerate(objects)))
     library = scratch / "library.so"
-    _run([*compiler, *map(str, targets), *linking, "-o", str(library)])
+    run_compiler(compiler, [*map(str, targets), *linking, "-o", str(library)])
+    if not library.is_file() or not library.stat().st_size:
+        raise BuildError(f"{compiler.command[0]!r} reports no error and makes no library: set CXX to a C++ compiler")
     return library
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise BuildError(f"the C++ compiler {command[0]!r} cannot be run ({error}): set CXX to another") from error
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[:_ERROR_LINES]
-        raise BuildError(
-            "\n  ".join([f"the C++ compiler {command[0]!r} failed (exit code {done.returncode}):", *said])
-            + "\n  Set CXX to a compiler of C++17, such as g++ 9 or clang++ 10"
-        )
-    return done
-
-
-@contextlib.contextmanager
-def _lock(path: Path):
-    """Hold a file lock where the system has them."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("w") as file, contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

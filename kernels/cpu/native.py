@@ -1,4 +1,4 @@
-"""Whether the C++ kernels are here, and why not: they are compiled, or found in the cache, at first use.
+"""The C++ kernels in this process: they are compiled, or found in the cache, at first use.
 
 Environment variables, read at first use: ``HF_PAGED_NATIVE=0`` does without them, ``HF_PAGED_CPU_ISA`` names
 the instruction set to use (baseline, avx2, avx512, avx512_bf16), ``HF_PAGED_CACHE`` the folder that keeps what
@@ -12,10 +12,12 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from ..switches import is_on
+from .build import build_kernels, library_path
+from .compiler import BuildError, find_compiler
+from .store import has_library, load_library, open_library
 
-from .build import BuildError, build_kernels, find_compiler, library_path
-
+_SWITCH = "HF_PAGED_NATIVE"
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _path: Path | None = None
@@ -52,18 +54,19 @@ class NativeState:
 
 def state() -> NativeState:
     """The state of the native kernels in this process. Compiles nothing; loads them if they are compiled."""
-    compiler, path, reason = None, _path, None
+    compiler, path, reason, is_compiled = None, _path, None, False
     try:
-        command = find_compiler()
-        compiler, path = " ".join(command), path or library_path(command)
+        found = find_compiler()
+        compiler, path = " ".join(found.command), path or library_path(found)
+        is_compiled = has_library(path)
     except BuildError as error:
         reason = str(error)
-    if _library is None and _failure is None and _wanted() and path is not None and path.exists():
+    if _library is None and _failure is None and is_on(_SWITCH) and is_compiled:
         load()
     if _library is not None:
         return NativeState(True, None, _path, isa(), isas(), compiler)
-    if not _wanted():
-        reason = "HF_PAGED_NATIVE=0 turns them off"
+    if not is_on(_SWITCH):
+        reason = f"{_SWITCH}={os.environ[_SWITCH]} turns them off"
     elif _failure is not None:
         reason = _failure
     elif reason is None:
@@ -79,14 +82,14 @@ def load() -> bool:
     global _library, _path, _failure
     if _library is not None:
         return True
-    if _failure is not None or not _wanted():
+    if _failure is not None or not is_on(_SWITCH):
         return False
     with _lock:
         if _library is None and _failure is None:
             try:
                 path = build_kernels(find_compiler())
                 _library, _path = _open(path), path
-            except (BuildError, OSError) as error:
+            except BuildError as error:
                 _failure = str(error)
                 warnings.warn(
                     "hf_paged's native CPU kernels are not available, and attention gathers its context instead, "
@@ -119,20 +122,31 @@ def use_isa(name: str) -> None:
         raise ValueError(f"this processor has no kernels for {name!r}: use one of {', '.join(isas())}")
 
 
-def _wanted() -> bool:
-    return os.environ.get("HF_PAGED_NATIVE", "1") != "0"
-
-
 def _open(path: Path) -> ctypes.CDLL:
-    torch.ops.load_library(str(path))
-    library = ctypes.CDLL(str(path))
-    library.hf_paged_isas.restype = library.hf_paged_isa.restype = ctypes.c_char_p
-    library.hf_paged_use_isa.restype, library.hf_paged_use_isa.argtypes = ctypes.c_bool, [ctypes.c_char_p]
-    asked = os.environ.get("HF_PAGED_CPU_ISA")
-    if asked and not library.hf_paged_use_isa(asked.encode()):
+    descriptor = open_library(path)
+    if descriptor is None:
+        raise BuildError(f"{path} was changed or deleted as soon as it was compiled: start the program again")
+    library = load_library(descriptor, path)  # Its kernels register themselves for the ops.
+    try:
+        library.hf_paged_isas.restype = library.hf_paged_isa.restype = ctypes.c_char_p
+        library.hf_paged_use_isa.restype, library.hf_paged_use_isa.argtypes = ctypes.c_bool, [ctypes.c_char_p]
+    except AttributeError as error:
+        raise BuildError(f"{path} holds no kernels ({error}): set CXX to another C++ compiler") from error
+    asked = os.environ.get("HF_PAGED_CPU_ISA", "").strip()
+    if asked and not library.hf_paged_use_isa(os.fsencode(asked.lower())):
         warnings.warn(
             f"HF_PAGED_CPU_ISA={asked} is not one of {library.hf_paged_isas().decode()}: "
             f"{library.hf_paged_isa().decode()} is used",
             stacklevel=2,
         )
     return library
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A process that is forked while another thread compiles has the lock, and no thread that will open it.
+    os.register_at_fork(after_in_child=_renew_lock)

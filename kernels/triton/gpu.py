@@ -12,8 +12,10 @@ from types import ModuleType
 
 import torch
 
+from ..switches import is_on
 from .plan import MAX_DIM
 
+_SWITCH = "HF_PAGED_TRITON"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _lock = threading.Lock()
 _launch: ModuleType | None = None
@@ -41,8 +43,8 @@ def load() -> ModuleType | None:
         return _launch
     with _lock:
         if _launch is None and _failure is None:
-            if os.environ.get("HF_PAGED_TRITON", "1") == "0":
-                _failure = "HF_PAGED_TRITON=0 turns them off"
+            if not is_on(_SWITCH):
+                _failure = f"{_SWITCH}={os.environ[_SWITCH]} turns them off"
                 return None
             try:
                 import triton
