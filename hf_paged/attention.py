@@ -12,7 +12,7 @@ from hf_paged.kernels import ops
 
 from . import binding
 from .errors import UnsupportedError
-from .handle import PagedMask, PagedStates
+from .handle import EDITED, PagedMask, PagedStates
 from .kv_pool import KVPool
 from .packed import ARGUMENT, NotPackableError, is_packed_mask
 from .step import Reads
@@ -74,7 +74,10 @@ def paged_attention_forward(
         return _attend_stored(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if not isinstance(key, PagedStates) and not isinstance(value, PagedStates):
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    edits = [states.take_edits() for states in (key, value) if isinstance(states, PagedStates)]
     obstacle = _obstacle(query, key, value, attention_mask, dropout, kwargs)
+    if obstacle is None and any(edits):
+        obstacle = EDITED
     if obstacle is not None:
         key, value = (x.dense(obstacle) if isinstance(x, PagedStates) else x for x in (key, value))
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)

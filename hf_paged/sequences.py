@@ -5,6 +5,8 @@ at the same slots, so the tables are kept here, once an attention group; the fir
 the work and its siblings find it done.
 """
 
+import weakref
+
 import torch
 
 from .block_table import BlockTable, make_writable
@@ -41,6 +43,7 @@ class Sequences:
         self._held: dict[int, tuple[int | None, torch.Tensor, torch.Tensor]] = {}
         self._last_selection: list[int] | None = None
         self._last_batch_size: int | None = None
+        self.read_layers: weakref.WeakSet = weakref.WeakSet()  # Layers that handed dense tensors out since they changed.
         self.record_past = False  # Keep blocks that left the window until the next crop.
 
     def __del__(self):
@@ -56,7 +59,9 @@ class Sequences:
         twin.num_layers, twin.epoch, twin.batch_size = self.num_layers, self.epoch, self.batch_size
         twin._last_selection, twin._last_batch_size = self._last_selection, self._last_batch_size
         twin.padding, twin.twins, twin.record_past = self.padding.copy(), self.twins, self.record_past
-        twin.deferred, twin._held = self.deferred, dict(self._held)
+        twin.deferred = self.deferred
+        # Cloned: either cache's keys may be edited in place.
+        twin._held = {layer: (window, *map(torch.clone, states)) for layer, (window, *states) in self._held.items()}
         if self.pool is not None:
             with self.pool.lock:
                 for key, rows in self.groups.items():
