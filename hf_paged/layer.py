@@ -1,6 +1,7 @@
 """PagedLayerMixin: how one layer of transformers' cache keeps its states in pages."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 
@@ -37,6 +38,11 @@ class PagedLayerMixin:
         return not self.is_dense and self.sequences.length(self.index) > 0
 
     @property
+    def _is_stored(self) -> bool:
+        """Whether states went into the pages (or are held for them), even if all of them were cropped since."""
+        return self.is_paged or any(self.index in rows.lengths for rows in self.sequences.groups.values())
+
+    @property
     def keys(self) -> torch.Tensor | None:
         return self._read(0)
 
@@ -53,8 +59,10 @@ class PagedLayerMixin:
         self._assign(1, states)
 
     def _read(self, which: int) -> torch.Tensor | None:
-        if self.__dict__.get("is_dense") is not False or self.sequences.length(self.index) == 0:
+        if self.__dict__.get("is_dense") is not False or not self._is_stored:
             return self.__dict__.get("_dense", (None, None))[which]
+        if not self.is_paged:
+            return self._gather(which, "the cache's keys or values are read")
         if self.sequences.held(self.index) is None and is_read_by_model():
             self.take_edits()
             return self._dense[which] if self.is_dense else StoredStates(self, which == 0)
@@ -97,7 +105,8 @@ class PagedLayerMixin:
         held, end = self.sequences.held(self.index), self.sequences.length(self.index)
         if held is not None:
             return held[which][:, :, end - self._retained(end) :]
-        self.sequences.pool.gathers[reason] += 1
+        if end > 0:
+            self.sequences.pool.gathers[reason] += 1
         with torch.inference_mode(False), torch.no_grad():  # A reader may edit them, in whatever mode.
             return self.sequences.gather(self.index, which == 0, end - self._retained(end), end)
 
@@ -108,7 +117,7 @@ class PagedLayerMixin:
     def become_dense(self, reason: str) -> None:
         """Turn into the upstream layer with the same content; its blocks are given back."""
         dense = self._dense
-        if self.is_paged:
+        if self._is_stored:
             handed_out = self._forget_handed_out()
             dense = tuple(handed_out[which] if which in handed_out else self._gather(which, reason) for which in (0, 1))
             self.sequences.drop_layer(self.index)
@@ -253,26 +262,33 @@ class PagedLayerMixin:
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._take_all_edits()
-        if self.is_paged:
-            self._select(beam_idx)
-        else:
-            super().reorder_cache(beam_idx)
+        self._select(lambda rows: rows.index_select(0, beam_idx.to(rows.device)), super().reorder_cache, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._take_all_edits()
-        if self.is_paged:
-            self._select(indices)
-        else:
-            super().batch_select_indices(indices)
+        self._select(lambda rows: rows[indices, ...], super().batch_select_indices, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda rows: rows.repeat_interleave(repeats, dim=0), super().batch_repeat_interleave, repeats)
+
+    def _select(self, choose: Callable, upstream: Callable, argument) -> None:
+        """Copy the tables of the rows that `choose` picks out of ``[batch, 1, 1, 1]``; `upstream` copies dense tensors.
+
+        `choose` does to row numbers what upstream's layer does to its tensors, so it raises what that raises.
+        """
         self._take_all_edits()
-        if self.is_paged:
-            batch_size = self.sequences.batch_size_at(self.epoch + 1)
-            self._select(torch.arange(batch_size).repeat_interleave(repeats))
-        else:
-            super().batch_repeat_interleave(repeats)
+        rows = choose(torch.arange(self.sequences.batch_size_at(self.epoch + 1)).view(-1, 1, 1, 1)) if self.is_paged else None
+        if rows is not None and (rows.dim() != 4 or len(rows) == 0):
+            self.become_dense("a selection that is not of rows, or of none")
+        if not self.is_paged:
+            upstream(argument)
+            return
+        self.sequences.store_held()
+        self.epoch += 1
+        self.sequences.select(self.epoch, rows.flatten())
+        # A slice of a dense tensor is a view of it, anything else a copy.
+        for which, states in self._forget_handed_out().items():
+            if isinstance(argument, slice):
+                self._hand_out(which, states[argument])
 
     def _hand_out(self, which: int, states: torch.Tensor) -> None:
         self._handed_out[which] = states
@@ -297,15 +313,6 @@ class PagedLayerMixin:
         for which, states in self._handed_out.items():
             end = max(0, states.shape[2] - removed)
             self._handed_out[which] = states[:, :, max(0, end - kept) : end]
-
-    def _select(self, rows: torch.Tensor) -> None:
-        self.sequences.store_held()
-        self.epoch += 1
-        self.sequences.select(self.epoch, rows)
-        # A slice of a dense tensor is a view of it, anything else a copy.
-        for which, states in self._forget_handed_out().items():
-            if isinstance(rows, slice):
-                self._hand_out(which, states[rows])
 
 
 def _kind(key: torch.Tensor, value: torch.Tensor) -> tuple | None:
