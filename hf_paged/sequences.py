@@ -230,6 +230,7 @@ class Sequences:
         with self.pool.lock:
             self.epoch, self._last_selection = epoch, rows
             self._last_batch_size, self.batch_size = self.batch_size, len(rows)
+            self.twins = None  # Of the rows before; asked for once more if all positions are cropped.
             for group in self.groups.values():
                 group.select(rows)
             self.padding.select(rows)

@@ -96,6 +96,17 @@ def test_reorder_repeat_and_select_copy_tables_only(models):
     assert_same_next(models, caches, 3, mask=mask)
 
 
+@every_cache
+def test_rows_that_were_repeated_and_cropped_whole_are_all_stored(models):
+    caches = [prefill(model, zoo.prompts([9, 9])["input_ids"][[0, 0]], recording=True) for model in models]
+    for cache in caches:
+        cache.batch_repeat_interleave(2)
+        cache.crop(-9)
+    tokens = torch.full((4, 3), 5)
+    torch.testing.assert_close(*(step(*each, tokens) for each in zip(models, caches)), atol=2e-4, rtol=1e-4)
+    assert_same_next(models, caches, 4)
+
+
 SELECTIONS = {
     "slice": slice(0, 2),
     "last": slice(-1, None),
