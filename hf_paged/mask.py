@@ -69,6 +69,12 @@ def paged_mask(
     if torch.compiler.is_compiling():
         return make(may_skip)
     request = binding.take_mask_request((q_length, kv_length, kv_offset))
+    if attention_mask is not None and (attention_mask.dim() != 2 or len(attention_mask) != batch_size):
+        made = make(may_skip)  # Raises what sdpa's mask function raises, where it does.
+        if request is None:
+            return made
+        # It takes more rows than the batch has, and any number of them if nothing is padding.
+        attention_mask = None if made is None else attention_mask[:batch_size]
     if request is None:
         lens = visible_lens(mask_function, attention_mask, kv_length)
         if lens is None:
