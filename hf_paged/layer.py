@@ -39,7 +39,7 @@ class PagedLayerMixin:
 
     @property
     def _is_stored(self) -> bool:
-        """Whether states went into the pages (or are held for them), even if all of them were cropped since."""
+        """Tell whether states went into the pages (or are held for them), even if all of them were cropped since."""
         return self.is_paged or any(self.index in rows.lengths for rows in self.sequences.groups.values())
 
     @property
@@ -271,14 +271,15 @@ class PagedLayerMixin:
         self._select(lambda rows: rows.repeat_interleave(repeats, dim=0), super().batch_repeat_interleave, repeats)
 
     def _select(self, choose: Callable, upstream: Callable, argument) -> None:
-        """Copy the tables of the rows that `choose` picks out of ``[batch, 1, 1, 1]``; `upstream` copies dense tensors.
+        """Copy the tables of the rows that `choose` picks of ``[batch, 1, 1, 1]``; `upstream` does it to a dense layer.
 
         `choose` does to row numbers what upstream's layer does to its tensors, so it raises what that raises.
         """
         self._take_all_edits()
-        rows = choose(torch.arange(self.sequences.batch_size_at(self.epoch + 1)).view(-1, 1, 1, 1)) if self.is_paged else None
-        if rows is not None and (rows.dim() != 4 or len(rows) == 0):
-            self.become_dense("a selection that is not of rows, or of none")
+        if self.is_paged:
+            rows = choose(torch.arange(self.sequences.batch_size_at(self.epoch + 1)).view(-1, 1, 1, 1))
+            if rows.dim() != 4 or len(rows) == 0:
+                self.become_dense("a selection that is not of rows, or of none")
         if not self.is_paged:
             upstream(argument)
             return
@@ -301,7 +302,7 @@ class PagedLayerMixin:
         return handed_out
 
     def note_edit(self, which: int, states: torch.Tensor) -> None:
-        """Remember that a model edited what `update` returned, ``[batch, num_kv_heads, visible positions, head_dim]``."""
+        """Remember that a model edited what `update` returned, ``[batch, num_kv_heads, visible, head_dim]``."""
         edited = self._gather(which, EDITED).clone()
         kept = min(edited.shape[2], states.shape[2])
         edited[:, :, edited.shape[2] - kept :] = states[:, :, states.shape[2] - kept :]

@@ -95,7 +95,7 @@ def paged_mask(
 
 
 def _may_drop_queries(config: PreTrainedConfig | None, is_square: bool) -> bool:
-    """Tell whether the model may attend with its last queries only, which without a mask would count from the first key.
+    """Tell whether the model may attend with its last queries only: without a mask they would count from the first key.
 
     gemma4 does, where an implementation is not named "sdpa": its last layers attend to the keys of others, so they
     compute only the positions whose logits are wanted. One query sees all keys of a mask that `is_square`.
@@ -111,7 +111,7 @@ def _may_drop_queries(config: PreTrainedConfig | None, is_square: bool) -> bool:
 
 @functools.cache
 def _is_told_what_to_keep(kind: type) -> bool:
-    """Tell whether a module without an LM head knows which logits are wanted: all others hand the argument to nobody."""
+    """Tell whether a module without an LM head is told which logits are wanted; few are."""
     if not issubclass(kind, PreTrainedModel) or issubclass(kind, GenerationMixin):
         return False
     return "logits_to_keep" in inspect.signature(kind.forward).parameters

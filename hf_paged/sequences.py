@@ -43,7 +43,7 @@ class Sequences:
         self._held: dict[int, tuple[int | None, torch.Tensor, torch.Tensor]] = {}
         self._last_selection: list[int] | None = None
         self._last_batch_size: int | None = None
-        self.read_layers: weakref.WeakSet = weakref.WeakSet()  # Layers that handed dense tensors out since they changed.
+        self.read_layers: weakref.WeakSet = weakref.WeakSet()  # Layers that handed tensors out.
         self.record_past = False  # Keep blocks that left the window until the next crop.
 
     def __del__(self):

@@ -117,5 +117,5 @@ def visible_lens(mask_function, columns: torch.Tensor | None, positions: int) ->
 
 
 def is_read_by_model() -> bool:
-    """Tell whether a model's forward reads a layer, which gets a handle on the pages; any other reader gets a tensor."""
+    """Tell whether a model's forward reads a layer: it gets a handle on the pages, any other reader a tensor."""
     return not torch.compiler.is_compiling() and binding.current_call() is not None
