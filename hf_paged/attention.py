@@ -1,16 +1,18 @@
 """The "paged" attention function: which calls read the pages, which go dense, and why."""
 
+import inspect
 import sys
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import _active_collector
 
 from hf_paged.kernels import ops
 
 from . import binding
 from .errors import UnsupportedError
-from .handle import PagedMask, PagedStates
+from .handle import EDITED, PagedMask, PagedStates
 from .kv_pool import KVPool
 from .packed import ARGUMENT, NotPackableError, is_packed_mask
 from .step import Reads
@@ -25,10 +27,9 @@ _KNOWN_ARGUMENTS = {
     "indices", "block_indices", ARGUMENT,
 }  # fmt: skip
 
-# Flags of a decoder layer that some models hand to their attention with every other keyword.
-_LAYER_FLAGS = {
+# Flags of models and decoder layers, which many hand to their attention with every other keyword.
+_MODEL_FLAGS = set(TransformersKwargs.__annotations__) | {
     "use_cache",
-    "output_hidden_states",
     "return_dict",
     "position_embeddings",
     "cache_position",
@@ -73,7 +74,10 @@ def paged_attention_forward(
         return _attend_stored(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if not isinstance(key, PagedStates) and not isinstance(value, PagedStates):
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    edits = [states.take_edits() for states in (key, value) if isinstance(states, PagedStates)]
     obstacle = _obstacle(query, key, value, attention_mask, dropout, kwargs)
+    if obstacle is None and any(edits):
+        obstacle = EDITED
     if obstacle is not None:
         key, value = (x.dense(obstacle) if isinstance(x, PagedStates) else x for x in (key, value))
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
@@ -110,18 +114,33 @@ def _attend_stored(module, query, key, value, mask, dropout, scaling, kwargs):
 
 
 def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
-    unknown = [name for name in kwargs.keys() - _KNOWN_ARGUMENTS - _LAYER_FLAGS if kwargs[name] is not None]
-    if not unknown:
-        return
-    # What the caller handed to the model travels down with every other keyword and means nothing here;
-    # what the model adds of its own means something.
-    call = binding.current_call()
-    unknown = [name for name in unknown if call is None or name not in call.inputs]
+    unknown = [name for name in kwargs if name not in _KNOWN_ARGUMENTS and name not in _MODEL_FLAGS]
+    unknown = [name for name in unknown if kwargs[name] is not None and _means_something(type(module), name)]
     if unknown:
         raise UnsupportedError(
             f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention function, which "
             'attn_implementation="paged" does not know and will not ignore: load the model with "sdpa" or "eager"'
         )
+
+
+def _means_something(kind: type, name: str) -> bool:
+    """Tell whether an attention argument is the model's own: keywords of the caller travel down with it, for nobody.
+
+    Dynamo does not see the calls of models within models, so there the code of the attention module is asked.
+    """
+    if torch.compiler.is_compiling():
+        return _is_named_by(kind, name)
+    call = binding.current_call()
+    return call is None or name not in call.inputs
+
+
+@torch.compiler.assume_constant_result
+def _is_named_by(kind: type, name: str) -> bool:
+    """Tell whether the code of a module's class has `name` among its words, as it must to give the keyword a value."""
+    bases = [base for base in kind.__mro__ if base not in torch.nn.Module.__mro__]
+    functions = [member for base in bases for member in vars(base).values() if inspect.isfunction(member)]
+    words = {word for function in functions for word in function.__code__.co_consts}  # Keywords of a call are a tuple.
+    return any(name == word or (isinstance(word, tuple) and name in word) for word in words)
 
 
 def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:

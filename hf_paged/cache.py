@@ -39,11 +39,13 @@ class PagedLayer(PagedLayerMixin, DynamicLayer):
         self._init_paged(sequences, index)
 
     def crop(self, tokens_to_remove: int) -> None:
+        self._take_all_edits()
         if not self.is_paged or tokens_to_remove > 0:
             super().crop(tokens_to_remove)
         elif tokens_to_remove < 0:
             self.sequences.store_held()
             self.sequences.truncate(self.index, None, -tokens_to_remove)
+            self._crop_handed_out(-tokens_to_remove)
 
 
 class PagedSlidingWindowLayer(PagedLayerMixin, DynamicSlidingWindowLayer):
@@ -91,6 +93,7 @@ class PagedSlidingWindowLayer(PagedLayerMixin, DynamicSlidingWindowLayer):
             self.sequences.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
+        self._take_all_edits()
         outgrown = self.get_seq_length() >= self.window and not self.record_past
         if not self.is_paged or tokens_to_remove > 0 or outgrown:
             super().crop(tokens_to_remove)  # Where the layer is paged, upstream raises and says why.
@@ -98,6 +101,7 @@ class PagedSlidingWindowLayer(PagedLayerMixin, DynamicSlidingWindowLayer):
             self.sequences.store_held()
             self.sequences.truncate(self.index, self.window, -tokens_to_remove)
             self._recorded = 0
+            self._crop_handed_out(-tokens_to_remove)
 
     def _visible(self, length: int) -> int:
         return min(length, self.window - 1)

@@ -9,6 +9,7 @@ keys, values or masks is still right.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -18,8 +19,18 @@ from .sequences import Sequences
 from .step import Step
 
 
+EDITED = "the cache's keys or values are edited in place"
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two tensors have the same bytes: NaN equals itself, and -0.0 is not 0.0."""
+    return torch.equal(*(states.detach().contiguous().view(torch.uint8) for states in (one, other)))
+
+
 class LazyTensor(torch.Tensor):
     """A tensor without storage that becomes dense when an operation touches it."""
+
+    keeps_changes = False  # Whether what `dense` returns is what the cache holds from then on.
 
     def dense(self, reason: str) -> torch.Tensor:
         """The dense tensor; `reason` says who wants it."""
@@ -27,7 +38,7 @@ class LazyTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable and args and isinstance(args[0], LazyTensor):
+        if func._schema.is_mutable and args and isinstance(args[0], LazyTensor) and not args[0].keeps_changes:
             raise RuntimeError(
                 f"{func} would change a paged tensor in place, and the change would be lost: "
                 "clone it first, or use another attn_implementation"
@@ -46,6 +57,7 @@ class PageView:
     step: Step
     layer: int
     version: int
+    owner: Any  # The PagedLayerMixin that was updated.
 
     def check(self) -> None:
         """Refuse to be read after the cache has changed."""
@@ -67,11 +79,14 @@ class PagedStates(LazyTensor):
         Shared by the keys and the values of one update.
     fresh : torch.Tensor
         The states this update appended.
+    made : torch.Tensor or None
+        The dense tensor, once an operation wanted it.
     """
 
     pages: PageView
     fresh: torch.Tensor
     is_key: bool
+    made: torch.Tensor | None
 
     @staticmethod
     def __new__(cls, view: PageView, fresh: torch.Tensor, is_key: bool, visible: int) -> "PagedStates":
@@ -80,18 +95,33 @@ class PagedStates(LazyTensor):
             cls, (batch, heads, visible, dim), dtype=fresh.dtype, device=fresh.device
         )
         self.pages, self.fresh, self.is_key = view, fresh, is_key
+        self.made = None
         return self
 
     def __repr__(self):
         return f"PagedStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.pages.layer})"
 
     def dense(self, reason: str) -> torch.Tensor:
+        if self.made is None:
+            self.made = self._make(reason)
+        elif self.pages.step.start > 0:
+            self.pages.check()
+        return self.made
+
+    def _make(self, reason: str) -> torch.Tensor:
         if self.pages.step.start == 0:  # Nothing came before: the fresh states are all there is.
-            return self.fresh.contiguous()
+            return self.fresh.clone(memory_format=torch.contiguous_format)
         self.pages.check()
         sequences, step = self.pages.sequences, self.pages.step
         sequences.pool.gathers[reason] += 1
         return sequences.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
+
+    def take_edits(self) -> bool:
+        """Tell whether the model wrote into parts of the dense tensor (``keys[:, :, 0] = 0``); the cache follows."""
+        if self.made is None or same_bits(self.made, self._make(EDITED)):
+            return False
+        self.pages.owner.note_edit(0 if self.is_key else 1, self.made)
+        return True
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """PagedLayerMixin: how one layer of transformers' cache keeps its states in pages."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 
 from . import binding
-from .handle import PagedStates, PageView
+from .handle import EDITED, PagedStates, PageView, same_bits
 from .kv_pool import GroupKey
 from .sequences import Sequences
-from .stored import read_handle
+from .stored import StoredStates, is_read_by_model
 from .twins import same_rows
 
 
@@ -27,11 +28,19 @@ class PagedLayerMixin:
         self.epoch = 0  # Reorderings this layer has been told of.
         self._stored_kind: tuple | None = None  # Dtype, device and sizes of states that went into its pages.
         self.is_dense = False
+        # Dense keys (0) and values (1) that were read since the layer last changed: the reader may edit them in place.
+        self._handed_out: dict[int, torch.Tensor] = {}
+        self._was_compared = False  # With its pages, when a sibling was told of the change this layer is told of next.
 
     @property
     def is_paged(self) -> bool:
         """Whether this layer's states are in pages (or held for them)."""
         return not self.is_dense and self.sequences.length(self.index) > 0
+
+    @property
+    def _is_stored(self) -> bool:
+        """Tell whether states went into the pages (or are held for them), even if all of them were cropped since."""
+        return self.is_paged or any(self.index in rows.lengths for rows in self.sequences.groups.values())
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -50,11 +59,38 @@ class PagedLayerMixin:
         self._assign(1, states)
 
     def _read(self, which: int) -> torch.Tensor | None:
-        if not self.__dict__.get("is_dense", True) and self.sequences.length(self.index) > 0:
-            held = self.sequences.held(self.index)
-            handle = read_handle(self, which == 0) if held is None else None
-            return self._gather(which, "the cache's keys or values are read") if handle is None else handle
-        return self.__dict__.get("_dense", (None, None))[which]
+        if self.__dict__.get("is_dense") is not False or not self._is_stored:
+            return self.__dict__.get("_dense", (None, None))[which]
+        if not self.is_paged:
+            return self._gather(which, "the cache's keys or values are read")
+        if self.sequences.held(self.index) is None and is_read_by_model():
+            self.take_edits()
+            return self._dense[which] if self.is_dense else StoredStates(self, which == 0)
+        if which not in self._handed_out:
+            self._hand_out(which, self._gather(which, "the cache's keys or values are read"))
+        return self._handed_out[which]
+
+    def take_edits(self) -> None:
+        """Take over what a reader changed in the tensors handed out: the layer becomes dense with them.
+
+        Compares bits: `_version` misses edits through ``.data`` or NumPy, and a tensor that was edited in one
+        expression (``layer.values[:, :, -1] += 3``) is gone before the layer is used again.
+        """
+        if not self._handed_out or self.sequences.held(self.index) is not None:
+            return  # What is held is what was handed out.
+        for which, states in self._handed_out.items():
+            if not same_bits(states, self._gather(which, "the cache's keys or values are read")):
+                self.become_dense(EDITED)
+                return
+
+    def _take_all_edits(self) -> None:
+        """Take over the edits of all layers, before the first of them changes what their pages have in common."""
+        if self.sequences is None or self._was_compared:
+            self._was_compared = False
+            return
+        for layer in tuple(self.sequences.read_layers):
+            layer.take_edits()
+            layer._was_compared = layer is not self
 
     def _assign(self, which: int, states: torch.Tensor | None) -> None:
         if self.__dict__.get("is_dense") is False and self.is_paged:
@@ -66,12 +102,13 @@ class PagedLayerMixin:
             self.is_dense = True
 
     def _gather(self, which: int, reason: str) -> torch.Tensor:
-        held = self.sequences.held(self.index)
+        held, end = self.sequences.held(self.index), self.sequences.length(self.index)
         if held is not None:
-            return held[which]
-        self.sequences.pool.gathers[reason] += 1
-        end = self.sequences.length(self.index)
-        return self.sequences.gather(self.index, which == 0, end - self._retained(end), end)
+            return held[which][:, :, end - self._retained(end) :]
+        if end > 0:
+            self.sequences.pool.gathers[reason] += 1
+        with torch.inference_mode(False), torch.no_grad():  # A reader may edit them, in whatever mode.
+            return self.sequences.gather(self.index, which == 0, end - self._retained(end), end)
 
     def _retained(self, length: int) -> int:
         """How many of the positions seen upstream's layer would still hold."""
@@ -80,23 +117,25 @@ class PagedLayerMixin:
     def become_dense(self, reason: str) -> None:
         """Turn into the upstream layer with the same content; its blocks are given back."""
         dense = self._dense
-        if self.is_paged:
-            dense = tuple(self._gather(which, reason) for which in (0, 1))
+        if self._is_stored:
+            handed_out = self._forget_handed_out()
+            dense = tuple(handed_out[which] if which in handed_out else self._gather(which, reason) for which in (0, 1))
             self.sequences.drop_layer(self.index)
         self.is_dense, self._dense, self.is_initialized = True, dense, dense[0] is not None
 
     def __deepcopy__(self, memo):
+        self._take_all_edits()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         for name, value in self.__dict__.items():
             # The states of a paged layer are copied by copying the tables of its `sequences`.
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+            twin.__dict__[name] = {} if name == "_handed_out" else copy.deepcopy(value, memo)
         return twin
 
     def __getstate__(self):
         """Pickled layers are dense: blocks mean nothing in another process."""
         keys, values = self.keys, self.values
-        return {**self.__dict__, "is_dense": True, "_dense": (keys, values), "sequences": None}
+        return {**self.__dict__, "is_dense": True, "_dense": (keys, values), "_handed_out": {}, "sequences": None}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self.is_dense:
@@ -124,6 +163,8 @@ class PagedLayerMixin:
         OutOfBlocksError
             If the blocks do not fit in memory.
         """
+        self.take_edits()
+        self._forget_handed_out()  # Upstream's layers concatenate: what was read is the cache's no longer.
         obstacle = None if self.is_dense else self._obstacle(key_states, value_states)
         if obstacle is not None:
             self.become_dense(obstacle)
@@ -146,7 +187,7 @@ class PagedLayerMixin:
         rows, step = sequences.append(self.index, self.window, key_states, value_states)
         self._stored_kind = _kind(key_states, value_states)
         self._advance(key_states.shape[2])
-        view = PageView(sequences, rows, step, self.index, rows.version)
+        view = PageView(sequences, rows, step, self.index, rows.version, self)
         return PagedStates(view, key_states, True, visible), PagedStates(view, value_states, False, visible)
 
     def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -204,6 +245,7 @@ class PagedLayerMixin:
         return super().get_seq_length() if self.is_dense else self.sequences.length(self.index)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self.take_edits()
         sizes = super().get_mask_sizes(query_length)
         if not self.is_dense and not torch.compiler.is_compiling():
             if self.is_paged:
@@ -214,33 +256,64 @@ class PagedLayerMixin:
     def reset(self) -> None:
         if not self.is_dense:
             self.sequences.drop_layer(self.index)
+        self._forget_handed_out()
         self.is_dense, self._dense = self.sequences is None, (None, None)
         self._stored_kind = None
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.is_paged:
-            self._select(beam_idx)
-        else:
-            super().reorder_cache(beam_idx)
+        self._select(lambda rows: rows.index_select(0, beam_idx.to(rows.device)), super().reorder_cache, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_paged:
-            self._select(indices)
-        else:
-            super().batch_select_indices(indices)
+        self._select(lambda rows: rows[indices, ...], super().batch_select_indices, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_paged:
-            batch_size = self.sequences.batch_size_at(self.epoch + 1)
-            self._select(torch.arange(batch_size).repeat_interleave(repeats))
-        else:
-            super().batch_repeat_interleave(repeats)
+        self._select(lambda rows: rows.repeat_interleave(repeats, dim=0), super().batch_repeat_interleave, repeats)
 
-    def _select(self, rows: torch.Tensor) -> None:
+    def _select(self, choose: Callable, upstream: Callable, argument) -> None:
+        """Copy the tables of the rows that `choose` picks of ``[batch, 1, 1, 1]``; `upstream` does it to a dense layer.
+
+        `choose` does to row numbers what upstream's layer does to its tensors, so it raises what that raises.
+        """
+        self._take_all_edits()
+        if self.is_paged:
+            rows = choose(torch.arange(self.sequences.batch_size_at(self.epoch + 1)).view(-1, 1, 1, 1))
+            if rows.dim() != 4 or len(rows) == 0:
+                self.become_dense("a selection that is not of rows, or of none")
+        if not self.is_paged:
+            upstream(argument)
+            return
         self.sequences.store_held()
         self.epoch += 1
-        self.sequences.select(self.epoch, rows)
+        self.sequences.select(self.epoch, rows.flatten())
+        # A slice of a dense tensor is a view of it, anything else a copy.
+        for which, states in self._forget_handed_out().items():
+            if isinstance(argument, slice):
+                self._hand_out(which, states[argument])
+
+    def _hand_out(self, which: int, states: torch.Tensor) -> None:
+        self._handed_out[which] = states
+        self.sequences.read_layers.add(self)
+
+    def _forget_handed_out(self) -> dict[int, torch.Tensor]:
+        handed_out, self._handed_out = self._handed_out, {}
+        if handed_out:
+            self.sequences.read_layers.discard(self)
+        return handed_out
+
+    def note_edit(self, which: int, states: torch.Tensor) -> None:
+        """Remember that a model edited what `update` returned, ``[batch, num_kv_heads, visible, head_dim]``."""
+        edited = self._gather(which, EDITED).clone()
+        kept = min(edited.shape[2], states.shape[2])
+        edited[:, :, edited.shape[2] - kept :] = states[:, :, states.shape[2] - kept :]
+        self._hand_out(which, edited)
+
+    def _crop_handed_out(self, removed: int) -> None:
+        """After a crop a dense layer holds a part of the tensors that it held before."""
+        kept = self._retained(self.sequences.length(self.index))
+        for which, states in self._handed_out.items():
+            end = max(0, states.shape[2] - removed)
+            self._handed_out[which] = states[:, :, max(0, end - kept) : end]
 
 
 def _kind(key: torch.Tensor, value: torch.Tensor) -> tuple | None:

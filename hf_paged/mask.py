@@ -1,10 +1,11 @@
 """The "paged" mask function: learns where the padding is, and makes no mask unless somebody wants one."""
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
-from transformers import masking_utils
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from . import binding
@@ -64,13 +65,16 @@ def paged_mask(
             **kwargs,
         )
 
+    may_skip = q_length == 1 or not _may_drop_queries(kwargs.get("config"), q_length == kv_length)
     if torch.compiler.is_compiling():
-        return make(True)
-    # Where few logits are wanted, some models (gemma4) attend with the last queries only, unless the
-    # implementation is named "sdpa": without a mask these would count from the first key.
-    kept = binding.argument("logits_to_keep")
-    may_skip = not (isinstance(kept, int) and kept > 0)
+        return make(may_skip)
     request = binding.take_mask_request((q_length, kv_length, kv_offset))
+    if attention_mask is not None and (attention_mask.dim() != 2 or len(attention_mask) != batch_size):
+        made = make(may_skip)  # Raises what sdpa's mask function raises, where it does.
+        if request is None:
+            return made
+        # It takes more rows than the batch has, and any number of them if nothing is padding.
+        attention_mask = None if made is None else attention_mask[:batch_size]
     if request is None:
         lens = visible_lens(mask_function, attention_mask, kv_length)
         if lens is None:
@@ -88,6 +92,29 @@ def paged_mask(
         obstacle = obstacle or "padding inside a row changes distances in the sliding window"
     shape = (batch_size, 1, q_length, kv_length)
     return PagedMask(shape, torch.bool if fused else dtype, device, make, pattern, obstacle, kv_offset)
+
+
+def _may_drop_queries(config: PreTrainedConfig | None, is_square: bool) -> bool:
+    """Tell whether the model may attend with its last queries only: without a mask they would count from the first key.
+
+    gemma4 does, where an implementation is not named "sdpa": its last layers attend to the keys of others, so they
+    compute only the positions whose logits are wanted. One query sees all keys of a mask that `is_square`.
+    """
+    call = None if torch.compiler.is_compiling() else binding.current_call()
+    if call is None:  # `generate` makes masks for static caches before the forward; Dynamo sees no calls.
+        return bool(getattr(config, "num_kv_shared_layers", 0))
+    kept = binding.argument("logits_to_keep")
+    if not isinstance(kept, int) or kept <= 0 or (kept == 1 and is_square):
+        return False
+    return any(_is_told_what_to_keep(type(module)) for module in call.model.modules())
+
+
+@functools.cache
+def _is_told_what_to_keep(kind: type) -> bool:
+    """Tell whether a module without an LM head is told which logits are wanted; few are."""
+    if not issubclass(kind, PreTrainedModel) or issubclass(kind, GenerationMixin):
+        return False
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def causal_pattern(mask_function: Callable) -> MaskPattern | None:

@@ -7,6 +7,11 @@ import torch
 from .errors import UnsupportedError
 
 
+def is_binary(mask: torch.Tensor) -> bool:
+    """Tell whether a mask holds 0 and 1 only: `generate` counts positions by adding its values up."""
+    return bool(((mask == 0) | (mask == 1)).all())
+
+
 class Padding:
     """The 2D attention mask of the positions a cache has seen.
 

@@ -5,6 +5,7 @@ at the same slots, so the tables are kept here, once an attention group; the fir
 the work and its siblings find it done.
 """
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -44,6 +45,7 @@ class Sequences:
         self._held: dict[int, tuple[int | None, torch.Tensor, torch.Tensor]] = {}
         self._last_selection: list[int] | None = None
         self._last_batch_size: int | None = None
+        self.read_layers: weakref.WeakSet = weakref.WeakSet()  # Layers that handed tensors out.
         self.record_past = False  # Keep blocks that left the window until the next crop.
 
     def __del__(self):
@@ -59,7 +61,9 @@ class Sequences:
         twin.num_layers, twin.epoch, twin.batch_size = self.num_layers, self.epoch, self.batch_size
         twin._last_selection, twin._last_batch_size = self._last_selection, self._last_batch_size
         twin.padding, twin.twins, twin.record_past = self.padding.copy(), self.twins, self.record_past
-        twin.deferred, twin._held = self.deferred, dict(self._held)
+        twin.deferred = self.deferred
+        # Cloned: either cache's keys may be edited in place.
+        twin._held = {layer: (window, *map(torch.clone, states)) for layer, (window, *states) in self._held.items()}
         if self.pool is not None:
             self._settle(*self.groups.values())
 
@@ -261,6 +265,7 @@ class Sequences:
         def select() -> None:
             self.epoch, self._last_selection = epoch, rows
             self._last_batch_size, self.batch_size = self.batch_size, len(rows)
+            self.twins = None  # Of the rows before; asked for once more if all positions are cropped.
             for group in self.groups.values():
                 group.select(rows, promised)
 

@@ -25,6 +25,8 @@ class StoredStates(LazyTensor):
         Where the layer is stored.
     """
 
+    keeps_changes = True
+
     @staticmethod
     def __new__(cls, layer, is_key: bool) -> "StoredStates":
         rows = layer.sequences.group_rows(layer.index)
@@ -114,8 +116,6 @@ def visible_lens(mask_function, columns: torch.Tensor | None, positions: int) ->
     return columns.sum(1).tolist()
 
 
-def read_handle(layer, is_key: bool) -> StoredStates | None:
-    """A handle on all that `layer` holds, if a model's forward asks for it; else None."""
-    if torch.compiler.is_compiling() or binding.running_call() is None:
-        return None
-    return StoredStates(layer, is_key)
+def is_read_by_model() -> bool:
+    """Tell whether a model's forward reads a layer: it gets a handle on the pages, any other reader a tensor."""
+    return not torch.compiler.is_compiling() and binding.running_call() is not None

@@ -13,7 +13,7 @@ from hf_paged.errors import OutOfBlocksError, UnsupportedError
 from hf_paged.kv_pool import KVPool
 from hf_paged.layer import PagedLayerMixin
 from hf_paged.packed import NotPackableError, pack, run_step
-from hf_paged.padding import Padding
+from hf_paged.padding import Padding, is_binary
 from hf_paged.request import Request
 from hf_paged.row_streamer import RowStreamer
 from hf_paged.scheduler import Chunk, Schedule, Scheduler
@@ -167,6 +167,8 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> str | None:
     if mask is not None:
         if mask.shape != ids.shape or not Padding(mask.bool()).left or not bool(mask[:, -1].all()):
             return "padding that is not on the left"
+        if not is_binary(mask):
+            return "an attention mask with values other than 0 and 1"
         positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
     given = kwargs.get("position_ids")
     if given is not None and not _same_where(given, positions, mask):
@@ -180,7 +182,7 @@ def _outlives_call(cache: DynamicCache, config) -> bool:
 
 
 def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    if given.shape[-1] != expected.shape[-1] or given.dim() != 2:
+    if given.dim() != 2 or given.shape not in (expected.shape, expected[:1].shape):
         return False
     differs = given.to(expected.device) != expected
     return not bool(differs.any() if mask is None else (differs & mask.bool()).any())

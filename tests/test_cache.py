@@ -97,6 +97,95 @@ def test_reorder_repeat_and_select_copy_tables_only(models):
 
 
 @every_cache
+def test_rows_that_were_repeated_and_cropped_whole_are_all_stored(models):
+    caches = [prefill(model, zoo.prompts([9, 9])["input_ids"][[0, 0]], recording=True) for model in models]
+    for cache in caches:
+        cache.batch_repeat_interleave(2)
+        cache.crop(-9)
+    tokens = torch.full((4, 3), 5)
+    torch.testing.assert_close(*(step(*each, tokens) for each in zip(models, caches)), atol=2e-4, rtol=1e-4)
+    assert_same_next(models, caches, 4)
+
+
+SELECTIONS = {
+    "slice": slice(0, 2),
+    "last": slice(-1, None),
+    "every_second": slice(None, None, 2),
+    "no_slice": slice(0, 0),
+    "nobody": torch.tensor([], dtype=torch.long),
+    "mask": torch.tensor([True, False, True]),
+    "empty_mask": torch.tensor([False] * 3),
+    "mask_of_another_size": torch.tensor([True, False]),
+    "negative": torch.tensor([-1, 0]),
+    "int32": torch.tensor([2, 0], dtype=torch.int32),
+    "list": [2, 0],
+    "too_many": torch.tensor([3]),
+    "number": 1,
+    "floats": torch.tensor([0.0, 1.0]),
+}
+
+
+def told(action) -> type | None:
+    """The kind of error that an action ends in."""
+    try:
+        action()
+    except Exception as error:
+        return type(error)
+
+
+def state_of(cache):
+    return [
+        (layer.keys.shape, layer.values.shape, layer.get_seq_length(), layer.get_mask_sizes(2), layer.is_initialized)
+        for layer in cache.layers
+    ]
+
+
+@every_cache
+@pytest.mark.parametrize("lone", [False, True], ids=["own", "lone"])
+@pytest.mark.parametrize("rows", SELECTIONS.values(), ids=SELECTIONS)
+def test_select_takes_whatever_indexes_a_tensor(models, rows, lone):
+    ids, caches, errors = zoo.prompts([9, 9, 9])["input_ids"], [], []
+    for model in models:
+        with torch.no_grad():
+            caches.append(model(ids).past_key_values if lone else prefill(model, ids))
+        errors.append(told(lambda: caches[-1].batch_select_indices(rows)))
+    assert errors[0] is errors[1]
+    assert state_of(caches[0]) == state_of(caches[1])
+    if len(caches[0].layers[0].keys) and caches[0].layers[0].keys.dim() == 4:
+        assert_same_next(models, caches, len(caches[0].layers[0].keys))
+        assert all(layer.is_paged for layer in caches[1].layers)
+
+
+@every_cache
+@pytest.mark.parametrize("beams", [[0], [0, 0, 1, 2], [0, 5, 1], [-1, 0, 1], [True, False, True]], ids=str)
+def test_reorder_takes_what_index_select_takes(models, beams):
+    ids = zoo.prompts([9, 9, 9])["input_ids"]
+    caches = [prefill(model, ids) for model in models]
+    errors = [told(lambda: cache.reorder_cache(torch.tensor(beams))) for cache in caches]
+    assert errors[0] is errors[1] and state_of(caches[0]) == state_of(caches[1])
+    assert_same_next(models, caches, len(caches[0].layers[0].keys))
+
+
+@every_cache
+@pytest.mark.parametrize("then", [None, "reorder_cache", "batch_repeat_interleave", "deepcopy", "reset"])
+def test_a_cache_that_was_cropped_whole_is_empty_and_goes_on(models, then):
+    ids = zoo.prompts([9, 9])["input_ids"]
+    caches = [prefill(model, ids, recording=True) for model in models]
+    for index, cache in enumerate(caches):
+        cache.crop(-9)
+        if then == "deepcopy":
+            caches[index] = copy.deepcopy(cache)
+        elif then is not None:
+            getattr(cache, then)(*{"reorder_cache": [torch.tensor([1, 0])], "reset": []}.get(then, [2]))
+    if then != "reset":
+        assert caches[1].layers[0].keys.shape == (2, 2, 0, 16)
+        assert state_of(caches[0]) == state_of(caches[1])
+    assert_same_next(models, caches, 2, positions=3)
+    assert_same_next(models, caches, 2)
+    assert all(layer.is_paged for layer in caches[1].layers)
+
+
+@every_cache
 def test_deepcopy_is_independent(models):
     ids = zoo.prompts([10, 10])["input_ids"]
     caches = [prefill(model, ids) for model in models]

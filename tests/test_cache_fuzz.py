@@ -20,7 +20,8 @@ class Life:
     def __init__(self, seed: int):
         self.random = random.Random(seed)
         self.tokens = torch.Generator().manual_seed(seed)
-        self.models = zoo.pair(self.random.choice(["llama", "mistral", "gemma3_text", "gpt_oss"]))
+        self.name = self.random.choice(["llama", "mistral", "gemma3_text", "gpt_oss"])
+        self.models = zoo.pair(self.name)
         hf_paged.configure(self.models[1], hf_paged.PagedConfig(block_size=self.random.choice([4, 8, 16])))
         self.recording = self.random.random() < 0.6
         self.padded = self.random.random() < 0.5
@@ -57,32 +58,66 @@ class Life:
     def decode(self):
         self.forward(most=1)
 
-    def select(self, method: str, rows: list[int]):
+    def select(self, method: str, rows):
+        if not self.mask.shape[1]:
+            return  # An empty cache keeps its rows, whatever it is told.
         for cache in self.caches:
-            getattr(cache, method)(torch.tensor(rows))
+            getattr(cache, method)(rows)
         self.mask = self.mask[rows]
 
     def reorder(self):
         batch = self.mask.shape[0]
-        self.select("reorder_cache", [self.random.randrange(batch) for _ in range(batch)])
+        self.select("reorder_cache", torch.tensor([self.random.randrange(batch) for _ in range(batch)]))
 
     def keep_some(self):
         batch = self.mask.shape[0]
-        self.select("batch_select_indices", sorted(self.random.sample(range(batch), self.random.randint(1, batch))))
+        kept = sorted(self.random.sample(range(batch), self.random.randint(1, batch)))
+        forms = [
+            torch.tensor(kept),
+            torch.tensor([row - batch for row in kept]),
+            torch.tensor([row in kept for row in range(batch)]),
+            kept,
+            slice(kept[0], kept[-1] + 1),
+        ]
+        self.select("batch_select_indices", self.random.choice(forms))
 
     def repeat(self):
-        if self.mask.shape[0] < 4:
+        if self.mask.shape[0] < 4 and self.mask.shape[1]:
             for cache in self.caches:
                 cache.batch_repeat_interleave(2)
             self.mask = self.mask.repeat_interleave(2, dim=0)
 
     def crop(self):
-        if self.recording:
-            removed = self.random.randint(0, min(5, self.uncropped, self.mask.shape[1] - 1))
-            for cache in self.caches:
-                cache.crop(-removed)
-            self.mask = self.mask[:, : self.mask.shape[1] - removed]
-            self.uncropped = 0
+        length = self.mask.shape[1]
+        if not self.recording and self.name != "llama":
+            return
+        removed = self.random.randint(0, min(5, self.uncropped if self.recording else length))
+        if self.random.random() < 0.2 and (self.uncropped == length or self.name == "llama"):
+            removed = length
+        for cache in self.caches:
+            cache.crop(-removed)
+        self.mask = self.mask[:, : length - removed]
+        self.uncropped = 0
+
+    def read(self):
+        """Everything a layer says of itself; pads hold what nobody may see."""
+        for dense, paged in zip(*(cache.layers for cache in self.caches)):
+            for method, arguments in (("get_seq_length", ()), ("get_mask_sizes", (3,)), ("get_max_length", ())):
+                assert getattr(dense, method)(*arguments) == getattr(paged, method)(*arguments)
+            assert dense.is_initialized == paged.is_initialized
+            for one, other in ((dense.keys, paged.keys), (dense.values, paged.values)):
+                assert one.shape == other.shape
+                tokens = self.mask[:, self.mask.shape[1] - one.shape[2] :].bool()
+                torch.testing.assert_close(
+                    one.transpose(1, 2)[tokens], other.transpose(1, 2)[tokens], atol=1e-3, rtol=1e-3
+                )
+
+    def edit(self):
+        """In place, and in a part of the layers."""
+        for index in range(len(self.caches[0].layers)):
+            if self.random.random() < 0.5:
+                for cache in self.caches:
+                    cache.layers[index].values[-1] *= 0.7
 
     def deepcopy(self):
         self.caches = copy.deepcopy(self.caches)
@@ -96,7 +131,10 @@ def test_random_lives(decade):
         life.forward()
         for _ in range(life.random.randint(1, 8)):
             operation = life.random.choice(
-                ["forward", "forward", "decode", "reorder", "keep_some", "repeat", "crop", "deepcopy"]
+                [
+                    *("forward", "forward", "decode", "reorder", "keep_some", "repeat", "crop", "deepcopy"),
+                    *("read", "edit"),
+                ]
             )
             getattr(life, operation)()
         life.caches.clear()

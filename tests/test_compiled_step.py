@@ -8,6 +8,8 @@ from packing import LENGTHS, compare, pair
 
 import hf_paged
 from hf_paged import engine
+from hf_paged.attention import _check_arguments
+from hf_paged.evals.tiny import tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -63,3 +65,35 @@ def test_steps_find_their_metadata_at_the_same_addresses(name, monkeypatch):
     assert len(seen) > LENGTHS["max_new_tokens"]
     moves = sum(before != after for before, after in zip(seen[-20:], seen[-19:]))
     assert moves <= 1, "only a block table that outgrows its buffer moves"
+
+class Attention(torch.nn.Module):
+    """An attention module that hands its keywords on, and adds one of its own."""
+
+    def forward(self, states, tree=None, **kwargs):
+        own = {} if tree is None else {"tree_mask": tree}
+        _check_arguments(self, {**own, **kwargs})
+        return states + 1
+
+
+def test_a_compiled_forward_hands_down_keywords_of_every_name(dynamo):
+    compiled = torch.compile(Attention(), fullgraph=True, backend="eager")
+    flags = {"output_router_logits": False, "num_items_in_batch": 3, "a_flag_of_the_callers": True}
+    assert torch.equal(compiled(torch.zeros(2), **flags), torch.ones(2))
+
+
+def test_a_compiled_forward_refuses_what_its_attention_adds(dynamo):
+    compiled = torch.compile(Attention(), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="Attention passes tree_mask to its attention function"):
+        compiled(torch.zeros(2), tree=torch.ones(3))
+
+
+def test_a_compiled_mixture_of_experts(dynamo):
+    """It hands its output_router_logits down to its attention."""
+    logits = []
+    for implementation in ("sdpa", "paged"):
+        model = tiny_model(tiny_config("qwen3_moe", num_hidden_layers=1), implementation)
+        compiled = torch.compile(model.forward, backend="eager", dynamic=True)
+        with torch.no_grad():
+            logits.append(compiled(zoo.prompts([5])["input_ids"]).logits)
+    torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
+    assert dynamo["stats"]["unique_graphs"], "nothing was compiled"
