@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from .group_rows import GroupRows
+from .reasons import Reason, Why, count
 from .sequences import Sequences
 from .step import Step
 
@@ -21,7 +22,7 @@ from .step import Step
 class LazyTensor(torch.Tensor):
     """A tensor without storage that becomes dense when an operation touches it."""
 
-    def dense(self, reason: str) -> torch.Tensor:
+    def dense(self, reason: Why) -> torch.Tensor:
         """The dense tensor; `reason` says who wants it."""
         raise NotImplementedError
 
@@ -32,7 +33,7 @@ class LazyTensor(torch.Tensor):
                 f"{func} would change a paged tensor in place, and the change would be lost: "
                 "clone it first, or use another attn_implementation"
             )
-        reason = f"the model applies {func.overloadpacket} to it"
+        reason = Reason.APPLIED_OPERATION.of(str(func.overloadpacket))
         args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy.dense(reason), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -85,12 +86,12 @@ class PagedStates(LazyTensor):
     def __repr__(self):
         return f"PagedStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.pages.layer})"
 
-    def dense(self, reason: str) -> torch.Tensor:
+    def dense(self, reason: Why) -> torch.Tensor:
         if self.pages.step.start == 0:  # Nothing came before: the fresh states are all there is.
             return self.fresh.contiguous()
         self.pages.check()
         sequences, step = self.pages.sequences, self.pages.step
-        sequences.pool.gathers[reason] += 1
+        count(sequences.pool.gathers, reason, "keys or values are gathered")
         return sequences.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
 
 
@@ -110,7 +111,7 @@ class PagedMask(LazyTensor):
     ----------
     pattern : MaskPattern or None
         None if the mask is more than causal, windowed and padded.
-    obstacle : str or None
+    obstacle : Reason or None
         Why the pages cannot serve it although the pattern is known.
     offset : int
         Position of the first column.
@@ -126,7 +127,7 @@ class PagedMask(LazyTensor):
         device: torch.device,
         make: Callable[[bool], torch.Tensor | None],
         pattern: MaskPattern | None,
-        obstacle: str | None,
+        obstacle: Why | None,
         offset: int,
         visible_lens: list[int] | None = None,
     ) -> "PagedMask":
@@ -159,5 +160,5 @@ class PagedMask(LazyTensor):
         """The mask as sdpa would have got it: None where `is_causal` says it all."""
         return self._make(True)
 
-    def dense(self, reason: str) -> torch.Tensor:
+    def dense(self, reason: Why) -> torch.Tensor:
         return self._make(False)

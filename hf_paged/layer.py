@@ -7,6 +7,7 @@ import torch
 from . import binding
 from .handle import PagedStates, PageView
 from .kv_pool import GroupKey
+from .reasons import Reason, Why, count
 from .sequences import Sequences
 from .stored import read_handle
 from .twins import same_rows
@@ -53,23 +54,23 @@ class PagedLayerMixin:
         if not self.__dict__.get("is_dense", True) and self.sequences.length(self.index) > 0:
             held = self.sequences.held(self.index)
             handle = read_handle(self, which == 0) if held is None else None
-            return self._gather(which, "the cache's keys or values are read") if handle is None else handle
+            return self._gather(which, Reason.CACHE_READ) if handle is None else handle
         return self.__dict__.get("_dense", (None, None))[which]
 
     def _assign(self, which: int, states: torch.Tensor | None) -> None:
         if self.__dict__.get("is_dense") is False and self.is_paged:
-            self.become_dense("the cache's keys or values are assigned")
+            self.become_dense(Reason.CACHE_ASSIGNED)
         dense = list(self.__dict__.get("_dense", (None, None)))
         dense[which] = states
         self._dense = tuple(dense)
         if isinstance(states, torch.Tensor) and states.numel() > 0:
             self.is_dense = True
 
-    def _gather(self, which: int, reason: str) -> torch.Tensor:
+    def _gather(self, which: int, reason: Why) -> torch.Tensor:
         held = self.sequences.held(self.index)
         if held is not None:
             return held[which]
-        self.sequences.pool.gathers[reason] += 1
+        count(self.sequences.pool.gathers, reason, "keys or values are gathered")
         end = self.sequences.length(self.index)
         return self.sequences.gather(self.index, which == 0, end - self._retained(end), end)
 
@@ -77,7 +78,7 @@ class PagedLayerMixin:
         """How many of the positions seen upstream's layer would still hold."""
         return length
 
-    def become_dense(self, reason: str) -> None:
+    def become_dense(self, reason: Why) -> None:
         """Turn into the upstream layer with the same content; its blocks are given back."""
         dense = self._dense
         if self.is_paged:
@@ -149,30 +150,30 @@ class PagedLayerMixin:
         view = PageView(sequences, rows, step, self.index, rows.version)
         return PagedStates(view, key_states, True, visible), PagedStates(view, value_states, False, visible)
 
-    def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> Why | None:
         """Why these states cannot go into pages."""
         if self.sequences.pool is None and binding.current_call() is None:
-            return "the cache is used outside a paged model"
+            return Reason.NO_MODEL
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
-            return "gradients flow through the cache"
+            return Reason.CACHE_GRADIENTS
         has_begun = self.sequences.length(self.index) > 0
         if has_begun and self._stored_kind is not None and self._stored_kind == _kind(key, value):
             return None
         if key.is_meta or key.shape[:3] != value.shape[:3] or key.dtype != value.dtype:
-            return "keys and values differ in more than their head size"
+            return Reason.UNLIKE_STATES
         if not has_begun and not self.sequences.admits(key.shape[2]):
-            return "the layer holds other positions than its siblings"
+            return Reason.UNLIKE_SIBLINGS
         held = self.sequences.held(self.index)
         if held is not None:
-            return None if held[0].dtype == key.dtype and held[0].device == key.device else "the dtype changes"
+            return None if held[0].dtype == key.dtype and held[0].device == key.device else Reason.CHANGED_DTYPE
         expected = GroupKey(self.window, key.dtype, key.device)
         for group_key, rows in self.sequences.groups.items():
             if self.index in rows.lengths and group_key != expected:
-                return "the dtype or device of the states changes"
+                return Reason.CHANGED_PLACE
         pool = self.sequences.pool
         group = pool.groups.get(expected) if pool is not None else None
         storage = group.layers.get(self.index) if group is not None else None
-        return None if storage is None or storage.accepts(key, value) else "the shape of the states changes"
+        return None if storage is None or storage.accepts(key, value) else Reason.CHANGED_SHAPE
 
     def _join(self, key: torch.Tensor) -> None:
         """Enter the cache's common rows with the first states; the first layer ties them to the model."""
