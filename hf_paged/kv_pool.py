@@ -111,8 +111,6 @@ class KVPool:
         self.num_waiting = 0  # Calls that wait for a reservation; new packed rows let them go first.
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
-        self.packed_calls = 0
-        self.fallbacks: Counter[str] = Counter()
         self.prefix_counts = PrefixCounts()
 
     def group(self, group_key: GroupKey, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> GroupPool:

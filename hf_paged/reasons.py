@@ -51,9 +51,9 @@ class Reason(enum.Enum):
         "a returned cache, or returned scores, of several or padded rows",
         "call generate for each row, or leave return_dict_in_generate out",
     )
-    PROCESSOR = "a processor that may look at other rows: ...", "use transformers' own processors, or a call for each row"
+    PROCESSOR = "a processor that may look at other rows: ...", "use transformers' own processors, or one call a row"
     ROWS_TOGETHER = "a processor that may look at other rows", "leave guidance_scale and watermarking_config out"
-    CRITERION = "a criterion that may look at other rows: ...", "use transformers' own criteria, or a call for each row"
+    CRITERION = "a criterion that may look at other rows: ...", "use transformers' own criteria, or one call a row"
     ENDLESS_ROWS = "rows that go on after they are finished", "set eos_token_id, or one criterion alone"
     OTHER_POOL = "a cache of another model, or of a pool that was released", _NEW_CACHE
     OTHER_LAYERS = "a cache made for another model's layers", _NEW_CACHE
@@ -100,7 +100,7 @@ class Reason(enum.Enum):
     UNLIKE_SIBLINGS = "the layer holds other positions than its siblings", _DENSE
     CHANGED_DTYPE = "the dtype changes", "make a new cache after model.to(dtype)"
     CHANGED_PLACE = "the dtype or device of the states changes", "make a new cache after model.to(...)"
-    CHANGED_SHAPE = "the shape of the states changes", "make a new cache after the model is changed", False
+    CHANGED_SHAPE = "the shape of the states changes", "call hf_paged.release(model) after the model is changed", False
     # Items of a pipeline that run one after another.
     OWN_FORWARD = "the forward of ...", "use TextGenerationPipeline's own"
     OWN_GENERATE = "the generate of ...", "use the model that the pipeline was made for"

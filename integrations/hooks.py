@@ -144,7 +144,10 @@ def _for_paged(loop):
     """Let ``loop(original, model, ...)`` decode for "paged" models, and the original for all others."""
 
     def decode(original, model, *args, **kwargs):
-        return loop(original, model, *args, **kwargs) if _is_paged(model) else original(model, *args, **kwargs)
+        if not _is_paged(model):
+            return original(model, *args, **kwargs)
+        binding.renew_pools(model)
+        return loop(original, model, *args, **kwargs)
 
     return decode
 
