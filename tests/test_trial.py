@@ -24,13 +24,13 @@ def packs(model) -> bool:
     return hf_paged.stats(model).packed_calls == before + 1
 
 
-def failing(monkeypatch, name: str, *errors: BaseException | None):
+def failing(monkeypatch, name: str, *errors: BaseException):
     """Let the next calls of a function of the trial raise these errors before they do anything."""
     left, plain = list(errors), getattr(generate, name)
 
     def fail(*args):
-        if left and (error := left.pop(0)) is not None:
-            raise error
+        if left:
+            raise left.pop(0)  # In no variable: its traceback would hold it.
         return plain(*args)
 
     monkeypatch.setattr(generate, name, fail)
