@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from . import switch
 from .anatomy import anatomy
 from .config import PagedConfig
 from .kv_pool import KVPool
@@ -37,6 +38,7 @@ class Call:
 
     model: PreTrainedModel
     inputs: dict[str, Any]
+    times_off: int = field(default_factory=switch.times_off)  # When it began.
 
 
 @dataclass
