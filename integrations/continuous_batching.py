@@ -35,6 +35,16 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
+def leave_config_alone(model, args, kwargs):
+    """A forward pre-hook: a forward of continuous batching leaves the model's config to the calls of other threads.
+
+    It comes with a mask and with ``is_causal=False``, which transformers writes into the config until the forward ends.
+    Any other forward of the model would see what comes after its tokens then. With a mask, the argument says nothing.
+    """
+    is_ours = isinstance(kwargs.get("cache"), PagedAttentionCache) and kwargs.get("attention_mask") is not None
+    return (args, {**kwargs, "is_causal": None}) if is_ours and "is_causal" in kwargs else None
+
+
 def is_mask_needed(config, result: bool) -> bool:
     """What ``attn_mask_is_needed`` of transformers says, and True for "paged"."""
     return result or config._attn_implementation == "paged"

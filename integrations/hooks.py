@@ -32,7 +32,7 @@ from hf_paged.errors import PagedError
 from hf_paged.mask import paged_mask
 from hf_paged.row_streamer import RowStreamer, by_rows
 
-from .continuous_batching import attention_forward, is_mask_needed, switch_attention
+from .continuous_batching import attention_forward, is_mask_needed, leave_config_alone, switch_attention
 from .generate import scheduled_sample
 from .pipelines import iterate
 from .rectangle import run_rectangle
@@ -212,6 +212,7 @@ def _track(model: PreTrainedModel) -> None:
     if _GUARDS not in model.__dict__:
         model.__dict__[_GUARDS] = (
             model.register_forward_pre_hook(_check_begin),
+            model.register_forward_pre_hook(leave_config_alone, with_kwargs=True),
             model.register_forward_hook(_check_end, prepend=True),  # While the call is on the stack.
         )
 

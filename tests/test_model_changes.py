@@ -37,7 +37,8 @@ def test_a_cast_model_is_packed_in_its_new_dtype_at_once(mode):
         assert torch.equal(*both(models, **MODES[mode]))
         assert torch.equal(*both(models))
         stats = hf_paged.stats(models[1])
-        assert stats.packed_calls == number * (1 if mode == "beams" else 2) and not stats.fallbacks and not stats.gathers
+        assert stats.packed_calls == number * (1 if mode == "beams" else 2)
+        assert not stats.fallbacks and not stats.gathers
         assert {key.dtype for key in binding.pools_under(models[1])[0].groups} == {dtype}
 
 
