@@ -90,7 +90,7 @@ def _packed(model, input_ids, processors, criteria, config, streamer, kwargs, ma
         # Is the model the one that its engine was made for? It may have been moved, or got layers of another kind.
         if call.has_begun or not may_retry or not binding.is_outdated(model, engine):
             raise
-        binding.forget_engine(model, engine)
+        binding.renew_pools(model, even_good=True)
     else:
         binding.counts_of(model).packed += 1
         if not config.return_dict_in_generate:

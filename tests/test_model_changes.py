@@ -104,19 +104,70 @@ def test_a_call_under_way_ends_with_a_sentence_and_the_next_one_is_right():
     assert hf_paged.stats(paged).packed_calls == 1
 
 
+def casts_states(model) -> list:
+    """Let a model compute its attention in float64; the handles of the hooks that do it."""
+    handles = []
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            projection = getattr(layer.self_attn, name)
+            handles.append(projection.register_forward_hook(lambda module, args, output: output.double()))
+        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: (args[0].float(),)))
+    return handles
+
+
 def test_a_dtype_that_no_parameter_shows():
     """Some quantised layers compute in a dtype that is an attribute of theirs."""
     models = fresh_pair()
     assert torch.equal(*both(models))
     for model in models:
-        for layer in model.model.layers:
-            for name in ("q_proj", "k_proj", "v_proj"):
-                getattr(layer.self_attn, name).register_forward_hook(lambda module, args, output: output.double())
-            layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        casts_states(model)
     for _ in range(2):
         assert torch.equal(*both(models))
     stats = hf_paged.stats(models[1])
     assert stats.packed_calls == 3 and not stats.fallbacks
+
+
+def test_pages_of_another_dtype_do_not_hinder_the_first_packed_call():
+    models = fresh_pair()
+    for model in models:
+        handles = casts_states(model)
+        both([model], num_beams=2)
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(*both(models))
+    stats = hf_paged.stats(models[1])
+    assert stats.packed_calls == 1 and not stats.fallbacks and stats.page_reads > 0
+    assert [key.dtype for key in binding.pools_under(models[1])[0].groups] == [torch.float32]
+
+
+def test_a_forward_after_a_cast_makes_a_new_pool():
+    model = fresh_pair()[1]
+    both([model])
+    cache = DynamicCache(config=model.double().config)
+    with torch.no_grad():
+        model(zoo.prompts([9])["input_ids"], past_key_values=cache)
+    assert [key.dtype for key in binding.pools_under(model)[0].groups] == [torch.float64]
+
+
+def test_no_step_is_run_in_vain_after_a_cast(rows):
+    model = fresh_pair()[1]
+    both([model])
+    before = list(rows)
+    rows.clear()
+    both([model.double()])
+    assert rows == before
+
+
+def test_layers_of_another_shape():
+    models = fresh_pair()
+    assert torch.equal(*both(models))
+    for model in models:
+        other = zoo.build("llama", "sdpa", num_key_value_heads=4)
+        model.model.layers[1].self_attn = other.model.layers[1].self_attn
+        model.model.layers[1].self_attn.config = model.config
+    assert torch.equal(*both(models))
+    stats = hf_paged.stats(models[1])
+    assert stats.packed_calls == 2 and not stats.fallbacks
 
 
 class MixesRows:
