@@ -85,6 +85,20 @@ def test_a_mask_that_was_not_made_is_no_mask_that_hides_nothing(models):
     hook.remove()
 
 
+def test_masks_of_a_static_cache_are_made_between_the_forwards(models):
+    model, prepare = models[1], models[1].prepare_inputs_for_generation
+
+    def disabled_meanwhile(*args, **kwargs):
+        hf_paged.disable()
+        inputs = prepare(*args, **kwargs)
+        hf_paged.enable()
+        return inputs
+
+    model.prepare_inputs_for_generation = disabled_meanwhile
+    with pytest.raises(hf_paged.PagedError, match=r"disable\(\) was called while"):
+        tokens(model, "static")
+
+
 class Switches:
     """A streamer that calls a function at every token."""
 
