@@ -6,18 +6,19 @@ from transformers import DynamicCache
 
 from .group_rows import GroupRows
 from .kv_pool import GroupKey, KVPool
+from .reasons import Reason, Why
 from .request import Request
 
 
-def why_not_adopt(cache: DynamicCache, pool: KVPool) -> str | None:
+def why_not_adopt(cache: DynamicCache, pool: KVPool) -> Why | None:
     """Why an empty cache cannot take over what is stored in `pool`; None if it can."""
     sequences = cache.layers[0].sequences
     if sequences.pool not in (None, pool):
-        return "a cache of another model, or of a pool that was released"
+        return Reason.OTHER_POOL
     windows = {index: key.window for key, group in pool.groups.items() for index in group.layers}
     if windows != {index: layer.window for index, layer in enumerate(cache.layers)}:
-        return "a cache made for another model's layers"
-    return "a cache that records its past" if sequences.record_past else None
+        return Reason.OTHER_LAYERS
+    return Reason.RECORDED_PAST if sequences.record_past else None
 
 
 def adopt(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequence[GroupKey]) -> None:

@@ -12,9 +12,10 @@ from hf_paged.kernels import ops
 
 from . import binding
 from .errors import UnsupportedError
-from .handle import EDITED, PagedMask, PagedStates
+from .handle import PagedMask, PagedStates
 from .kv_pool import KVPool
 from .packed import ARGUMENT, NotPackableError, is_packed_mask
+from .reasons import Reason, Why
 from .step import Reads
 from .storage import KVStorage
 from .stored import StoredStates, stored_obstacle, stored_reads
@@ -69,7 +70,7 @@ def paged_attention_forward(
     if step is not None:
         return _attend_packed(step, module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     if is_packed_mask(attention_mask):
-        raise NotPackableError("the model does not hand its keywords down to its attention")
+        raise NotPackableError(Reason.LOST_KEYWORDS)
     if isinstance(key, StoredStates) or isinstance(value, StoredStates):
         return _attend_stored(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if not isinstance(key, PagedStates) and not isinstance(value, PagedStates):
@@ -77,7 +78,7 @@ def paged_attention_forward(
     edits = [states.take_edits() for states in (key, value) if isinstance(states, PagedStates)]
     obstacle = _obstacle(query, key, value, attention_mask, dropout, kwargs)
     if obstacle is None and any(edits):
-        obstacle = EDITED
+        obstacle = Reason.CACHE_EDITED
     if obstacle is not None:
         key, value = (x.dense(obstacle) if isinstance(x, PagedStates) else x for x in (key, value))
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
@@ -94,9 +95,9 @@ def _attend_packed(step, module, query, key, value, mask, dropout, scaling, kwar
     """Attention in a packed step, or an error that sends the model to the rectangular loop."""
     obstacle = _general_obstacle(query, dropout, kwargs)
     if kwargs.get("position_bias") is not None:
-        obstacle = "position bias"
+        obstacle = Reason.POSITION_BIAS
     if kwargs.get("is_causal") is False:
-        obstacle = "the attention pattern is not causal"
+        obstacle = Reason.NOT_CAUSAL
     if obstacle is not None:
         raise NotPackableError(obstacle)
     return step.attend(module, query, key, value, mask, scaling, kwargs)
@@ -143,40 +144,40 @@ def _is_named_by(kind: type, name: str) -> bool:
     return any(name == word or (isinstance(word, tuple) and name in word) for word in words)
 
 
-def _obstacle(query, key, value, mask, dropout, kwargs) -> str | None:
+def _obstacle(query, key, value, mask, dropout, kwargs) -> Why | None:
     """Why this call cannot read the pages; None if it can."""
     if not (isinstance(key, PagedStates) and isinstance(value, PagedStates) and key.pages is value.pages):
-        return "keys and values come from different places"
+        return Reason.TWO_SOURCES
     if not isinstance(mask, PagedMask):
-        return "attention without a mask" if mask is None else "a custom attention mask"
+        return Reason.NO_MASK if mask is None else Reason.CUSTOM_MASK
     view, step = key.pages, key.pages.step
     if mask.shape[2:] != (step.end - step.start, key.shape[2]) or mask.offset != step.end - key.shape[2]:
-        return "the mask belongs to another layer's window"
+        return Reason.OTHER_WINDOW
     if query.shape[0] != key.shape[0] or query.shape[2] != step.end - step.start:
-        return "the queries are not the new tokens"
+        return Reason.OTHER_QUERIES
     if mask.pattern is None or kwargs.get("is_causal") is False:
-        return "the attention pattern is not causal"
+        return Reason.NOT_CAUSAL
     if view.rows.window is not None and mask.pattern.window != view.rows.window:
-        return "the mask belongs to another layer's window"
+        return Reason.OTHER_WINDOW
     if kwargs.get("position_bias") is not None:
-        return "position bias"
+        return Reason.POSITION_BIAS
     return _general_obstacle(query, dropout, kwargs) or (
-        mask.obstacle or ("padding between tokens" if step.has_inner_padding else None)
+        mask.obstacle or (Reason.INNER_PADDING if step.has_inner_padding else None)
     )
 
 
-def _general_obstacle(query, dropout, kwargs) -> str | None:
+def _general_obstacle(query, dropout, kwargs) -> Why | None:
     """What no kernel over pages computes, whatever the keys and the mask are."""
     if kwargs.get("indices") is not None or kwargs.get("block_indices") is not None:
-        return "an indexer chooses the tokens to see"
+        return Reason.INDEXER
     if _wants_weights(kwargs):
-        return "output_attentions"
+        return Reason.OUTPUT_ATTENTIONS
     if dropout:
-        return "attention dropout"
+        return Reason.DROPOUT
     if torch.is_grad_enabled() and query.requires_grad:
-        return "gradients"
+        return Reason.GRADIENTS
     if not _says_all_in_arguments():
-        return "the model has only an eager attention of its own"
+        return Reason.EAGER_ONLY
     return None
 
 
@@ -241,7 +242,7 @@ def _chosen_by_indexer(module, query, positions, mask, kwargs) -> torch.Tensor |
     chosen, chosen_blocks = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
     if chosen is None and chosen_blocks is None:
         return mask
-    mask = mask.dense("an indexer chooses the tokens to see") if isinstance(mask, PagedMask) else mask
+    mask = mask.dense(Reason.INDEXER) if isinstance(mask, PagedMask) else mask
     if chosen_blocks is not None:
         at = kwargs.get("position_ids")
         at = torch.arange(positions - query.shape[2], positions, device=query.device) if at is None else at
@@ -267,7 +268,7 @@ def _eager_function(module: torch.nn.Module):
 def _additive(module, query, key, mask, kwargs) -> torch.Tensor | None:
     """The mask as eager attention wants it: zero where a query sees a key, else the dtype's minimum."""
     if isinstance(mask, PagedMask):
-        mask = mask.dense("eager attention")
+        mask = mask.dense(Reason.EAGER)
     queries, positions = query.shape[2], key.shape[2]
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -7,6 +7,7 @@ which two models may share. Forward hooks on the "paged" models keep the stack o
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -15,15 +16,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from . import switch
+from .anatomy import anatomy
+from .atomic import after_fork_in_child
 from .config import PagedConfig
 from .kv_pool import KVPool
+from .reasons import Why
 from .sequences import Sequences
 
 _HOOKS = "_hf_paged_hooks"
 _pools: "weakref.WeakKeyDictionary[PreTrainedModel, KVPool]" = weakref.WeakKeyDictionary()
+# The dtype and device that a model had when its pool was made.
+_places: "weakref.WeakKeyDictionary[PreTrainedModel, tuple]" = weakref.WeakKeyDictionary()
 _configs: "weakref.WeakKeyDictionary[PreTrainedModel, PagedConfig]" = weakref.WeakKeyDictionary()
-# What runs packed steps on the pool of a model, or why it has none. An engine holds its pool, not the reverse.
-_engines: "weakref.WeakKeyDictionary[PreTrainedModel, Any]" = weakref.WeakKeyDictionary()
+_counts: "weakref.WeakKeyDictionary[PreTrainedModel, CallCounts]" = weakref.WeakKeyDictionary()
+# An engine holds its pool, not the reverse.
+_engines: "weakref.WeakKeyDictionary[PreTrainedModel, _KeptEngine]" = weakref.WeakKeyDictionary()
 _registry_lock = threading.Lock()
 _engine_lock = threading.RLock()  # Held while one is tried out: calls that begin together wait for it.
 
@@ -66,6 +74,7 @@ class Call:
     def __init__(self, model: PreTrainedModel, inputs: Inputs, frame: FrameType):
         self._model, self.inputs = weakref.ref(model), inputs
         self._frame = id(frame), frame.f_code
+        self.times_off = switch.times_off()  # When it began.
 
     @property
     def model(self) -> PreTrainedModel:
@@ -82,6 +91,48 @@ class MaskRequest:
     sequences: "weakref.ref[Sequences]"
     layer: int
     sizes: tuple[int, int, int]  # query length, kv length, kv offset
+
+
+@dataclass
+class CallCounts:
+    """How the calls of `generate` on one model ran, whether it has a pool or not."""
+
+    packed: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a model has no engine.
+
+    Attributes
+    ----------
+    why : Reason
+    is_lasting : bool
+        Whether the model itself is the cause. If not, the next call asks again.
+    """
+
+    why: Why
+    is_lasting: bool = True
+
+
+class _KeptEngine:
+    """An engine, or the refusal of one, and the anatomy of the model that it was made for.
+
+    A refusal is doubted when the model's anatomy has changed. Not every cause can be seen, so it is doubted without
+    that, too: after 8 calls, after 16 more, after 32 more.
+    """
+
+    def __init__(self, made: Any, model: PreTrainedModel, patience: int = 8):
+        self.made, self.anatomy = made, anatomy(model)
+        self.patience = self._left = patience
+
+    def is_doubtful(self, model: PreTrainedModel) -> bool:
+        """Whether another engine must be asked for. Called once a call."""
+        if not isinstance(self.made, Refusal):
+            return False
+        self._left -= 1
+        return self._left < 0 or self.anatomy != anatomy(model)
 
 
 class _ThreadState(threading.local):
@@ -172,11 +223,35 @@ def _leave(model, args, output):
 
 
 def pool_of(model: PreTrainedModel) -> KVPool:
-    """The pool of a model that runs, made at first use."""
+    """The pool of a model that runs, made at first use, and anew after ``model.to(...)``."""
     with _registry_lock:
-        if model not in _pools:
-            _pools[model] = KVPool(_configs.get(model, PagedConfig()))
+        if model not in _pools or _places[model] != (model.dtype, model.device):
+            _make_pool(model)
         return _pools[model]
+
+
+def _make_pool(model: PreTrainedModel) -> None:
+    """Make a new, empty pool. Caches and calls that are alive keep the old one; its memory goes with the last."""
+    new, old = KVPool(_configs.get(model, PagedConfig())), _pools.get(model)
+    if old is not None:
+        new.page_reads, new.gathers, new.prefix_counts = old.page_reads, old.gathers, old.prefix_counts
+        for owner in [owner for owner, kept in _engines.items() if getattr(kept.made, "pool", None) is old]:
+            del _engines[owner]
+    _pools[model], _places[model] = new, (model.dtype, model.device)
+
+
+def renew_pools(model: torch.nn.Module, even_good: bool = False) -> None:
+    """Make the pools under `model` anew that were made for another dtype or device; the statistics go on.
+
+    Parameters
+    ----------
+    even_good : bool
+        All pools.
+    """
+    with _registry_lock:
+        for module in _submodules(model):
+            if module in _pools and (even_good or _places[module] != (module.dtype, module.device)):
+                _make_pool(module)
 
 
 def _submodules(model: torch.nn.Module):
@@ -192,14 +267,50 @@ def pools_under(model: torch.nn.Module) -> list[KVPool]:
 
 
 def engine_of(model: PreTrainedModel, make) -> Any:
-    """What `make` returned for this model since its pools were last let go of."""
+    """The engine of this model, or the `Refusal` of one, made by `make` at first use.
+
+    Made again after the model's pools were let go of or renewed, and where a refusal is doubtful.
+    """
     with _engine_lock:
         with _registry_lock:
-            if model in _engines:
-                return _engines[model]
+            kept = _engines.get(model)
+        if kept is not None and not kept.is_doubtful(model):
+            return kept.made
         made = make(model)
-        with _registry_lock:
-            return _engines.setdefault(model, made)
+        is_refusal = isinstance(made, Refusal)
+        # Another thread may have called `release` or `configure` meanwhile.
+        if made.is_lasting if is_refusal else any(pool is made.pool for pool in pools_under(model)):
+            patience = 2 * kept.patience if kept is not None and is_refusal else 8
+            with _registry_lock:
+                _engines[model] = _KeptEngine(made, model, patience)
+        return made
+
+
+def is_outdated(model: PreTrainedModel, engine: Any) -> bool:
+    """Whether the model is not what it was when the engine was made for it."""
+    with _registry_lock:
+        kept = _engines.get(model)
+    return kept is None or kept.made is not engine or kept.anatomy != anatomy(model)
+
+
+def forget_engine(model: PreTrainedModel, engine: Any) -> None:
+    """Let go of an engine; calls that are under way on it go on."""
+    with _registry_lock:
+        kept = _engines.get(model)
+        if kept is not None and kept.made is engine:
+            del _engines[model]
+
+
+def counts_of(model: PreTrainedModel) -> CallCounts:
+    """How the calls of `generate` on this model ran since its pools were last let go of."""
+    with _registry_lock:
+        return _counts.setdefault(model, CallCounts())
+
+
+def counts_under(model: torch.nn.Module) -> list[CallCounts]:
+    """The counts of `model` and of the models inside it."""
+    with _registry_lock:
+        return [_counts[module] for module in _submodules(model) if module in _counts]
 
 
 def implementation_of(model: torch.nn.Module) -> str:
@@ -209,11 +320,11 @@ def implementation_of(model: torch.nn.Module) -> str:
 
 
 def forget_pools(model: torch.nn.Module) -> None:
-    """Let go of the pools under `model`; caches that are alive keep theirs until they die."""
+    """Let go of the pools and counts under `model`; caches that are alive keep their pool until they die."""
     with _registry_lock:
         for module in _submodules(model):
-            _pools.pop(module, None)
-            _engines.pop(module, None)
+            for registry in (_pools, _places, _engines, _counts):
+                registry.pop(module, None)
 
 
 def set_config(model: torch.nn.Module, config: PagedConfig) -> None:
@@ -228,3 +339,12 @@ def config_of(model: torch.nn.Module) -> PagedConfig:
     """The config that a pool made now under `model` would get."""
     with _registry_lock:
         return next((_configs[module] for module in _submodules(model) if module in _configs), PagedConfig())
+
+
+def _reset_in_child() -> None:
+    """In a forked child no thread is left that could let go of these."""
+    global _registry_lock, _engine_lock
+    _registry_lock, _engine_lock = threading.Lock(), threading.RLock()
+
+
+after_fork_in_child(_reset_in_child)

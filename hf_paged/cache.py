@@ -5,6 +5,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from . import binding
 from .layer import PagedLayerMixin
+from .reasons import Why
 from .sequences import Sequences
 
 
@@ -79,7 +80,7 @@ class PagedSlidingWindowLayer(PagedLayerMixin, DynamicSlidingWindowLayer):
     def is_paged(self) -> bool:
         return self.__dict__.get("is_dense") is False and super().is_paged
 
-    def become_dense(self, reason: str) -> None:
+    def become_dense(self, reason: Why) -> None:
         length = self.get_seq_length()
         super().become_dense(reason)
         self.cumulative_length = length

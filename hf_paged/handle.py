@@ -15,11 +15,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from .group_rows import GroupRows
+from .reasons import Reason, Why, count
 from .sequences import Sequences
 from .step import Step
-
-
-EDITED = "the cache's keys or values are edited in place"
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -32,7 +30,7 @@ class LazyTensor(torch.Tensor):
 
     keeps_changes = False  # Whether what `dense` returns is what the cache holds from then on.
 
-    def dense(self, reason: str) -> torch.Tensor:
+    def dense(self, reason: Why) -> torch.Tensor:
         """The dense tensor; `reason` says who wants it."""
         raise NotImplementedError
 
@@ -43,7 +41,7 @@ class LazyTensor(torch.Tensor):
                 f"{func} would change a paged tensor in place, and the change would be lost: "
                 "clone it first, or use another attn_implementation"
             )
-        reason = f"the model applies {func.overloadpacket} to it"
+        reason = Reason.APPLIED_OPERATION.of(str(func.overloadpacket))
         args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy.dense(reason), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -101,24 +99,24 @@ class PagedStates(LazyTensor):
     def __repr__(self):
         return f"PagedStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.pages.layer})"
 
-    def dense(self, reason: str) -> torch.Tensor:
+    def dense(self, reason: Why) -> torch.Tensor:
         if self.made is None:
             self.made = self._make(reason)
         elif self.pages.step.start > 0:
             self.pages.check()
         return self.made
 
-    def _make(self, reason: str) -> torch.Tensor:
+    def _make(self, reason: Why) -> torch.Tensor:
         if self.pages.step.start == 0:  # Nothing came before: the fresh states are all there is.
             return self.fresh.clone(memory_format=torch.contiguous_format)
         self.pages.check()
         sequences, step = self.pages.sequences, self.pages.step
-        sequences.pool.gathers[reason] += 1
+        count(sequences.pool.gathers, reason, "keys or values are gathered")
         return sequences.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
 
     def take_edits(self) -> bool:
         """Tell whether the model wrote into parts of the dense tensor (``keys[:, :, 0] = 0``); the cache follows."""
-        if self.made is None or same_bits(self.made, self._make(EDITED)):
+        if self.made is None or same_bits(self.made, self._make(Reason.CACHE_EDITED)):
             return False
         self.pages.owner.note_edit(0 if self.is_key else 1, self.made)
         return True
@@ -140,7 +138,7 @@ class PagedMask(LazyTensor):
     ----------
     pattern : MaskPattern or None
         None if the mask is more than causal, windowed and padded.
-    obstacle : str or None
+    obstacle : Reason or None
         Why the pages cannot serve it although the pattern is known.
     offset : int
         Position of the first column.
@@ -156,7 +154,7 @@ class PagedMask(LazyTensor):
         device: torch.device,
         make: Callable[[bool], torch.Tensor | None],
         pattern: MaskPattern | None,
-        obstacle: str | None,
+        obstacle: Why | None,
         offset: int,
         visible_lens: list[int] | None = None,
     ) -> "PagedMask":
@@ -189,5 +187,5 @@ class PagedMask(LazyTensor):
         """The mask as sdpa would have got it: None where `is_causal` says it all."""
         return self._make(True)
 
-    def dense(self, reason: str) -> torch.Tensor:
+    def dense(self, reason: Why) -> torch.Tensor:
         return self._make(False)

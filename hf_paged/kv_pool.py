@@ -125,8 +125,6 @@ class KVPool:
         self.waiting: set[Reservation] = set()  # Of calls that wait; new packed rows let them go first.
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
-        self.packed_calls = 0
-        self.fallbacks: Counter[str] = Counter()
         self.prefix_counts = PrefixCounts()
         _all.add(self)
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 
 from . import binding
-from .handle import EDITED, PagedStates, PageView, same_bits
+from .handle import PagedStates, PageView, same_bits
 from .kv_pool import GroupKey
+from .reasons import Reason, Why, count
 from .sequences import Sequences
 from .stored import StoredStates, is_read_by_model
 from .twins import same_rows
@@ -62,12 +63,12 @@ class PagedLayerMixin:
         if self.__dict__.get("is_dense") is not False or not self._is_stored:
             return self.__dict__.get("_dense", (None, None))[which]
         if not self.is_paged:
-            return self._gather(which, "the cache's keys or values are read")
+            return self._gather(which, Reason.CACHE_READ)
         if self.sequences.held(self.index) is None and is_read_by_model():
             self.take_edits()
             return self._dense[which] if self.is_dense else StoredStates(self, which == 0)
         if which not in self._handed_out:
-            self._hand_out(which, self._gather(which, "the cache's keys or values are read"))
+            self._hand_out(which, self._gather(which, Reason.CACHE_READ))
         return self._handed_out[which]
 
     def take_edits(self) -> None:
@@ -79,8 +80,8 @@ class PagedLayerMixin:
         if not self._handed_out or self.sequences.held(self.index) is not None:
             return  # What is held is what was handed out.
         for which, states in self._handed_out.items():
-            if not same_bits(states, self._gather(which, "the cache's keys or values are read")):
-                self.become_dense(EDITED)
+            if not same_bits(states, self._gather(which, Reason.CACHE_READ)):
+                self.become_dense(Reason.CACHE_EDITED)
                 return
 
     def _take_all_edits(self) -> None:
@@ -94,19 +95,19 @@ class PagedLayerMixin:
 
     def _assign(self, which: int, states: torch.Tensor | None) -> None:
         if self.__dict__.get("is_dense") is False and self.is_paged:
-            self.become_dense("the cache's keys or values are assigned")
+            self.become_dense(Reason.CACHE_ASSIGNED)
         dense = list(self.__dict__.get("_dense", (None, None)))
         dense[which] = states
         self._dense = tuple(dense)
         if isinstance(states, torch.Tensor) and states.numel() > 0:
             self.is_dense = True
 
-    def _gather(self, which: int, reason: str) -> torch.Tensor:
+    def _gather(self, which: int, reason: Why) -> torch.Tensor:
         held, end = self.sequences.held(self.index), self.sequences.length(self.index)
         if held is not None:
             return held[which][:, :, end - self._retained(end) :]
         if end > 0:
-            self.sequences.pool.gathers[reason] += 1
+            count(self.sequences.pool.gathers, reason, "keys or values are gathered")
         with torch.inference_mode(False), torch.no_grad():  # A reader may edit them, in whatever mode.
             return self.sequences.gather(self.index, which == 0, end - self._retained(end), end)
 
@@ -114,7 +115,7 @@ class PagedLayerMixin:
         """How many of the positions seen upstream's layer would still hold."""
         return length
 
-    def become_dense(self, reason: str) -> None:
+    def become_dense(self, reason: Why) -> None:
         """Turn into the upstream layer with the same content; its blocks are given back."""
         dense = self._dense
         if self._is_stored:
@@ -190,30 +191,30 @@ class PagedLayerMixin:
         view = PageView(sequences, rows, step, self.index, rows.version, self)
         return PagedStates(view, key_states, True, visible), PagedStates(view, value_states, False, visible)
 
-    def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> Why | None:
         """Why these states cannot go into pages."""
         if self.sequences.pool is None and binding.running_call() is None:
-            return "the cache is used outside a paged model"
+            return Reason.NO_MODEL
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
-            return "gradients flow through the cache"
+            return Reason.CACHE_GRADIENTS
         has_begun = self.sequences.length(self.index) > 0
         if has_begun and self._stored_kind is not None and self._stored_kind == _kind(key, value):
             return None
         if key.is_meta or key.shape[:3] != value.shape[:3] or key.dtype != value.dtype:
-            return "keys and values differ in more than their head size"
+            return Reason.UNLIKE_STATES
         if not has_begun and not self.sequences.admits(key.shape[2]):
-            return "the layer holds other positions than its siblings"
+            return Reason.UNLIKE_SIBLINGS
         held = self.sequences.held(self.index)
         if held is not None:
-            return None if held[0].dtype == key.dtype and held[0].device == key.device else "the dtype changes"
+            return None if held[0].dtype == key.dtype and held[0].device == key.device else Reason.CHANGED_DTYPE
         expected = GroupKey(self.window, key.dtype, key.device)
         for group_key, rows in self.sequences.groups.items():
             if self.index in rows.lengths and group_key != expected:
-                return "the dtype or device of the states changes"
+                return Reason.CHANGED_PLACE
         pool = self.sequences.pool
         group = pool.groups.get(expected) if pool is not None else None
         storage = group.layers.get(self.index) if group is not None else None
-        return None if storage is None or storage.accepts(key, value) else "the shape of the states changes"
+        return None if storage is None or storage.accepts(key, value) else Reason.CHANGED_SHAPE
 
     def _join(self, key: torch.Tensor) -> None:
         """Enter the cache's common rows with the first states; the first layer ties them to the model."""
@@ -279,7 +280,7 @@ class PagedLayerMixin:
         if self.is_paged:
             rows = choose(torch.arange(self.sequences.batch_size_at(self.epoch + 1)).view(-1, 1, 1, 1))
             if rows.dim() != 4 or len(rows) == 0:
-                self.become_dense("a selection that is not of rows, or of none")
+                self.become_dense(Reason.ODD_SELECTION)
         if not self.is_paged:
             upstream(argument)
             return
@@ -303,7 +304,7 @@ class PagedLayerMixin:
 
     def note_edit(self, which: int, states: torch.Tensor) -> None:
         """Remember that a model edited what `update` returned, ``[batch, num_kv_heads, visible, head_dim]``."""
-        edited = self._gather(which, EDITED).clone()
+        edited = self._gather(which, Reason.CACHE_EDITED).clone()
         kept = min(edited.shape[2], states.shape[2])
         edited[:, :, edited.shape[2] - kept :] = states[:, :, states.shape[2] - kept :]
         self._hand_out(which, edited)

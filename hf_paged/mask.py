@@ -11,6 +11,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 from . import binding
 from .handle import MaskPattern, PagedMask
 from .packed import PACKED_OFFSET, NotPackableError, packed_mask
+from .reasons import Reason
 from .stored import visible_lens
 
 
@@ -43,7 +44,7 @@ def paged_mask(
             return packed_mask(None, device)
         pattern = causal_pattern(mask_function)
         if pattern is None or attention_mask is not None:
-            raise NotPackableError("the attention pattern is not causal")
+            raise NotPackableError(Reason.NOT_CAUSAL)
         return packed_mask(pattern.window, device)
     call = binding.current_call()
     fused = call is None or call.model._supports_sdpa
@@ -80,7 +81,7 @@ def paged_mask(
         if lens is None:
             return make(may_skip)
         shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if fused else dtype
-        return PagedMask(shape, dtype, device, make, None, "the attention pattern is not causal", kv_offset, lens)
+        return PagedMask(shape, dtype, device, make, None, Reason.NOT_CAUSAL, kv_offset, lens)
     sequences, layer = request
     if q_offset != sequences.length(layer):
         return make(may_skip)
@@ -89,7 +90,7 @@ def paged_mask(
         return make(may_skip)
     pattern = causal_pattern(mask_function)
     if pattern is not None and pattern.window is not None and not sequences.padding.left:
-        obstacle = obstacle or "padding inside a row changes distances in the sliding window"
+        obstacle = obstacle or Reason.PADDED_WINDOW
     shape = (batch_size, 1, q_length, kv_length)
     return PagedMask(shape, torch.bool if fused else dtype, device, make, pattern, obstacle, kv_offset)
 

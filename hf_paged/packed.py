@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from hf_paged.kernels import ops
 
+from .reasons import Reason, Why
 from .scheduler import Chunk
 from .step_buffers import StepBuffers
 from .storage import KVStorage
@@ -23,6 +24,10 @@ PACKED_OFFSET = -1  # No mask begins there: by it the mask function knows a pack
 
 class NotPackableError(Exception):
     """This model does something between its cache and its attention that a packed step cannot follow."""
+
+    def __init__(self, why: Why):
+        self.why = why
+        super().__init__(why.text)
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,12 @@ class PackedStep:
         index = getattr(module, "layer_idx", None)
         fresh = self.fresh.pop(index, (None, None))
         if fresh[0] is not key or fresh[1] is not value:
-            raise NotPackableError("the model computes with its keys and values before it attends")
+            raise NotPackableError(Reason.EARLY_COMPUTATION)
         storage, group = self.layers[index]
+        if key.dtype != storage.dtype or key.device != storage.device:
+            raise NotPackableError(Reason.CHANGED_PLACE)
         if not is_packed_mask(mask) or not (torch.compiler.is_compiling() or mask.shape[3] == (group.window or 0)):
-            raise NotPackableError("the attention pattern is not that of the layer's cache")
+            raise NotPackableError(Reason.OTHER_PATTERN)
         sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
         self.page_reads += 1
         out = ops.write_and_attend(
@@ -235,5 +242,5 @@ def run_step(model: Callable, step: PackedStep) -> torch.Tensor:
         **{ARGUMENT: step},
     )
     if step.fresh or step.page_reads != len(step.layers):
-        raise NotPackableError("some layers attend to their keys and values in their own way")
+        raise NotPackableError(Reason.OWN_ATTENTION)
     return output.logits[0]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .errors import UnsupportedError
+from .reasons import Reason, Why
 
 
 def is_binary(mask: torch.Tensor) -> bool:
@@ -35,7 +36,7 @@ class Padding:
     def copy(self) -> "Padding":
         return Padding(self.valid)
 
-    def record(self, mask: torch.Tensor | None, visible_from: int, start: int, end: int) -> str | None:
+    def record(self, mask: torch.Tensor | None, visible_from: int, start: int, end: int) -> Why | None:
         """Learn from a forward's 2D mask which of the positions ``start .. end - 1`` hold tokens.
 
         Parameters
@@ -47,7 +48,7 @@ class Padding:
 
         Returns
         -------
-        str or None
+        Reason or None
             Why the pages cannot serve this mask (it hides tokens that are stored), or None if they can.
 
         Raises
@@ -73,7 +74,7 @@ class Padding:
             self._set(self.valid[:, :start])
         if mask is not None and not bool(new.all()):
             self._set(torch.cat([self._columns(0, start, mask), new], dim=1))
-        return "the attention mask hides stored tokens" if bool((seen & ~shown).any()) else None
+        return Reason.HIDDEN_TOKENS if bool((seen & ~shown).any()) else None
 
     def tokens_before(self, position: int, batch_size: int) -> list[int]:
         """For each row, how many of the positions before `position` hold tokens."""

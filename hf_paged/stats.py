@@ -30,8 +30,8 @@ class Stats:
     packed_calls : int
         Calls of `generate` whose rows ran on the engine, packed with those of other calls.
     fallbacks : dict of str to int
-        Calls of `generate` that ran transformers' own loop over the paged cache, by reason. Beams, assisted
-        decoding and models with a loop of their own are not counted.
+        Calls of `generate` that ran transformers' own loop, by reason, whether they used the pool or not. Beams,
+        assisted decoding and models with a loop of their own are not counted.
     prefix_lookups : int
         Packed rows that looked for their first tokens in the prefix cache when they started, preempted ones again.
     prefix_hit_tokens : int
@@ -84,15 +84,16 @@ def stats(model: torch.nn.Module) -> Stats:
                 evictions += blocks.num_evictions
                 tokens += _tokens_stored(pool, key)
             reads += pool.page_reads
-            packed += pool.packed_calls
             lookups += pool.prefix_counts.lookups
             hits += pool.prefix_counts.hit_tokens
             gathers.update(pool.gathers)
-            fallbacks.update(pool.fallbacks)
+    for counts in binding.counts_under(model):
+        packed += counts.packed
+        fallbacks.update(counts.fallbacks)
     block_size = pools[0].config.block_size if pools else binding.config_of(model).block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
-    counts = (total, used, cached, free, block_size, tokens, waste, reads, dict(gathers), packed, dict(fallbacks))
-    return Stats(*counts, lookups, hits, evictions, binding.implementation_of(model))
+    totals = (total, used, cached, free, block_size, tokens, waste, reads, dict(gathers), packed, dict(fallbacks))
+    return Stats(*totals, lookups, hits, evictions, binding.implementation_of(model))
 
 
 def _tokens_stored(pool: KVPool, key: GroupKey) -> int:

@@ -9,6 +9,7 @@ from transformers.masking_utils import bidirectional_mask_function
 
 from . import binding
 from .handle import LazyTensor, PagedMask
+from .reasons import Reason, Why
 from .step import Reads
 
 
@@ -48,30 +49,30 @@ class StoredStates(LazyTensor):
                 "keys or values of a paged cache are read after the cache has changed: read them from its layer again"
             )
 
-    def dense(self, reason: str) -> torch.Tensor:
+    def dense(self, reason: Why) -> torch.Tensor:
         self.check()
         if self.layer.is_paged:
             self.layer.become_dense(reason)
         return self.layer.keys if self.is_key else self.layer.values
 
 
-def stored_obstacle(module, query, key, value, mask, kwargs) -> str | None:
+def stored_obstacle(module, query, key, value, mask, kwargs) -> Why | None:
     """Why attention cannot read stored keys and values in place; None if it can."""
     if not (isinstance(key, StoredStates) and isinstance(value, StoredStates) and key.layer is value.layer):
-        return "keys and values come from different places"
+        return Reason.TWO_SOURCES
     sequences = key.layer.sequences
     if query.shape[0] != key.shape[0] or key.layer.window is not None or sequences.padding.valid is not None:
-        return "the queries do not see all that is stored"
+        return Reason.PARTLY_STORED
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and is_causal and query.shape[2] > 1:
-        return "the attention pattern is not bidirectional"
+        return Reason.NOT_BIDIRECTIONAL
     fits = isinstance(mask, PagedMask) and mask.visible_lens is not None and mask.shape[3] == key.shape[2]
     if mask is not None and not fits:
-        return "a custom attention mask"
+        return Reason.CUSTOM_MASK
     bias = kwargs.get("position_bias")
     # T5 hands zeros to its cross-attention.
-    return "position bias" if bias is not None and bool(bias.any()) else None
+    return Reason.POSITION_BIAS if bias is not None and bool(bias.any()) else None
 
 
 def stored_reads(layer, queries: int, mask: PagedMask | None) -> Reads:

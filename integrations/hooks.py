@@ -1,11 +1,11 @@
 """The hooks in transformers: installed by `enable`, taken out again by `disable`.
 
-Eight places are touched, and only for models and caches whose attention implementation is "paged":
+Ten places are touched, and only for models and caches whose attention implementation is "paged":
 the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
 ``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that
 can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed;
 ``_beam_search`` and ``_assisted_decoding`` reserve their blocks first. ``Pipeline.get_iterator`` runs the items
-of their text-generation pipelines together.
+of their text-generation pipelines together. Two functions of transformers' continuous batching take them as they are.
 """
 
 import functools
@@ -13,6 +13,7 @@ import inspect
 import threading
 from importlib.metadata import version
 
+import torch
 from packaging.specifiers import SpecifierSet
 from transformers import (
     AttentionInterface,
@@ -23,14 +24,15 @@ from transformers import (
     PreTrainedModel,
     TextGenerationPipeline,
 )
+from transformers.generation.continuous_batching import ContinuousBatchingManager, input_outputs
 
-from hf_paged import binding
-from hf_paged.attention import paged_attention_forward
+from hf_paged import binding, switch
 from hf_paged.cache import page_layers
 from hf_paged.errors import PagedError
 from hf_paged.mask import paged_mask
 from hf_paged.row_streamer import RowStreamer, by_rows
 
+from .continuous_batching import attention_forward, is_mask_needed, leave_config_alone, switch_attention
 from .generate import scheduled_sample
 from .pipelines import iterate
 from .rectangle import run_rectangle
@@ -56,7 +58,10 @@ _SIGNATURES = {
     (Pipeline, "get_iterator"): [
         *("self", "inputs", "num_workers", "batch_size", "preprocess_params", "forward_params", "postprocess_params"),
     ],
+    (ContinuousBatchingManager, "switch_to_cb_friendly_attn"): ["self", "model", "auto_switch_to_flash"],
+    (input_outputs, "attn_mask_is_needed"): ["config"],
 }
+_GUARDS = "_hf_paged_guards"
 _WRAPPED = "_hf_paged_original"
 _lock = threading.Lock()
 
@@ -71,7 +76,7 @@ def enable() -> None:
     """
     with _lock:
         _check_transformers()
-        AttentionInterface.register(NAME, paged_attention_forward)
+        AttentionInterface.register(NAME, attention_forward)
         AttentionMaskInterface.register(NAME, paged_mask)
         _wrap(DynamicCache, "__init__", _after(_page_new_cache))
         _wrap(PreTrainedModel, "get_correct_attn_implementation", _after(_track_paged_model))
@@ -79,15 +84,19 @@ def enable() -> None:
         _wrap(GenerationMixin, "_beam_search", _for_paged(run_rectangle))
         _wrap(GenerationMixin, "_assisted_decoding", _for_paged(run_rectangle))
         _wrap(Pipeline, "get_iterator", _get_iterator)
+        _wrap(ContinuousBatchingManager, "switch_to_cb_friendly_attn", switch_attention)
+        _wrap(input_outputs, "attn_mask_is_needed", _after(is_mask_needed))
+        switch.turn(on=True)
 
 
 def disable() -> None:
     """Put transformers back as it was. Idempotent.
 
     Models that are still "paged" cannot run until `enable` is called or another implementation is set
-    with ``model.set_attn_implementation``.
+    with ``model.set_attn_implementation``: they raise `PagedError`, and so do forwards that are under way.
     """
     with _lock:
+        switch.turn(on=False)
         for registry in (AttentionInterface, AttentionMaskInterface):
             registry._global_mapping.pop(NAME, None)
         for owner, method in _SIGNATURES:
@@ -117,7 +126,7 @@ def _check_transformers() -> None:
             )
 
 
-def _wrap(owner: type, method: str, around) -> None:
+def _wrap(owner, method: str, around) -> None:
     """Let ``around(original, instance, *args, **kwargs)`` stand for ``owner.method``."""
     original = owner.__dict__[method]
     if hasattr(original, _WRAPPED):
@@ -144,7 +153,21 @@ def _for_paged(loop):
     """Let ``loop(original, model, ...)`` decode for "paged" models, and the original for all others."""
 
     def decode(original, model, *args, **kwargs):
-        return loop(original, model, *args, **kwargs) if _is_paged(model) else original(model, *args, **kwargs)
+        if not _is_paged(model):
+            return original(model, *args, **kwargs)
+        binding.renew_pools(model)
+        times_off = switch.times_off()
+        try:
+            output = loop(original, model, *args, **kwargs)
+        except KeyError as error:
+            # A layer looked for its attention function, or the model for its mask.
+            if NAME in str(error) and times_off != switch.times_off():
+                switch.refuse_result(model)
+            raise
+        # Masks of a static cache are made between the forwards.
+        if times_off != switch.times_off() and getattr(kwargs.get("past_key_values"), "is_compileable", False):
+            switch.refuse_result(model)
+        return output
 
     return decode
 
@@ -180,5 +203,33 @@ def _track_paged_model(model: PreTrainedModel, implementation: str, *args, **kwa
     # One check serves all the models that share this config: a base model inside its ForCausalLM.
     for module in model.modules():
         if module is model or (isinstance(module, PreTrainedModel) and module.config is model.config):
-            (binding.track if implementation == NAME else binding.untrack)(module)
+            (_track if implementation == NAME else _untrack)(module)
     return implementation
+
+
+def _track(model: PreTrainedModel) -> None:
+    binding.track(model)
+    if _GUARDS not in model.__dict__:
+        model.__dict__[_GUARDS] = (
+            model.register_forward_pre_hook(_check_begin),
+            model.register_forward_pre_hook(leave_config_alone, with_kwargs=True),
+            model.register_forward_hook(_check_end, prepend=True),  # While the call is on the stack.
+        )
+
+
+def _untrack(model: PreTrainedModel) -> None:
+    binding.untrack(model)
+    for hook in model.__dict__.pop(_GUARDS, ()):
+        hook.remove()
+
+
+def _check_begin(model, args) -> None:
+    # A model may have got another implementation while nobody here was told.
+    if not torch.compiler.is_compiling() and not switch.is_on() and _is_paged(model):
+        switch.refuse(model)
+
+
+def _check_end(model, args, output) -> None:
+    call = None if torch.compiler.is_compiling() else binding.current_call()
+    if call is not None and call.model is model and call.times_off != switch.times_off() and _is_paged(model):
+        switch.refuse_result(model)

@@ -15,6 +15,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from hf_paged.noise import free_draws, is_unseeded
+from hf_paged.reasons import Reason, Why
 
 from .generate import why_not_packable
 from .run_ahead import Arrivals, Reader, RunAhead
@@ -39,9 +40,9 @@ def iterate(
     postprocess,
 ):
     """``get_iterator`` of a `TextGenerationPipeline` whose model is "paged"; `original` is transformers' own."""
-    reason = _why_one_by_one(pipe, forward_params)
-    if reason is not None:
-        logger.info(f"hf_paged: the pipeline's items run one after another, because of {reason}")
+    why = _why_one_by_one(pipe, forward_params)
+    if why is not None:
+        logger.info(f"hf_paged: the pipeline's items run one after another, because of {why}. Remedy: {why.remedy}.")
         return original(pipe, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess)
     news = threading.Condition()
     is_sized = isinstance(inputs, collections.abc.Sized)
@@ -83,27 +84,27 @@ def _forward(forward, params: dict, batch, cancellation):
         return forward(batch, **{**params, "stopping_criteria": [cancellation]})
 
 
-def _why_one_by_one(pipe: TextGenerationPipeline, forward_params: dict) -> str | None:
+def _why_one_by_one(pipe: TextGenerationPipeline, forward_params: dict) -> Why | None:
     """Why items cannot run together with the results of one after another; None if they can."""
     kind, model = type(pipe), pipe.model
     if kind._forward is not TextGenerationPipeline._forward or kind.forward is not Pipeline.forward:
-        return f"the forward of {kind.__name__}"
+        return Reason.OWN_FORWARD.of(kind.__name__)
     generate = getattr(model, "generate", None)
     if getattr(generate, "__func__", None) is not GenerationMixin.generate:
-        return f"the generate of {type(model).__name__}"
+        return Reason.OWN_GENERATE.of(type(model).__name__)
     options = {name: value for name, value in forward_params.items() if name != "prefix_length"}
     try:
         options = {name: value for name, value in pipe._prepare_generate_kwargs(options).items() if value is not None}
         config, others = model._prepare_generation_config(options.pop("generation_config", None), **options)
     except Exception as error:  # The pipeline raises it again, where the caller expects it.
-        return f"an error in its arguments ({type(error).__name__})"
+        return Reason.WRONG_ARGUMENTS.of(type(error).__name__)
     unknown = sorted(name for name in others if others[name] is not None and name not in _KNOWN_ARGUMENTS)
     if unknown:
-        return f"the argument {unknown[0]}"
+        return Reason.SHARED_ARGUMENT.of(unknown[0])
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        return config.get_generation_mode().value
+        return Reason.OTHER_MODE.of(config.get_generation_mode().value)
     if config.max_time is not None:
-        return "max_time, which counts seconds that others use"
+        return Reason.TIME_LIMIT
     if config.do_sample and not is_unseeded():
-        return "a seed: sampled items draw from torch's random numbers in turn"
+        return Reason.SEED
     return why_not_packable(model, config)

@@ -8,6 +8,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 import hf_paged
 from hf_paged import attention, binding, engine
+from hf_paged.reasons import Reason
 
 
 def preemptions(model) -> int:
@@ -143,7 +144,7 @@ def test_a_model_that_is_changed_after_its_first_call_runs_the_original_loop(mon
     dense, paged = pair()
     inputs = zoo.prompts([9, 3])
     paged.generate(**inputs, **LENGTHS)
-    monkeypatch.setattr(attention, "_general_obstacle", lambda *args: "something no kernel computes")
+    monkeypatch.setattr(attention, "_general_obstacle", lambda *args: Reason.OUTPUT_ATTENTIONS)
     assert torch.equal(paged.generate(**inputs, **LENGTHS), dense.generate(**inputs, **LENGTHS))
     stats = hf_paged.stats(paged)
-    assert stats.packed_calls == 1 and stats.fallbacks == {"something no kernel computes": 1}
+    assert stats.packed_calls == 1 and stats.fallbacks == {"output_attentions": 1}

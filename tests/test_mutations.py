@@ -8,6 +8,7 @@ from parity import assert_generates_equal
 import hf_paged
 from hf_paged import attention, call, padding
 from hf_paged.integrations import generate
+from hf_paged.reasons import Reason
 
 _READ = ("key_cache", "value_cache", "block_tables", "context_lens", "cu_seqlens_q", "scale")
 _OPTIONS = ("window", "softcap", "sinks")
@@ -99,7 +100,7 @@ def test_a_stored_pad_is_seen(loop, monkeypatch):
 
 
 def test_plain_sdpa_in_disguise_is_seen(loop, monkeypatch):
-    monkeypatch.setattr(attention, "_obstacle", lambda *args: "always")
-    monkeypatch.setattr(generate, "_why_not_this_call", lambda *args: "always")
+    monkeypatch.setattr(attention, "_obstacle", lambda *args: Reason.OTHER_FORWARD)
+    monkeypatch.setattr(generate, "_why_not_this_call", lambda *args: Reason.OTHER_FORWARD)
     with pytest.raises(AssertionError, match="sdpa in disguise"):
         check("llama", loop)
