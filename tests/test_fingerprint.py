@@ -7,6 +7,7 @@ import threading
 import types
 import weakref
 
+import numpy
 import peft
 import pytest
 import torch
@@ -500,10 +501,8 @@ def another_layer(model):
     model.get_input_embeddings().weight = torch.nn.Parameter(torch.zeros(97, 32))
 
 
-def data_swapped_twice(model):
-    """The second tensor may get the address that the first one had."""
+def data_swapped(model):
     weight = model.get_base_model().lm_head.weight
-    weight.data = weight.data * 2
     weight.data = weight.data * 2
 
 
@@ -567,7 +566,7 @@ def written_to(model):
 CHANGES = {
     "written to": written_to,
     "another tensor": another_layer,
-    "data swapped": data_swapped_twice,
+    "data swapped": data_swapped,
     "transposed": transposed,
     "another class": lambda model: setattr(model.get_base_model().model.norm, "__class__", GemmaRMSNorm),
     "another module": lambda model: setattr(model.get_base_model(), "lm_head", torch.nn.Identity()),
@@ -631,6 +630,18 @@ def test_threads_that_change_the_model_do_not_disturb_a_look():
     assert held and not all(held)
     last = identify(base)
     assert last.holds() and not any(look.holds() for look in looks[:10] if look is not None)
+
+
+def test_the_address_of_a_tensor_is_given_to_no_other_while_an_identity_is_held():
+    model, memory = own_pair()[1], numpy.ones((97, 32), dtype=numpy.float32)
+    weight, held = model.lm_head.weight, weakref.ref(memory)
+    weight.data = torch.from_numpy(memory)
+    del memory
+    identity = identify(model)
+    weight.data = weight.data * 2
+    assert not identity.holds() and held() is not None
+    del identity
+    assert held() is None
 
 
 def test_nothing_of_a_model_is_kept_alive():
