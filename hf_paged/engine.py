@@ -32,7 +32,7 @@ from .atomic import Undo, atomically, is_in_section
 from .block_table import BlockTable
 from .call import Call, Choice
 from .errors import OutOfBlocksError, UnsupportedError
-from .fingerprint import ModelIdentity
+from .fingerprint import Identity, identify
 from .kv_pool import GroupKey, KVPool
 from .packed import pack, run_step
 from .prepacked import linears_of
@@ -219,8 +219,7 @@ class Engine:
         self.scheduler.prefix.counts = pool.prefix_counts
         self._buffers, self._patience = StepBuffers(self.keys[0].device), Patience(pool)
         self._linears_for = linears_of(pool.config)
-        self._identity = ModelIdentity()
-        self._quick_identity: object = None  # Of the model that the prefix cache serves.
+        self._identity: Identity | None = None  # Of the model that the prefix cache serves, while rows run.
         self._is_checked = True  # Whether a step is planned that looks whether the model is still as a call found it.
         self._seats: dict[Request, Seat] = {}
         self._leaving: list[Seat] = []
@@ -288,19 +287,15 @@ class Engine:
 
     def _enter(self, model: PreTrainedModel, seat: Seat) -> None:
         config, call, salt = self.pool.config, seat.call, current_salt()
-        quick = full = None
-        if config.prefix_cache:
-            # In this order: what changes in between is seen after the next step.
-            quick = self._identity.quick(model)
-            full = self._identity.full(model, config.cache_salt, self.keys)
+        identity = identify(model, config.cache_salt, self.keys) if config.prefix_cache else None
 
         def enter() -> None:
-            if full is not None:
-                self.scheduler.prefix.use(full)
-                self._quick_identity, self._is_checked = quick, False
+            if identity is not None:
+                self.scheduler.prefix.use(identity.digest)
+                self._identity, self._is_checked = identity, False
             for request in call.requests:
                 # Tokens that a row brings along may have been stored in any way.
-                request.salt = salt if full is not None and request.num_stored == 0 else None
+                request.salt = salt if identity is not None and request.num_stored == 0 else None
                 self._seats[request] = seat
             for request in call.leaders:
                 self.scheduler.add(request)
@@ -344,18 +339,19 @@ class Engine:
         """Run the chunks of all calls. What one of them raises is its own; what none of them raises is the driver's."""
         report = Report(order.began)
         chunks = self._prepare(order, report)
-        is_same_model = not order.must_check or self._is_same(model)
+        is_same_model = not order.must_check or self._is_same_model()
         for part, logits in self._forward_all(model, driver, order, chunks, report):
             report.chunks += part
             report.deliveries += self._deliveries(order, part, logits)
         report.chunks.sort(key=lambda chunk: chunk.request.order)
         self._choose_for([delivery for delivery in report.deliveries if delivery.seat.call.is_quick], report)
-        report.is_same_model = is_same_model and self._is_same(model)
+        report.is_same_model = is_same_model and self._is_same_model()
         return report
 
-    def _is_same(self, model: PreTrainedModel) -> bool:
-        """Whether the model is the one that the prefix cache serves, if it serves any."""
-        return not self.scheduler.prefix.is_in_use or self._identity.quick(model) == self._quick_identity
+    def _is_same_model(self) -> bool:
+        """Whether the model is still the one that the prefix cache serves, if it serves any."""
+        identity = self._identity
+        return identity is None or not self.scheduler.prefix.is_in_use or identity.holds()
 
     def _prepare(self, order: Drive, report: Report) -> list[Chunk]:
         """Make the step's blocks addressable and copy the shared ones; the chunks whose blocks are ready."""
@@ -622,6 +618,8 @@ class Engine:
             if call.cache is not None and call.is_done and request.num_stored:
                 adopt(call.cache, request, self.pool, self.keys)
             self.scheduler.remove(request)
+        if not self._seats:
+            self._identity = None  # It keeps what it has seen alive, old weights too.
 
     def forget_other_threads(self) -> None:
         """Drop the calls of all threads but this one: in a forked child they are gone."""

@@ -3,23 +3,50 @@
 import functools
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.utils import logging
 
-from .prepacked import PrepackedForward
+from .look import Look, UnseenError
+from .trace import Trace, is_disturbed
+
+logger = logging.get_logger(__name__)
 
 _SAMPLES = 64  # Elements looked at, of each tensor.
 _GOLDEN_RATIO = 0.6180339887498949
-# Their hooks leave what a module computes in evaluation alone: they capture outputs, or act in training only.
-_PASSIVE = ("hf_paged.", "transformers.")
 
 
-def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
-    """A digest that changes when the weights of `model`, or its adapters, change.
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """What a model computes, as one look found it.
 
-    Looks at where each parameter and buffer lies, how often it was changed in place, and a few elements of its
-    content: an edit through ``.data`` leaves no other trace. Such an edit of a few elements can be missed.
+    Keeps what was looked at alive, old weights too: hold it while rows run, and no longer.
+
+    Attributes
+    ----------
+    digest : bytes
+        Equal for two looks between which nothing changed.
+    """
+
+    digest: bytes
+    _trace: Trace
+
+    def holds(self) -> bool:
+        """Whether the model is still what it was. Costs a fraction of a look; meant for every step.
+
+        Sees all that `identify` sees, but for the content of tensors: an edit through ``.data`` leaves no trace. Safe
+        while other threads change the model. A change that was undone before this call can be missed.
+        """
+        return self._trace.holds()
+
+
+def identify(model: torch.nn.Module, *besides: object) -> Identity | None:
+    """Look at all that the states of a token depend on, besides the tokens before it.
+
+    Sees where each parameter and buffer lies, how often it was changed in place, and a few elements of its content: an
+    edit through ``.data`` leaves no other trace. Such an edit of a few elements can be missed. Sees the class of each
+    module, its attributes, and the functions of these classes and their files.
 
     Parameters
     ----------
@@ -28,57 +55,35 @@ def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
 
     Returns
     -------
-    bytes or None
-        None if a change could not be seen: weights are elsewhere (offloaded), or a forward hook of somebody else may
-        change what a module computes.
+    Identity or None
+        None if a change could not be seen: a class or a function from outside torch, transformers, peft and accelerate
+        takes part, weights are elsewhere (offloaded), or a forward hook of somebody else may change what is computed.
     """
-    seen: list[object] = [
-        *besides,
-        type(model).__module__,
-        type(model).__qualname__,
-        getattr(model, "name_or_path", ""),
-    ]
-    samples: list[torch.Tensor] = []
-    if torch.nn.modules.module._has_any_global_hook():
+    look = Look()
+    try:
+        look.at_model(model)
+        if is_disturbed():
+            raise UnseenError("a hook on all modules, or a mode that sees every call of torch")
+    except (UnseenError, RecursionError) as error:
+        logger.info_once(f"hf_paged: the prefix cache serves no call on this model: {error} takes part in its forward")
         return None
-    for number, module in enumerate(model.modules()):
-        if any(map(_is_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
-            return None
-        if "merged_adapters" in module.__dict__:  # A layer of PEFT.
-            active, merged = module.active_adapters, module.merged_adapters
-            seen.append((number, active, merged, module.disable_adapters, getattr(module, "scaling", None)))
-        forward = module.__dict__.get("forward")
-        # Somebody's own: compiled, hooked by accelerate, or with other results.
-        if forward is not None and not isinstance(forward, PrepackedForward):
-            seen.append((number, id(forward)))
-        for tensor in _tensors(module):
-            if tensor.is_meta:
-                return None
-            version = 0 if tensor.is_inference() else tensor._version
-            seen.append((tensor.data_ptr(), version, tensor.dtype, tensor.shape))
-            if tensor.numel():
-                content = tensor.detach() if tensor.itemsize > 1 else tensor.detach().view(torch.uint8)
-                # Spread over rows and columns alike, as an even stride would not be.
-                samples.append(content.take(_places(tensor.numel(), tensor.device)))
-    digest = hashlib.sha256(repr(seen).encode())
-    for content in _by_kind(samples):
+    digest = hashlib.sha256("\n".join([repr(besides), *look.seen]).encode())
+    for content in _by_kind(map(_sample, look.contents)):
         digest.update(content)
-    return digest.digest()
+    return Identity(digest.digest(), look.trace)
 
 
-def _is_foreign(hook) -> bool:
-    return not getattr(hook, "__module__", "").startswith(_PASSIVE)
+def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
+    """The digest of `identify`; None if a change could not be seen."""
+    identity = identify(model, *besides)
+    return None if identity is None else identity.digest
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """The module's own parameters and buffers, those that others are wrapped around unwrapped."""
-    left = [tensor for part in (module._parameters, module._buffers) for tensor in part.values() if tensor is not None]
-    while left:
-        tensor = left.pop()
-        if is_traceable_wrapper_subclass(tensor):
-            left += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        else:
-            yield tensor
+def _sample(content: torch.Tensor) -> torch.Tensor:
+    """A few elements, ``[samples]``."""
+    content = content if content.itemsize > 1 else content.view(torch.uint8)
+    # Spread over rows and columns alike, as an even stride would not be.
+    return content.take(_places(content.numel(), content.device))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -89,18 +94,10 @@ def _places(count: int, device: torch.device) -> torch.Tensor:
     return places.long().to(device)
 
 
-def _by_kind(samples: list[torch.Tensor]) -> Iterator[bytes]:
+def _by_kind(samples: Iterator[torch.Tensor]) -> Iterator[bytes]:
     """The bytes of all samples, with one copy for each dtype and device."""
     kinds: dict[tuple, list[torch.Tensor]] = {}
     for sample in samples:
         kinds.setdefault((sample.dtype, sample.device), []).append(sample)
     for parts in kinds.values():
         yield torch.cat(parts).cpu().view(torch.uint8).numpy().tobytes()
-
-
-class ModelIdentity:
-    def full(self, model, *besides):
-        return fingerprint(model, *besides)
-
-    def quick(self, model):
-        return tuple((p.data_ptr(), p._version) for p in model.parameters())

@@ -100,8 +100,8 @@ class PrefixCache:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether `use` was called, and not `suspend` after it."""
-        return bool(self._identity)
+        """Whether blocks are looked up and stored."""
+        return self._identity is not None
 
     def drop(self) -> None:
         """Forget every block; cached ones become free. Rows that run already store nothing any more."""

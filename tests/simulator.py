@@ -86,9 +86,6 @@ class FakeModel:
         self.fails_for_good = False
         self.num_forwards, self.num_failures = 0, 0
 
-    def identity(self) -> int:
-        return self.weights
-
     def __call__(self, input_ids, position_ids, past_key_values, logits_to_keep, hf_paged_step, **_):
         self.num_forwards += 1
         is_due = self.fails_at is not None and self.num_forwards >= self.fails_at
@@ -123,13 +120,12 @@ class FakeModel:
 class FakeIdentity:
     """The model's weights are all there is to it."""
 
-    @staticmethod
-    def full(model: FakeModel, *besides) -> bytes:
-        return f"weights {model.identity()}".encode()
+    def __init__(self, model: FakeModel, *besides):
+        self._model, self._weights = model, model.weights
+        self.digest = f"weights {model.weights}".encode()
 
-    @staticmethod
-    def quick(model: FakeModel) -> int:
-        return model.identity()
+    def holds(self) -> bool:
+        return self._model.weights == self._weights
 
 
 class Baton:
@@ -292,6 +288,7 @@ class Run:
             for module, name, value in (
                 (engine_module, "Seat", seat),
                 (engine_module, "time", clock),
+                (engine_module, "identify", FakeIdentity),
                 (reservation, "time", clock),
             ):
                 patches.callback(setattr, module, name, getattr(module, name))
@@ -322,7 +319,6 @@ class Run:
         for index in range(2):
             self.group.layer(index, states, states)
         self.engine = engine(self.pool)
-        self.engine._identity = FakeIdentity()
 
     def _inject(self, patches: contextlib.ExitStack) -> None:
         plan = self.plan
