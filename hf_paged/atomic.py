@@ -11,6 +11,7 @@ sections, never inside one.
 """
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
@@ -31,7 +32,7 @@ class _Worker:
     def __init__(self):
         self._sections: SimpleQueue = SimpleQueue()
         self._has_thread = False
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
         self._ident: int | None = None  # Of the thread whose turn it is.
 
     def is_current(self) -> bool:
@@ -43,7 +44,7 @@ class _Worker:
             threading.Thread(target=self._run, name="hf_paged-state", daemon=True).start()
 
     def _run(self) -> None:
-        with self._turn:  # Callers that come at the same time may start a thread each: the others wait here.
+        with self.turn:  # Callers that come at the same time may start a thread each: the others wait here.
             self._ident, self._has_thread = threading.get_ident(), True
             while self._has_thread:
                 try:
@@ -122,7 +123,7 @@ def _post(section: Callable) -> None:
 
 
 _after_fork: list[Callable[[], None]] = []
-_parked: dict[int, SimpleQueue] = {}  # Thread that forks -> what lets the worker go on.
+_resume: dict[int, Callable[[], None]] = {}  # Thread that forks -> what lets the worker go on.
 
 
 def after_fork_in_child(function: Callable[[], None]) -> None:
@@ -134,8 +135,13 @@ def _before_fork() -> None:
     """Let the worker finish its section and wait until the fork is over."""
     if _worker.is_current():
         return
+    here = threading.get_ident()
+    if _worker.turn.acquire(blocking=False):  # No thread runs sections, and none begins meanwhile.
+        _resume[here] = _worker.turn.release
+        return
     is_parked: SimpleQueue = SimpleQueue()
-    _parked[threading.get_ident()] = go_on = SimpleQueue()
+    go_on: SimpleQueue = SimpleQueue()
+    _resume[here] = functools.partial(go_on.put, None)
 
     def park() -> None:
         is_parked.put(None)
@@ -146,13 +152,13 @@ def _before_fork() -> None:
 
 
 def _in_parent() -> None:
-    if (go_on := _parked.pop(threading.get_ident(), None)) is not None:
-        go_on.put(None)
+    if (resume := _resume.pop(threading.get_ident(), None)) is not None:
+        resume()
 
 
 def _in_child() -> None:
     global _worker
-    _parked.clear()
+    _resume.clear()
     _worker = _Worker()
     for function in _after_fork:
         function()

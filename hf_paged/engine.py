@@ -79,7 +79,6 @@ class Seat:
         except Empty:
             pass
 
-
     def tell_left(self) -> None:
         """Note that the engine has nothing of the call any more."""
         self._has_left.put(None)

@@ -42,7 +42,10 @@ class Reason(enum.Enum):
     FILLED_CACHE = "a cache that holds tokens already", "pass the whole prompt: the prefix cache finds its first tokens"
     EMPTY_PROMPT = "an empty prompt", "pass at least one token"
     PADDING_NOT_LEFT = "padding that is not on the left", 'set tokenizer.padding_side = "left"'
-    MASK_VALUES = "an attention mask with values other than 0 and 1", "pass (attention_mask != 0).long() if that is meant"
+    MASK_VALUES = (
+        "an attention mask with values other than 0 and 1",
+        "pass (attention_mask != 0).long()",
+    )
     OWN_POSITIONS = "positions of the caller's own", "leave position_ids out"
     RETURNED_STATES = "returned attentions or hidden states", "leave output_attentions and output_hidden_states out"
     OTHER_FORWARD = "synced_gpus, an assistant or a compiled forward", _OWN_LOOP

@@ -310,7 +310,8 @@ def _try_alone(model, ids: torch.Tensor) -> tuple[torch.Tensor, KVPool | None]:
     for _ in range(2):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            output = _forward(model, lambda: model(input_ids=ids, past_key_values=cache, use_cache=True))
+            alone = functools.partial(model, input_ids=ids, past_key_values=cache, use_cache=True)
+            output = _forward(model, alone)
         pools = binding.pools_under(model)
         stored = [layer for layer in cache.layers if isinstance(layer, PagedLayerMixin) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:

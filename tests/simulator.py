@@ -8,10 +8,11 @@ every sleep the seed says which goes on. The model and the clock are fakes. The 
 numbers for each token and reads their mean back through the real kernels; the next token is a hash of the sum, so it
 tells every token that was lost, doubled, or read from somewhere else. Unused slots hold NaN.
 
-One fault is planned in each run: the n-th allocation, copy or forward fails, for once or for good; a copy is interrupted; a prompt that the
-model refuses; an interrupt before the n-th line of hf_paged's own code in one thread; weights that change during the
-n-th forward, and back during a later one. Each call's rows come again with what they got, as a chat does. Afterwards
-the pool must be whole and empty, and each call that met no fault must have the tokens of the reference.
+One fault is planned in each run: the n-th allocation, copy or forward fails, for once or for good; a copy is
+interrupted; a prompt that the model refuses; an interrupt before the n-th line of hf_paged's own code in one thread;
+weights that change during the n-th forward, and back during a later one. Each call's rows come again with what they
+got, as a chat does. Afterwards the pool must be whole and empty, and each call that met no fault must have the tokens
+of the reference.
 """
 
 import argparse
@@ -32,7 +33,6 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, Stoppin
 
 from hf_paged import engine as engine_module
 from hf_paged import reservation
-from hf_paged.block_table import BlockTable
 from hf_paged.call import Call
 from hf_paged.config import PagedConfig
 from hf_paged.engine import Engine, Seat
@@ -256,9 +256,8 @@ class Plan:
         fault = chance.choice(FAULTS)
         at = int(10 ** chance.uniform(0, 3.4)) if fault == "interrupt" else chance.randint(1, 12)
         blocks = chance.choice([12, 16, 24, 60])
-        return cls(
-            seed, blocks, chance.choice([3, 8, 32]), calls, fault, at, chance.random() < 0.3, chance.randrange(len(calls))
-        )
+        budget, for_good, victim = chance.choice([3, 8, 32]), chance.random() < 0.3, chance.randrange(len(calls))
+        return cls(seed, blocks, budget, calls, fault, at, for_good, victim)
 
 
 class Run:

@@ -21,7 +21,7 @@ def plant(folder: Path) -> tuple[Path, Path]:
     marker, source, library = folder / "marker", folder / "planted.cpp", folder / "planted.so"
     source.write_text(
         "#include <cstdio>\n"
-        '__attribute__((constructor)) static void run() { std::fclose(std::fopen("%s", "w")); }\n' % marker
+        f'__attribute__((constructor)) static void run() {{ std::fclose(std::fopen("{marker}", "w")); }}\n'
     )
     subprocess.run([*find_compiler().command, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     ctypes.CDLL(str(library))

@@ -3,6 +3,7 @@
 import gc
 import inspect
 import re
+import sys
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ def test_writing_into_returned_keys_is_refused():
     cache = DynamicCache(config=paged.config)
     with torch.no_grad():
         paged(zoo.prompts([9])["input_ids"], past_key_values=cache)
-        binding._thread.calls.append(binding.Call(paged.model, {}))
+        binding._thread.calls.append(binding.Call(paged.model, binding.Inputs((), {}), sys._getframe()))
         try:
             states = torch.zeros(1, 2, 1, 16)
             keys, values = cache.layers[0].update(states, states)

@@ -161,7 +161,7 @@ def test_select_takes_whatever_indexes_a_tensor(models, rows, lone):
 def test_reorder_takes_what_index_select_takes(models, beams):
     ids = zoo.prompts([9, 9, 9])["input_ids"]
     caches = [prefill(model, ids) for model in models]
-    errors = [told(lambda: cache.reorder_cache(torch.tensor(beams))) for cache in caches]
+    errors = [told(lambda cache=cache: cache.reorder_cache(torch.tensor(beams))) for cache in caches]
     assert errors[0] is errors[1] and state_of(caches[0]) == state_of(caches[1])
     assert_same_next(models, caches, len(caches[0].layers[0].keys))
 

@@ -66,6 +66,7 @@ def test_steps_find_their_metadata_at_the_same_addresses(name, monkeypatch):
     moves = sum(before != after for before, after in zip(seen[-20:], seen[-19:]))
     assert moves <= 1, "only a block table that outgrows its buffer moves"
 
+
 class Attention(torch.nn.Module):
     """An attention module that hands its keywords on, and adds one of its own."""
 

@@ -119,13 +119,18 @@ def test_hooks_that_are_refused(capsys, monkeypatch):
     assert "DynamicCache.__init__" in out and "In a fresh environment: pip install" in out
 
 
+def no_page_read(model):
+    return dataclasses.replace(hf_paged.stats(model), page_reads=0)
+
+
 def two_blocks_kept(model):
     return dataclasses.replace(hf_paged.stats(model), used_blocks=2)
 
 
 FAULTS = {
     "wrong attention": (ops, "write_and_attend", lambda query, *_: torch.zeros_like(query), "mixes the rows"),
-    "no page is read": (binding, "track", lambda model: None, "without reading any page"),
+    "no call is seen": (binding, "track", lambda model: None, "no pool of its own"),
+    "no page is read": (selfcheck, "stats", no_page_read, "without reading any page"),
     "blocks are kept": (selfcheck, "stats", two_blocks_kept, "left 2 blocks"),
     "an exception": (ops, "write_and_attend", lambda *_: 1 / 0, "ZeroDivisionError"),
 }  # fmt: skip

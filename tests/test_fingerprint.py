@@ -4,7 +4,6 @@ import contextlib
 import functools
 import sys
 import threading
-import types
 import weakref
 
 import numpy
@@ -83,14 +82,16 @@ def an_activations_argument(model):
 
 def another_forward_of_the_library(model):
     activation = model.model.layers[0].mlp.act_fn
-    for activation.forward in (activation.forward, torch.nn.ReLU().forward, torch.nn.Tanh().forward):
+    for forward in (activation.forward, torch.nn.ReLU().forward, torch.nn.Tanh().forward):
+        activation.forward = forward
         yield
 
 
 def another_class(model):
     norm = model.model.layers[0].input_layernorm
     norm.eps = norm.variance_epsilon
-    for norm.__class__ in (type(norm), GemmaRMSNorm):
+    for kind in (type(norm), GemmaRMSNorm):
+        norm.__class__ = kind
         yield
 
 

@@ -1,5 +1,6 @@
 """Interrupts, errors of signal handlers and forks: each costs its own call, and leaves nothing behind."""
 
+import functools
 import gc
 import os
 import random
@@ -208,14 +209,23 @@ def test_an_interrupt_inside_a_forward_leaves_no_call_behind(options):
     assert hf_paged.stats(new).packed_calls == 1 and not hf_paged.stats(new).fallbacks
 
 
+def _forwards(model, inputs):
+    for _ in range(3):
+        model(**inputs)
+
+
+def _generate(model, inputs):
+    model.generate(**inputs, **SHORT)
+
+
 @pytest.mark.parametrize("call", ["generate", "forward"])
 def test_a_model_whose_call_was_interrupted_can_be_freed(call):
     model = zoo.build("llama", "paged")
     inputs = zoo.prompts([9])
-    forwards = lambda: [model(**inputs) for _ in range(3)]  # noqa: E731
-    interrupted_forward(model, forwards if call == "forward" else lambda: model.generate(**inputs, **SHORT))
+    run = functools.partial(_forwards if call == "forward" else _generate, model, inputs)
+    interrupted_forward(model, run)
     reference = weakref.ref(model)
-    del model, forwards
+    del model, run
     gc.collect()
     assert reference() is None
 

@@ -74,9 +74,7 @@ def test_caches_that_are_alive_keep_their_dtype():
     both([paged.float()])
     longer = torch.cat([ids, ids], dim=1)
     options = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 5}
-    outputs = [
-        model.generate(longer, past_key_values=cache, **options) for model, cache in zip((dense, paged), caches)
-    ]
+    outputs = [model.generate(longer, past_key_values=cache, **options) for model, cache in zip((dense, paged), caches)]
     assert torch.equal(*outputs)
 
 
