@@ -286,7 +286,9 @@ class Engine:
 
     def _enter(self, model: PreTrainedModel, seat: Seat) -> None:
         config, call, salt = self.pool.config, seat.call, current_salt()
-        identity = identify(model, config.cache_salt, self.keys) if config.prefix_cache else None
+        identity = self._identity
+        if config.prefix_cache and (identity is None or not identity.is_found_again()):
+            identity = identify(model, config.cache_salt, self.keys)
 
         def enter() -> None:
             if identity is not None:

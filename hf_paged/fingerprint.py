@@ -31,6 +31,12 @@ class Identity:
 
     digest: bytes
     _trace: Trace
+    _described: bytes  # A digest of all that was seen but for the content of tensors.
+    _contents: list[torch.Tensor]
+
+    def is_found_again(self) -> bool:
+        """Whether another look would find the same, the content of tensors included. Cheaper than that look."""
+        return self.holds() and _digest(self._described, self._contents) == self.digest
 
     def holds(self) -> bool:
         """Whether the model is still what it was. Costs a fraction of a look; meant for every step.
@@ -67,16 +73,21 @@ def identify(model: torch.nn.Module, *besides: object) -> Identity | None:
     except (UnseenError, RecursionError) as error:
         logger.info_once(f"hf_paged: the prefix cache serves no call on this model: {error} takes part in its forward")
         return None
-    digest = hashlib.sha256("\n".join([repr(besides), *look.seen]).encode())
-    for content in _by_kind(map(_sample, look.contents)):
-        digest.update(content)
-    return Identity(digest.digest(), look.trace)
+    described = hashlib.sha256("\n".join([repr(besides), *look.seen]).encode()).digest()
+    return Identity(_digest(described, look.contents), look.trace, described, look.contents)
 
 
 def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
     """The digest of `identify`; None if a change could not be seen."""
     identity = identify(model, *besides)
     return None if identity is None else identity.digest
+
+
+def _digest(described: bytes, contents: list[torch.Tensor]) -> bytes:
+    digest = hashlib.sha256(described)
+    for content in _by_kind(map(_sample, contents)):
+        digest.update(content)
+    return digest.digest()
 
 
 def _sample(content: torch.Tensor) -> torch.Tensor:

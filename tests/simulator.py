@@ -127,6 +127,8 @@ class FakeIdentity:
     def holds(self) -> bool:
         return self._model.weights == self._weights
 
+    is_found_again = holds
+
 
 class Baton:
     """Lets one thread run at a time, chosen by the seed wherever a thread gives it up; keeps the clock."""
