@@ -1,4 +1,4 @@
-"""What it costs to see that a model is still the same: per call and per step of `generate`, SmolLM2-135M-Instruct.
+"""The cost of seeing that a model is still the same: per call and per step of `generate`, SmolLM2-135M-Instruct.
 
     python evals/identity_cost.py [--rows 1 --rows 32] [--context 128] [--repeats 60]
 

@@ -40,7 +40,7 @@ class _Worker:
 
     def submit(self, section: Callable, outcome: SimpleQueue | None) -> None:
         self._sections.put((section, outcome))
-        if not self._has_thread:  # It says so itself: whoever starts it may be interrupted.
+        if not self._has_thread:  # It says so itself: the caller that starts it may be interrupted.
             threading.Thread(target=self._run, name="hf_paged-state", daemon=True).start()
 
     def _run(self) -> None:
@@ -90,7 +90,7 @@ def atomically(section: Callable[[], Result]) -> Result:
 
 
 def is_in_section() -> bool:
-    """Whether a section is running this code: it must not wait for anything."""
+    """Tell whether a section is running this code: it must not wait for anything."""
     return _worker.is_current()
 
 

@@ -37,7 +37,7 @@ _engine_lock = threading.RLock()  # Held while one is tried out: calls that begi
 
 
 class Inputs(Mapping):
-    """What a forward was called with, by keyword or by position. Keeps nothing alive.
+    """The arguments of a forward, by keyword or by position. Keeps nothing alive.
 
     An object that lives no longer, or that cannot be referenced weakly, counts as None.
     """
@@ -128,7 +128,7 @@ class _KeptEngine:
         self.patience = self._left = patience
 
     def is_doubtful(self, model: PreTrainedModel) -> bool:
-        """Whether another engine must be asked for. Called once a call."""
+        """Tell whether another engine must be asked for. Called once a call."""
         if not isinstance(self.made, Refusal):
             return False
         self._left -= 1
@@ -287,7 +287,7 @@ def engine_of(model: PreTrainedModel, make) -> Any:
 
 
 def is_outdated(model: PreTrainedModel, engine: Any) -> bool:
-    """Whether the model is not what it was when the engine was made for it."""
+    """Tell whether the model is not what it was when the engine was made for it."""
     with _registry_lock:
         kept = _engines.get(model)
     return kept is None or kept.made is not engine or kept.anatomy != anatomy(model)

@@ -163,7 +163,7 @@ class Sampled:
 
 
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """What a function that may be called again returns, or the error that it raises, tried twice.
+    """Call a function, and once more if it raises: its result, or its error.
 
     Raises
     ------
@@ -189,7 +189,7 @@ def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception |
 
 
 def _is_of_memory(error: Exception) -> bool:
-    """Whether an error may go away by itself: there was no memory, and now there is."""
+    """Tell whether an error may go away by itself: there was no memory, and now there is."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
@@ -240,7 +240,7 @@ class Engine:
 
     @property
     def _is_driven(self) -> bool:
-        """Whether a call drives the steps."""
+        """Tell whether a call drives the steps."""
         return self._driver is not None
 
     def tables_in(self, key: GroupKey) -> list[BlockTable]:
@@ -350,7 +350,7 @@ class Engine:
         return report
 
     def _is_same_model(self) -> bool:
-        """Whether the model is still the one that the prefix cache serves, if it serves any."""
+        """Tell whether the model is still the one that the prefix cache serves, if it serves any."""
         identity = self._identity
         return identity is None or not self.scheduler.prefix.is_in_use or identity.holds()
 
@@ -510,7 +510,7 @@ class Engine:
         return Drive(schedule, seats, began, must_check)
 
     def _is_in_step(self, seat: Seat) -> bool:
-        """Whether a row of the call runs in the step under way, which writes to its blocks."""
+        """Tell whether a row of the call runs in the step under way, which writes to its blocks."""
         step = self._under_way
         return step is not None and any(self._seats.get(chunk.request) is seat for chunk in step.chunks)
 

@@ -19,7 +19,7 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """What a model computes, as one look found it.
+    """A model as one look found it, with all that its results depend on.
 
     Keeps what was looked at alive, old weights too: hold it while rows run, and no longer.
 
@@ -35,11 +35,11 @@ class Identity:
     _contents: list[torch.Tensor]
 
     def is_found_again(self) -> bool:
-        """Whether another look would find the same, the content of tensors included. Cheaper than that look."""
+        """Tell whether another look would find the same, the content of tensors included. Cheaper than that look."""
         return self.holds() and _digest(self._described, self._contents) == self.digest
 
     def holds(self) -> bool:
-        """Whether the model is still what it was. Costs a fraction of a look; meant for every step.
+        """Tell whether the model is still what it was. Costs a fraction of a look; meant for every step.
 
         Sees all that `identify` sees, but for the content of tensors: an edit through ``.data`` leaves no trace. Safe
         while other threads change the model. A change that was undone before this call can be missed.
@@ -63,7 +63,7 @@ def identify(model: torch.nn.Module, *besides: object) -> Identity | None:
     -------
     Identity or None
         None if a change could not be seen: a class or a function from outside torch, transformers, peft and accelerate
-        takes part, weights are elsewhere (offloaded), or a forward hook of somebody else may change what is computed.
+        takes part, weights are elsewhere (offloaded), or a forward hook from outside may change what is computed.
     """
     look = Look()
     try:

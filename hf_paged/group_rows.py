@@ -11,8 +11,8 @@ from .step import Reads, Step
 class GroupRows:
     """The block tables of one attention group, one per row, and how far each layer of it has come.
 
-    Blocks are taken and freed in atomic sections. What they contain is copied outside, by whoever uses the rows
-    next: `settle`.
+    Blocks are taken and freed in atomic sections. Their content is copied outside, by the next user of the
+    rows: `copy_shared`.
     """
 
     def __init__(self, pool: GroupPool, batch_size: int):
@@ -46,7 +46,7 @@ class GroupRows:
 
     @property
     def is_settled(self) -> bool:
-        """Whether every block holds what its row has stored."""
+        """Tell whether every block holds what its row has stored."""
         return not self._copies
 
     def copy_shared(self) -> None:

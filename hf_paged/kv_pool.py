@@ -152,7 +152,7 @@ _all: "weakref.WeakSet[KVPool]" = weakref.WeakSet()
 
 
 def _reset_in_child() -> None:
-    """In a forked child the calls of other threads are gone, and whoever held a lock with them."""
+    """In a forked child the calls of other threads are gone, and so is a thread that held a lock."""
     for pool in list(_all):
         pool.lock = threading.RLock()
         for reservation in {*pool.reservations, *pool.waiting}:

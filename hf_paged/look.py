@@ -267,7 +267,7 @@ class Look:
             self._at_file(source)
 
     def _at_members(self, kind: type) -> None:
-        """What a class defines: functions, properties and plain values."""
+        """The members that a class defines: functions, properties and plain values."""
         if not is_known(kind) and not _is_python(kind.__module__):
             raise UnseenError(f"a module class {kind.__qualname__} of {kind.__module__}")
         members = dict(vars(kind))
@@ -278,7 +278,7 @@ class Look:
                 self.seen.append(repr((name, self._at(value))))
 
     def _at_file(self, module: types.ModuleType) -> None:
-        """What the functions of a file call by their globals."""
+        """The functions that a file's functions call by their globals."""
         functions = {
             name: value
             for name, value in dict(vars(module)).items()
@@ -300,7 +300,7 @@ def _code_of(source: type | types.ModuleType) -> tuple[Trace, str]:
 
 
 def _can_be_found(source: type | types.ModuleType) -> bool:
-    """Whether a class or file is there for good; a class that was made on the fly may be let go of."""
+    """Tell whether a class or file is there for good; a class that was made on the fly may be let go of."""
     if isinstance(source, type):
         return getattr(sys.modules.get(source.__module__), source.__qualname__, None) is source
     return sys.modules.get(source.__name__) is source
@@ -342,7 +342,7 @@ def _check_passive(hook) -> None:
 
 
 def _backend(compiler):
-    """What a part of torch.compile hands graphs to."""
+    """The backend that a part of torch.compile hands graphs to."""
     backend = getattr(compiler, "callback", compiler)
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend

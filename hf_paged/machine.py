@@ -1,4 +1,4 @@
-"""What this machine offers: processor and GPUs."""
+"""The processor and the GPUs of this machine."""
 
 import subprocess
 

@@ -131,7 +131,7 @@ class BlockPool:
         self.free([block])
 
     def is_shared(self, block: int, but: int = 0) -> bool:
-        """Whether several rows own `block`, `but` of them not counted: who writes to it must copy it first."""
+        """Tell whether several rows own `block`, `but` of them not counted: who writes to it must copy it first."""
         return self._ref_counts[block] - self._holds[block] - but > 1
 
     def free(self, blocks: Iterable[int]) -> None:

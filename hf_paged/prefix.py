@@ -100,7 +100,7 @@ class PrefixCache:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether blocks are looked up and stored."""
+        """Tell whether blocks are looked up and stored."""
         return self._identity is not None
 
     def drop(self) -> None:

@@ -1,7 +1,7 @@
 """Why a call is not packed, or why keys and values are copied out of their pages: each reason with its remedy.
 
 A reason that users are told of beforehand, or that their own arguments ask for, is logged as information, once. Any
-other costs time that nobody expects: it warns, once.
+other costs time unexpectedly: it warns, once.
 """
 
 import enum

@@ -1,4 +1,4 @@
-"""Whether "paged" is registered with transformers. A forward is good only if it was, from its beginning to its end.
+"""The switch: is "paged" registered with transformers? A forward is good only if it was, from its beginning to its end.
 
 While it is not, transformers builds no mask for a "paged" model, and says nothing. Any thread may switch at any time.
 """
@@ -19,7 +19,7 @@ def turn(on: bool) -> None:
 
 
 def is_on() -> bool:
-    """Whether "paged" is registered."""
+    """Tell whether "paged" is registered."""
     return _is_on
 
 

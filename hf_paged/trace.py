@@ -13,7 +13,7 @@ _PACKAGES = {"torch", "transformers", "peft", "accelerate", "hf_paged"}
 
 
 def is_known(kind: type) -> bool:
-    """Whether a class comes from a package that keeps all state of its objects where a look finds it."""
+    """Tell whether a class comes from a package that keeps all state of its objects where a look finds it."""
     return (kind.__module__ or "").partition(".")[0] in _PACKAGES
 
 
@@ -21,7 +21,7 @@ class Trace:
     """Objects of a model beside copies of what they held.
 
     The copies refer to the objects themselves, so an address is never given to another object meanwhile. They keep
-    modules and tensors alive: whoever has a trace lets go of it when no row runs any more.
+    modules and tensors alive: the owner of a trace lets go of it when no row runs any more.
     """
 
     def __init__(self):
@@ -89,7 +89,7 @@ class Trace:
                 getattr(self, name).extend(part)
 
     def holds(self) -> bool:
-        """Whether all is as it was. Safe while other threads change it; an edit through ``.data`` is not seen."""
+        """Tell whether all is as it was. Safe while other threads change it; an edit through ``.data`` is not seen."""
         try:
             # Lists and dicts compare in C, by identity first: microseconds for what has not changed.
             same = self._live == self._copies
@@ -119,12 +119,12 @@ _code = operator.attrgetter("__code__")
 
 
 def attention_functions() -> tuple:
-    """What "paged" models call to attend, and to make a mask."""
+    """The functions that "paged" models call to attend, and to make a mask."""
     return ALL_ATTENTION_FUNCTIONS.get("paged"), ALL_MASK_ATTENTION_FUNCTIONS.get("paged")
 
 
 def is_disturbed() -> bool:
-    """Whether this thread, or every module of torch, runs something that may change what any model computes."""
+    """Tell whether this thread, or every module of torch, runs something that may change what any model computes."""
     if torch.nn.modules.module._has_any_global_hook():
         return True
     if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack():

@@ -14,7 +14,7 @@ from hf_paged.errors import UnsupportedError
 
 
 def attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """What `AttentionInterface` calls for a "paged" model: `paged_attention_forward`, but for transformers' own cache.
+    """The attention function of a "paged" model: `paged_attention_forward`, but for transformers' own cache.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def leave_config_alone(model, args, kwargs):
 
 
 def is_mask_needed(config, result: bool) -> bool:
-    """What ``attn_mask_is_needed`` of transformers says, and True for "paged"."""
+    """The answer of transformers' ``attn_mask_is_needed``, and True for "paged"."""
     return result or config._attn_implementation == "paged"
 
 

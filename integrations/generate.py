@@ -67,7 +67,7 @@ def scheduled_sample(
 
 
 def _packed(model, input_ids, processors, criteria, config, streamer, kwargs, may_retry: bool = True):
-    """What a call returns whose rows run on the model's engine, or why they cannot."""
+    """Run a call's rows on the model's engine: its output, or the reason why they cannot run there."""
     engine = binding.engine_of(model, lambda model: _make_engine(model, _device_of(model, input_ids)))
     if isinstance(engine, binding.Refusal):
         return engine.why
@@ -168,7 +168,7 @@ def _is_of_peft(hook) -> bool:
 
 
 def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> Why | None:
-    if torch.is_grad_enabled():  # `generate` disables them: somebody called it by its unwrapped name.
+    if torch.is_grad_enabled():  # `generate` disables them: it was called by its unwrapped name.
         return Reason.GRADIENTS_ENABLED
     if ids.dtype not in (torch.int32, torch.int64):
         return Reason.ODD_IDS
@@ -323,7 +323,7 @@ def _try_alone(model, ids: torch.Tensor) -> tuple[torch.Tensor, KVPool | None]:
 
 
 def _forward(model, run):
-    """What `run` returns; an error of the model's own is told from all others."""
+    """Call `run`; an error of the model's own is told from all others."""
     try:
         return run()
     except (NotPackableError, OutOfBlocksError):

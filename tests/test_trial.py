@@ -18,7 +18,7 @@ class Timeout(Exception):
 
 
 def packs(model) -> bool:
-    """Whether the next call is packed."""
+    """Tell whether the next call is packed."""
     before = hf_paged.stats(model).packed_calls
     model.generate(**zoo.prompts([9, 4]), **LENGTHS)
     return hf_paged.stats(model).packed_calls == before + 1
