@@ -125,7 +125,7 @@ def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
 
 
 def _means_something(kind: type, name: str) -> bool:
-    """Tell whether an attention argument is the model's own: keywords of the caller travel down with it, for nobody.
+    """Tell whether an attention argument is the model's own: the caller's keywords travel beside it and mean nothing.
 
     Dynamo does not see the calls of models within models, so there the code of the attention module is asked.
     """

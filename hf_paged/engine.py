@@ -438,7 +438,7 @@ class Engine:
                 delivery.choice = Choice(tokens)
         for failed in joint.values():
             errors = [_choose_alone(delivery, report) for delivery, _ in failed]
-            if not any(errors) and not _is_of_memory(failed[0][1]):
+            if all(error is None for error in errors) and not _is_of_memory(failed[0][1]):
                 raise failed[0][1]  # It is no call's: a signal handler raised it, in this thread.
         for delivery, _ in left:
             _choose_alone(delivery, report)

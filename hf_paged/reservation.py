@@ -182,7 +182,7 @@ def _wait(pool, reservation: Reservation) -> bool:
 
 
 def _try(pool, reservation: Reservation, patience: Patience) -> bool | None:
-    """Promise the blocks if they are free; False: nobody will free them; None: look again soon."""
+    """Promise the blocks if they are free; False: no call will free them; None: look again soon."""
     with pool.lock:
         pool.waiting.add(reservation)
         if reservation.fits():

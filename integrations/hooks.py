@@ -224,7 +224,7 @@ def _untrack(model: PreTrainedModel) -> None:
 
 
 def _check_begin(model, args) -> None:
-    # A model may have got another implementation while nobody here was told.
+    # A model may have got another implementation unnoticed, while the hooks were out.
     if not torch.compiler.is_compiling() and not switch.is_on() and _is_paged(model):
         switch.refuse(model)
 

@@ -56,7 +56,7 @@ class InjectedMemoryError(torch.OutOfMemoryError):
 
 
 def vectors(tokens: torch.Tensor, weights: int) -> torch.Tensor:
-    """What the model stores for tokens ``[n]``: ``[n, DIM]`` of whole numbers below 16."""
+    """The values that the model stores for tokens ``[n]``: ``[n, DIM]`` of whole numbers below 16."""
     return ((tokens[:, None] * torch.tensor([3, 5, 7, 11, 13, 17, 19, 23]) + weights) % 16).float()
 
 

@@ -82,7 +82,7 @@ def _ask(command: list[str]) -> Compiler:
 
 
 def _run(command: list[str], limit: float) -> str:
-    """What a command prints. Its end is waited for no longer than `limit` seconds."""
+    """Run a command and return its output. Waits no longer than `limit` seconds."""
     try:
         process = subprocess.Popen(
             command,
