@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import binding
-from .kv_pool import GroupKey, KVPool
+from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
+from hf_paged.models import registry
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def stats(model: torch.nn.Module) -> Stats:
     -------
     Stats
     """
-    pools = binding.pools_under(model)
+    pools = registry.pools_under(model)
     total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = 0
     gathers: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
@@ -87,16 +87,16 @@ def stats(model: torch.nn.Module) -> Stats:
             lookups += pool.prefix_counts.lookups
             hits += pool.prefix_counts.hit_tokens
             gathers.update(pool.gathers)
-    for counts in binding.counts_under(model):
+    for counts in registry.counts_under(model):
         packed += counts.packed
         fallbacks.update(counts.fallbacks)
-    block_size = pools[0].config.block_size if pools else binding.config_of(model).block_size
+    block_size = pools[0].config.block_size if pools else registry.config_of(model).block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
     totals = (total, used, cached, free, block_size, tokens, waste, reads, dict(gathers), packed, dict(fallbacks))
-    return Stats(*totals, lookups, hits, evictions, binding.implementation_of(model))
+    return Stats(*totals, lookups, hits, evictions, registry.implementation_of(model))
 
 
-def _tokens_stored(pool: KVPool, key: GroupKey) -> int:
+def _tokens_stored(pool: KVPool, key: KVCacheSpec) -> int:
     filled: dict[int, int] = {}
     for cache in pool.caches:
         for table in cache.tables_in(key):

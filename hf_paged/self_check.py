@@ -3,10 +3,10 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from . import binding
-from .errors import PagedError
-from .integrations.hooks import enable
-from .stats import Stats, stats
+from hf_paged.errors import PagedError
+from hf_paged.integrations.transformers.hooks import enable
+from hf_paged.metrics import Stats, stats
+from hf_paged.models import registry
 
 _ROWS, _PROMPT, _PADS, _NEW = 2, 20, 7, 16
 
@@ -49,6 +49,6 @@ def check_paged() -> Stats:
         raise PagedError("a tiny model generated without reading any page")
     if counted.used_blocks:
         raise PagedError(f"a tiny model left {counted.used_blocks} blocks in use after it had generated")
-    for pool in binding.pools_under(model):
+    for pool in registry.pools_under(model):
         pool.check_integrity()
     return counted

@@ -8,11 +8,11 @@ import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
-from . import binding
-from .handle import MaskPattern, PagedMask
-from .packed import PACKED_OFFSET, NotPackableError, packed_mask
-from .reasons import Reason
-from .stored import visible_lens
+from hf_paged.cache.cross_attention import visible_lens
+from hf_paged.cache.lazy_tensors import MaskPattern, PagedMask
+from hf_paged.execution.packed_cache import PACKED_OFFSET, NotPackableError, packed_mask
+from hf_paged.models import forward_context
+from hf_paged.reasons import Reason
 
 
 def paged_mask(
@@ -46,7 +46,7 @@ def paged_mask(
         if pattern is None or attention_mask is not None:
             raise NotPackableError(Reason.NOT_CAUSAL)
         return packed_mask(pattern.window, device)
-    call = binding.current_call()
+    call = forward_context.current_forward()
     fused = call is None or call.model._supports_sdpa
     make_mask = sdpa_mask if fused else eager_mask
 
@@ -69,7 +69,7 @@ def paged_mask(
     may_skip = q_length == 1 or not _may_drop_queries(kwargs.get("config"), q_length == kv_length)
     if torch.compiler.is_compiling():
         return make(may_skip)
-    request = binding.take_mask_request((q_length, kv_length, kv_offset))
+    request = forward_context.take_mask_request((q_length, kv_length, kv_offset))
     if attention_mask is not None and (attention_mask.dim() != 2 or len(attention_mask) != batch_size):
         made = make(may_skip)  # Raises what sdpa's mask function raises, where it does.
         if request is None:
@@ -101,10 +101,10 @@ def _may_drop_queries(config: PreTrainedConfig | None, is_square: bool) -> bool:
     gemma4 does, where an implementation is not named "sdpa": its last layers attend to the keys of others, so they
     compute only the positions whose logits are wanted. One query sees all keys of a mask that `is_square`.
     """
-    call = None if torch.compiler.is_compiling() else binding.current_call()
+    call = None if torch.compiler.is_compiling() else forward_context.current_forward()
     if call is None:  # `generate` makes masks for static caches before the forward; Dynamo sees no calls.
         return bool(getattr(config, "num_kv_shared_layers", 0))
-    kept = binding.argument("logits_to_keep")
+    kept = forward_context.argument("logits_to_keep")
     if not isinstance(kept, int) or kept <= 0 or (kept == 1 and is_square):
         return False
     return any(_is_told_what_to_keep(type(module)) for module in call.model.modules())

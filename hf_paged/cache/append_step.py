@@ -11,9 +11,8 @@ from functools import cached_property
 import torch
 
 from hf_paged.kernels import ops
-
-from .block_table import BlockTable
-from .storage import KVStorage
+from hf_paged.memory.block_table import BlockTable
+from hf_paged.memory.kv_storage import KVStorage
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Reads:
     query_index: torch.Tensor | None  # [num_queries] int64 into [batch * positions]; None: all, in order
 
 
-class Step:
+class AppendStep:
     """Positions ``start .. end - 1`` of every row, as one forward appends them to one attention group.
 
     Parameters

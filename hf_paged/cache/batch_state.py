@@ -1,4 +1,4 @@
-"""Sequences: the rows of one cache, shared by all its paged layers.
+"""BatchState: the rows of one cache, shared by all its paged layers.
 
 transformers' cache is a list of layers, each told on its own to append, crop or reorder. Their tokens lie
 at the same slots, so the tables are kept here, once an attention group; the first layer to be told does
@@ -10,17 +10,17 @@ from collections.abc import Callable
 
 import torch
 
-from .atomic import atomically
-from .block_table import BlockTable
-from .group_rows import GroupRows
-from .kv_pool import GroupKey, KVPool
-from .padding import Padding
-from .reservation import keeping, of_this_thread
-from .step import Step
-from .twins import agree
+from hf_paged.atomic import atomically
+from hf_paged.cache.append_step import AppendStep
+from hf_paged.cache.duplicate_rows import agree
+from hf_paged.cache.group_rows import GroupRows
+from hf_paged.cache.padding import Padding
+from hf_paged.memory.block_table import BlockTable
+from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
+from hf_paged.memory.reservation import keeping, of_this_thread
 
 
-class Sequences:
+class BatchState:
     """Rows of one cache: their block tables, and which positions of the dense rectangle they store.
 
     Owns the blocks of its tables; they return to the pool when the last layer or handle lets go of it.
@@ -36,7 +36,7 @@ class Sequences:
     def __init__(self, born_in_forward: bool = False):
         self.pool: KVPool | None = None
         self.num_layers = 0
-        self.groups: dict[GroupKey, GroupRows] = {}
+        self.groups: dict[KVCacheSpec, GroupRows] = {}
         self.padding = Padding()
         self.twins: list[int] | None = None  # For each row the first row with the same input.
         self.batch_size: int | None = None
@@ -54,9 +54,9 @@ class Sequences:
                 # A finalizer may run inside the pool's own methods, on any thread: queue, do not free.
                 table.pool.give_back(table.blocks)
 
-    def __deepcopy__(self, memo) -> "Sequences":
+    def __deepcopy__(self, memo) -> "BatchState":
         """A second cache over the same blocks (the documented prompt-reuse idiom): copied on write."""
-        twin = Sequences()
+        twin = BatchState()
         memo[id(self)] = twin
         twin.num_layers, twin.epoch, twin.batch_size = self.num_layers, self.epoch, self.batch_size
         twin._last_selection, twin._last_batch_size = self._last_selection, self._last_batch_size
@@ -83,7 +83,7 @@ class Sequences:
             self.pool = pool
             self._change(lambda: pool.caches.add(self))
 
-    def tables_in(self, key: GroupKey) -> list[BlockTable]:
+    def tables_in(self, key: KVCacheSpec) -> list[BlockTable]:
         return self.groups[key].owned if key in self.groups else []
 
     def _change(self, section: Callable[[], None]) -> None:
@@ -131,7 +131,7 @@ class Sequences:
         window: int | None,
         key: torch.Tensor,  # [batch, num_kv_heads, positions, key_dim]
         value: torch.Tensor,  # [batch, num_kv_heads, positions, value_dim]
-    ) -> tuple[GroupRows, Step]:
+    ) -> tuple[GroupRows, AppendStep]:
         """Store the new states of one layer; pads are left out, rows with the same input are stored once.
 
         Raises
@@ -163,7 +163,7 @@ class Sequences:
                 f"the cache holds {self.batch_size} rows and got states for {key.shape[0]}: "
                 "pass as many rows as before, or call cache.batch_repeat_interleave or batch_select_indices first"
             )
-        group_key = GroupKey(window, key.dtype, key.device)
+        group_key = KVCacheSpec(window, key.dtype, key.device)
         if group_key not in self.groups:
             with self.pool.lock:
                 pool = self.pool.group(group_key, key, value, self.num_layers)
@@ -188,11 +188,13 @@ class Sequences:
             for row, twin in enumerate(twins or ()):
                 if twin != row:
                     rows.tables[row] = rows.tables[twin].fork()
-            rows.step = Step(list(rows.tables), start, end, first, last, writes, twins, valid, rows.pool.key.device)
+            rows.step = AppendStep(
+                list(rows.tables), start, end, first, last, writes, twins, valid, rows.pool.key.device
+            )
 
         self._change(begin)
 
-    def _part_twins(self, rows: GroupRows, step: Step) -> None:
+    def _part_twins(self, rows: GroupRows, step: AppendStep) -> None:
         """Rows with the same tokens turn out to differ in a layer: store each for itself.
 
         Layers that stored them once already are copied; handles on these stay good, their content is the same.
@@ -202,7 +204,7 @@ class Sequences:
         def part() -> None:
             writes = {row: max(first, rows.tables[row].base) for row, first in enumerate(step.first)}
             rows.make_room(writes, step.last, promised)
-            rows.step = Step(
+            rows.step = AppendStep(
                 list(rows.tables), step.start, step.end, step.first, step.last, writes, None, step.valid, step.device
             )
 

@@ -7,10 +7,10 @@ cache's layers (``layer.keys``). Inside a forward they get handles, so that the 
 import torch
 from transformers.masking_utils import bidirectional_mask_function
 
-from . import binding
-from .handle import LazyTensor, PagedMask
-from .reasons import Reason, Why
-from .step import Reads
+from hf_paged.cache.append_step import Reads
+from hf_paged.cache.lazy_tensors import LazyTensor, PagedMask
+from hf_paged.models import forward_context
+from hf_paged.reasons import Reason, Why
 
 
 class StoredStates(LazyTensor):
@@ -119,4 +119,4 @@ def visible_lens(mask_function, columns: torch.Tensor | None, positions: int) ->
 
 def is_read_by_model() -> bool:
     """Tell whether a model's forward reads a layer: it gets a handle on the pages, any other reader a tensor."""
-    return not torch.compiler.is_compiling() and binding.running_call() is not None
+    return not torch.compiler.is_compiling() and forward_context.running_forward() is not None

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from .block_table import BlockTable, make_writable
-from .kv_pool import GroupPool
-from .reservation import Reservation, keeping
-from .step import Reads, Step
+from hf_paged.cache.append_step import AppendStep, Reads
+from hf_paged.memory.block_table import BlockTable, make_writable
+from hf_paged.memory.kv_pool import KVCacheGroup
+from hf_paged.memory.reservation import Reservation, keeping
 
 
 class GroupRows:
@@ -15,11 +15,11 @@ class GroupRows:
     rows: `copy_shared`.
     """
 
-    def __init__(self, pool: GroupPool, batch_size: int):
+    def __init__(self, pool: KVCacheGroup, batch_size: int):
         self.pool = pool
         self.tables = [BlockTable(pool.blocks) for _ in range(batch_size)]
         self.lengths: dict[int, int] = {}  # layer index -> positions it has seen
-        self.step: Step | None = None
+        self.step: AppendStep | None = None
         self.stored_reads: tuple[tuple, Reads] | None = None  # Of cross-attention: what it is for, and it.
         self.version = 0  # Changes so far; a handle from before the last one is stale.
         self._copies: list[tuple[int, int]] = []  # (source, destination) of shared blocks, not copied yet.

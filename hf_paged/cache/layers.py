@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import torch
 
-from . import binding
-from .handle import PagedStates, PageView, same_bits
-from .kv_pool import GroupKey
-from .reasons import Reason, Why, count
-from .sequences import Sequences
-from .stored import StoredStates, is_read_by_model
-from .twins import same_rows
+from hf_paged.cache.batch_state import BatchState
+from hf_paged.cache.cross_attention import StoredStates, is_read_by_model
+from hf_paged.cache.duplicate_rows import same_rows
+from hf_paged.cache.lazy_tensors import PagedStates, PageView, same_bits
+from hf_paged.memory.kv_pool import KVCacheSpec
+from hf_paged.models import forward_context, registry
+from hf_paged.reasons import Reason, Why, count
 
 
 class PagedLayerMixin:
@@ -24,7 +24,7 @@ class PagedLayerMixin:
 
     window: int | None = None
 
-    def _init_paged(self, sequences: Sequences, index: int) -> None:
+    def _init_paged(self, sequences: BatchState, index: int) -> None:
         self.sequences, self.index = sequences, index
         self.epoch = 0  # Reorderings this layer has been told of.
         self._stored_kind: tuple | None = None  # Dtype, device and sizes of states that went into its pages.
@@ -193,7 +193,7 @@ class PagedLayerMixin:
 
     def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> Why | None:
         """Why these states cannot go into pages."""
-        if self.sequences.pool is None and binding.running_call() is None:
+        if self.sequences.pool is None and forward_context.running_forward() is None:
             return Reason.NO_MODEL
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             return Reason.CACHE_GRADIENTS
@@ -207,7 +207,7 @@ class PagedLayerMixin:
         held = self.sequences.held(self.index)
         if held is not None:
             return None if held[0].dtype == key.dtype and held[0].device == key.device else Reason.CHANGED_DTYPE
-        expected = GroupKey(self.window, key.dtype, key.device)
+        expected = KVCacheSpec(self.window, key.dtype, key.device)
         for group_key, rows in self.sequences.groups.items():
             if self.index in rows.lengths and group_key != expected:
                 return Reason.CHANGED_PLACE
@@ -218,10 +218,10 @@ class PagedLayerMixin:
 
     def _join(self, key: torch.Tensor) -> None:
         """Enter the cache's common rows with the first states; the first layer ties them to the model."""
-        sequences, call = self.sequences, binding.current_call()
+        sequences, call = self.sequences, forward_context.current_forward()
         self.epoch = sequences.epoch
         if sequences.pool is None:
-            sequences.bind(binding.pool_of(call.model))
+            sequences.bind(registry.pool_of(call.model))
         if sequences.batch_size is None:
             sequences.batch_size = key.shape[0]
             sequences.twins = self._find_twins(key)
@@ -229,7 +229,7 @@ class PagedLayerMixin:
     def _find_twins(self, key: torch.Tensor) -> list[int] | None:
         if key.shape[2] == 1:
             return None
-        call = binding.current_call()
+        call = forward_context.current_forward()
         ids = None if call is None else call.inputs.get("input_ids", call.inputs.get(0))
         if not isinstance(ids, torch.Tensor) or ids.shape != (key.shape[0], key.shape[2]):
             ids = key[:, 0, :, 0]  # Not made from tokens, or from an encoder's: told apart by the states.
@@ -251,7 +251,7 @@ class PagedLayerMixin:
         if not self.is_dense and not torch.compiler.is_compiling():
             if self.is_paged:
                 self.sequences.store_held()
-            binding.request_mask(self.sequences, self.index, (query_length, *sizes))
+            forward_context.request_mask(self.sequences, self.index, (query_length, *sizes))
         return sizes
 
     def reset(self) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from .group_rows import GroupRows
-from .reasons import Reason, Why, count
-from .sequences import Sequences
-from .step import Step
+from hf_paged.cache.append_step import AppendStep
+from hf_paged.cache.batch_state import BatchState
+from hf_paged.cache.group_rows import GroupRows
+from hf_paged.reasons import Reason, Why, count
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -50,9 +50,9 @@ class LazyTensor(torch.Tensor):
 class PageView:
     """The pages of one layer as one `update` left them."""
 
-    sequences: Sequences
+    sequences: BatchState
     rows: GroupRows
-    step: Step
+    step: AppendStep
     layer: int
     version: int
     owner: Any  # The PagedLayerMixin that was updated.
@@ -69,7 +69,7 @@ class PageView:
 class PagedStates(LazyTensor):
     """Keys or values ``[batch, num_kv_heads, positions, head_dim]`` that lie in pages.
 
-    Holds its `Sequences` (and so their blocks) alive; own it for one forward only.
+    Holds its `BatchState` (and so their blocks) alive; own it for one forward only.
 
     Attributes
     ----------

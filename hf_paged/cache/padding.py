@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .errors import UnsupportedError
-from .reasons import Reason, Why
+from hf_paged.errors import UnsupportedError
+from hf_paged.reasons import Reason, Why
 
 
 def is_binary(mask: torch.Tensor) -> bool:

@@ -3,19 +3,19 @@
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from . import binding
-from .layer import PagedLayerMixin
-from .reasons import Why
-from .sequences import Sequences
+from hf_paged.cache.batch_state import BatchState
+from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.models import forward_context
+from hf_paged.reasons import Why
 
 
 @torch.compiler.disable
 def page_layers(cache: DynamicCache) -> None:
-    """Replace the attention layers of a new, empty cache by paged ones that share their `Sequences`.
+    """Replace the attention layers of a new, empty cache by paged ones that share their `BatchState`.
 
     Linear-attention, indexer and dummy layers stay upstream's own.
     """
-    sequences = Sequences(born_in_forward=binding.running_call() is not None)
+    sequences = BatchState(born_in_forward=forward_context.running_forward() is not None)
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[index] = PagedLayer(sequences, index)
@@ -29,13 +29,13 @@ class PagedLayer(PagedLayerMixin, DynamicLayer):
 
     Parameters
     ----------
-    sequences : Sequences
+    sequences : BatchState
         Rows of the cache this layer belongs to.
     index : int
         Its position in the cache.
     """
 
-    def __init__(self, sequences: Sequences, index: int):
+    def __init__(self, sequences: BatchState, index: int):
         super().__init__()
         self._init_paged(sequences, index)
 
@@ -54,7 +54,7 @@ class PagedSlidingWindowLayer(PagedLayerMixin, DynamicSlidingWindowLayer):
 
     Parameters
     ----------
-    sequences : Sequences
+    sequences : BatchState
         Rows of the cache this layer belongs to.
     index : int
         Its position in the cache.
@@ -62,7 +62,7 @@ class PagedSlidingWindowLayer(PagedLayerMixin, DynamicSlidingWindowLayer):
         Tokens that a query sees, itself included.
     """
 
-    def __init__(self, sequences: Sequences, index: int, sliding_window: int):
+    def __init__(self, sequences: BatchState, index: int, sliding_window: int):
         super().__init__(sliding_window=sliding_window)
         self.window = sliding_window
         self._init_paged(sequences, index)

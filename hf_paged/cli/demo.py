@@ -8,9 +8,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged.kernels.cpu import native
-
-from .smollm2 import load_model, load_tokenizer
+from hf_paged.cli.demo_model import load_model, load_tokenizer
+from hf_paged.kernels.cpu import loader
 
 _CHAT = ["What is the capital of France, and what is it famous for?"]
 _RAGGED = [
@@ -59,9 +58,9 @@ def run_demo(new_tokens: int, block_size: int) -> None:
     print("Loading SmolLM2-135M-Instruct (float32, CPU) ...", flush=True)
     tokenizer, model = load_tokenizer(), load_model("sdpa")
     hf_paged.configure(model, config)
-    if not native.state().available:
+    if not loader.state().available:
         print("Compiling the CPU kernels, this once ...", flush=True)
-        native.load()
+        loader.load()
     for title, (questions, options) in _JOBS.items():
         chats = [[{"role": "user", "content": question}] for question in questions]
         inputs = tokenizer.apply_chat_template(

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import PagedError
+from hf_paged.errors import PagedError
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

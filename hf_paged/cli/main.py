@@ -3,14 +3,13 @@
 import argparse
 import sys
 
+from hf_paged.cli.demo import run_demo
+from hf_paged.cli.doctor.report import run_doctor
+from hf_paged.cli.plan.report import DTYPES, run_plan
+from hf_paged.config import PagedConfig
+from hf_paged.errors import PagedError
 from hf_paged.kernels.cpu.build import build_kernels
 from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
-
-from .config import PagedConfig
-from .demo import run_demo
-from .doctor import run_doctor
-from .errors import PagedError
-from .plan_report import DTYPES, run_plan
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_paged.execution.step_buffers import StepBuffers
 from hf_paged.kernels import ops
-
-from .reasons import Reason, Why
-from .scheduler import Chunk
-from .step_buffers import StepBuffers
-from .storage import KVStorage
+from hf_paged.memory.kv_storage import KVStorage
+from hf_paged.reasons import Reason, Why
+from hf_paged.scheduling.scheduler import Chunk
 
 ARGUMENT = "hf_paged_step"  # The keyword under which a step travels from the model's call to its attention.
 PACKED_OFFSET = -1  # No mask begins there: by it the mask function knows a packed step, with no state to trace.
@@ -42,7 +41,7 @@ class GroupStep:
 
 
 @dataclass
-class PackedStep:
+class StepInputs:
     """One step: what the model runs, and where its layers write and read.
 
     Attributes
@@ -128,7 +127,7 @@ def is_packed_mask(mask: torch.Tensor | None) -> bool:
 
 
 class _PackedMixin:
-    step: PackedStep
+    step: StepInputs
     index: int
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -156,12 +155,12 @@ class PackedCache(Cache):
 
     Parameters
     ----------
-    step : PackedStep
+    step : StepInputs
     windows : sequence of int or None
         The sliding window of each cache layer.
     """
 
-    def __init__(self, step: PackedStep, windows: Sequence[int | None]):
+    def __init__(self, step: StepInputs, windows: Sequence[int | None]):
         layers = []
         for index, window in enumerate(windows):
             layer = PackedLayer() if window is None else PackedSlidingWindowLayer(sliding_window=window)
@@ -170,7 +169,7 @@ class PackedCache(Cache):
         super().__init__(layers=layers)
 
 
-def pack(chunks: Sequence[Chunk], windows, storages, buffers: StepBuffers) -> PackedStep:
+def pack(chunks: Sequence[Chunk], windows, storages, buffers: StepBuffers) -> StepInputs:
     """Describe a step's chunks as tensors.
 
     Parameters
@@ -197,7 +196,7 @@ def pack(chunks: Sequence[Chunk], windows, storages, buffers: StepBuffers) -> Pa
         )
         group = GroupStep(window, slots, tables, lens, starts)
         layers.update({index: (storage, group) for index, storage in layer_storages.items()})
-    return PackedStep(
+    return StepInputs(
         buffers.fill("input_ids", np.array([tokens])),
         buffers.fill("position_ids", positions[None]),
         buffers.fill("sample_index", np.array(samples, dtype=np.int64)),
@@ -222,7 +221,7 @@ def _places(rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.concatenate(slots), tables, lens
 
 
-def run_step(model: Callable, step: PackedStep) -> torch.Tensor:
+def run_step(model: Callable, step: StepInputs) -> torch.Tensor:
     """The model's logits where `step` wants them, ``[samples, vocab]``.
 
     Raises

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .config import PagedConfig
+from hf_paged.config import PagedConfig
 
 # Kernels for other numbers of rows read this layout as well: a step's number is not known before.
 _ROWS = 32

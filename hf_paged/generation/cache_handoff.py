@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from transformers import DynamicCache
 
-from .group_rows import GroupRows
-from .kv_pool import GroupKey, KVPool
-from .reasons import Reason, Why
-from .request import Request
+from hf_paged.cache.group_rows import GroupRows
+from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
+from hf_paged.reasons import Reason, Why
+from hf_paged.scheduling.request import Request
 
 
-def why_not_adopt(cache: DynamicCache, pool: KVPool) -> Why | None:
+def why_not_hand_over(cache: DynamicCache, pool: KVPool) -> Why | None:
     """Why an empty cache cannot take over what is stored in `pool`; None if it can."""
     sequences = cache.layers[0].sequences
     if sequences.pool not in (None, pool):
@@ -21,7 +21,7 @@ def why_not_adopt(cache: DynamicCache, pool: KVPool) -> Why | None:
     return Reason.RECORDED_PAST if sequences.record_past else None
 
 
-def adopt(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequence[GroupKey]) -> None:
+def hand_over(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequence[KVCacheSpec]) -> None:
     """Let an empty cache of one row hold what `request` has stored, as if its forwards had gone through the cache.
 
     The cache owns a reference to each block from now on. Called under the pool's lock.
@@ -32,7 +32,7 @@ def adopt(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequence[Gr
         Its layers are paged. Changed in place.
     request : Request
         A row without pads; not changed.
-    keys : sequence of GroupKey
+    keys : sequence of KVCacheSpec
         The attention group of each of the request's tables.
     """
     sequences = cache.layers[0].sequences

@@ -27,38 +27,38 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from .adopt import adopt
-from .atomic import Undo, atomically, is_in_section
-from .block_table import BlockTable
-from .call import Call, Choice
-from .errors import OutOfBlocksError, UnsupportedError
-from .fingerprint import Identity, identify
-from .kv_pool import GroupKey, KVPool
-from .packed import pack, run_step
-from .prepacked import linears_of
-from .recipe import choose_together
-from .request import Request
-from .reservation import Patience, entered, is_inside
-from .salt import current_salt
-from .scheduler import Chunk, Schedule, Scheduler
-from .step_buffers import StepBuffers
+from hf_paged.atomic import Undo, atomically, is_in_section
+from hf_paged.errors import OutOfBlocksError, UnsupportedError
+from hf_paged.execution.packed_cache import pack, run_step
+from hf_paged.execution.prepacked_linear import linears_of
+from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.generation.cache_handoff import hand_over
+from hf_paged.generation.generate_call import Choice, GenerateCall
+from hf_paged.memory.block_table import BlockTable
+from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
+from hf_paged.memory.reservation import StallDetector, entered, is_inside
+from hf_paged.models.fingerprint import Identity, identify
+from hf_paged.sampling.sampler import sample_together
+from hf_paged.scheduling.cache_salt import current_salt
+from hf_paged.scheduling.request import Request
+from hf_paged.scheduling.scheduler import Chunk, Scheduler, SchedulerOutput
 
 Result = TypeVar("Result")
 _PATIENCE = 0.005  # Seconds until a driver without work looks again.
 _GRACE = 0.25  # Share of a step's time that the next one waits for calls that are still sampling.
 
 
-class Seat:
+class CallState:
     """A call in the engine. Read and written in sections; its thread sleeps on `mail`.
 
     Parameters
     ----------
-    call : Call
+    call : GenerateCall
     is_inside : bool
         Whether a callback of another call on the pool made this one, and waits for it.
     """
 
-    def __init__(self, call: Call, is_inside: bool):
+    def __init__(self, call: GenerateCall, is_inside: bool):
         self.call, self.is_inside, self.thread = call, is_inside, threading.get_ident()
         self.mail: SimpleQueue = SimpleQueue()  # Wakes the call: what is in it means nothing.
         self._has_left: SimpleQueue = SimpleQueue()
@@ -109,8 +109,8 @@ class Drive:
 
     Attributes
     ----------
-    schedule : Schedule
-    seats : dict of Request to Seat
+    schedule : SchedulerOutput
+    seats : dict of Request to CallState
         Of the rows that run, and of their followers.
     began : float
         When it was planned.
@@ -118,8 +118,8 @@ class Drive:
         Whether a call has found the model at its entry since the last look at it.
     """
 
-    schedule: Schedule
-    seats: dict[Request, Seat]
+    schedule: SchedulerOutput
+    seats: dict[Request, CallState]
     began: float
     must_check: bool
 
@@ -128,7 +128,7 @@ class Drive:
 class Delivery:
     """Logits of a step that are for one call: ``[len(requests), vocab]``, and what was chosen from them."""
 
-    seat: Seat
+    seat: CallState
     requests: list[Request]
     logits: torch.Tensor
     choice: Choice | None = None
@@ -142,7 +142,7 @@ class Report:
     ----------
     chunks : list of Chunk
         Those that have run.
-    errors : list of (Seat, Exception)
+    errors : list of (CallState, Exception)
         Calls that cannot go on.
     is_same_model : bool
         Whether the model is the one that the prefix cache serves.
@@ -151,7 +151,7 @@ class Report:
     began: float
     chunks: list[Chunk] = field(default_factory=list)
     deliveries: list[Delivery] = field(default_factory=list)
-    errors: list[tuple[Seat, Exception]] = field(default_factory=list)
+    errors: list[tuple[CallState, Exception]] = field(default_factory=list)
     is_same_model: bool = True
 
 
@@ -216,14 +216,14 @@ class Engine:
         self.keys = list(pool.groups)
         self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
         self.scheduler.prefix.counts = pool.prefix_counts
-        self._buffers, self._patience = StepBuffers(self.keys[0].device), Patience(pool)
+        self._buffers, self._patience = StepBuffers(self.keys[0].device), StallDetector(pool)
         self._linears_for = linears_of(pool.config)
         self._identity: Identity | None = None  # Of the model that the prefix cache serves, while rows run.
         self._is_checked = True  # Whether a step is planned that looks whether the model is still as a call found it.
-        self._seats: dict[Request, Seat] = {}
-        self._leaving: list[Seat] = []
-        self._driver: Seat | None = None
-        self._under_way: Schedule | None = None
+        self._seats: dict[Request, CallState] = {}
+        self._leaving: list[CallState] = []
+        self._driver: CallState | None = None
+        self._under_way: SchedulerOutput | None = None
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took.
         pool.caches.add(self)
         pool.engines.add(self)
@@ -243,7 +243,7 @@ class Engine:
         """Tell whether a call drives the steps."""
         return self._driver is not None
 
-    def tables_in(self, key: GroupKey) -> list[BlockTable]:
+    def tables_in(self, key: KVCacheSpec) -> list[BlockTable]:
         """Tables that own blocks of one attention group (for statistics and checks)."""
         if key not in self.keys:
             return []
@@ -252,7 +252,7 @@ class Engine:
         held.blocks = list(self.scheduler.held[number])
         return [held, *(request.tables[number] for request in self.scheduler.running)]
 
-    def run(self, model: PreTrainedModel, call: Call) -> torch.Tensor:
+    def run(self, model: PreTrainedModel, call: GenerateCall) -> torch.Tensor:
         """Run a call to its end in this thread, together with the calls of other threads.
 
         Returns
@@ -274,7 +274,7 @@ class Engine:
                 "generate was called by a streamer that is being told of tokens, and all calls wait for it: "
                 "hand the tokens to another thread and call generate there"
             )
-        seat = Seat(call, is_inside(self.pool))
+        seat = CallState(call, is_inside(self.pool))
         undo = Undo(functools.partial(self._drop, seat))
         try:
             with entered(self.pool):
@@ -284,7 +284,7 @@ class Engine:
             undo.now()
             seat.wait_until_left()
 
-    def _enter(self, model: PreTrainedModel, seat: Seat) -> None:
+    def _enter(self, model: PreTrainedModel, seat: CallState) -> None:
         config, call, salt = self.pool.config, seat.call, current_salt()
         identity = self._identity
         if config.prefix_cache and (identity is None or not identity.is_found_again()):
@@ -314,7 +314,7 @@ class Engine:
 
     # What a call does in its own thread.
 
-    def _take_part(self, model: PreTrainedModel, seat: Seat) -> torch.Tensor:
+    def _take_part(self, model: PreTrainedModel, seat: CallState) -> torch.Tensor:
         """Follow orders until the call is done."""
         done: Report | Sampled | None = None
         while True:
@@ -336,7 +336,7 @@ class Engine:
                     finally:
                         del order  # Its traceback holds this frame: no cycle.
 
-    def _run_step(self, model: PreTrainedModel, driver: Seat, order: Drive) -> Report:
+    def _run_step(self, model: PreTrainedModel, driver: CallState, order: Drive) -> Report:
         """Run the chunks of all calls. What one of them raises is its own; what none of them raises is the driver's."""
         report = Report(order.began)
         chunks = self._prepare(order, report)
@@ -371,7 +371,7 @@ class Engine:
         failed = {seat for seat, _ in report.errors}
         return [chunk for chunk in order.schedule.chunks if order.seats[chunk.request] not in failed]
 
-    def _forward_all(self, model, driver: Seat, order: Drive, chunks: list[Chunk], report: Report):
+    def _forward_all(self, model, driver: CallState, order: Drive, chunks: list[Chunk], report: Report):
         """Logits of the chunks, all in one forward or, if that fails, call by call: (chunks, logits) pairs."""
         if not chunks:
             return []
@@ -380,7 +380,7 @@ class Engine:
         except Exception as error:
             first = error
         try:
-            parts: dict[Seat, list[Chunk]] = {}
+            parts: dict[CallState, list[Chunk]] = {}
             for chunk in chunks:
                 parts.setdefault(order.seats[chunk.request], []).append(chunk)
             if list(parts) == [driver]:
@@ -411,7 +411,7 @@ class Engine:
     @staticmethod
     def _deliveries(order: Drive, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[Delivery]:
         """Logits ``[samples, vocab]`` by call. Followers of a row whose prompt is stored now start from its logits."""
-        places: dict[Seat, dict[Request, int]] = {}
+        places: dict[CallState, dict[Request, int]] = {}
         sampled = [chunk.request for chunk in chunks if chunk.samples]
         for place, request in enumerate(sampled):
             rows = [request, *(row for row in request.followers if row in order.seats)]
@@ -428,7 +428,7 @@ class Engine:
     def _choose_for(deliveries: list[Delivery], report: Report) -> None:
         """Choose tokens for quick calls, those that choose alike together."""
         recipes = [delivery.seat.call.recipe for delivery in deliveries]
-        chosen = choose_together(recipes, [delivery.logits for delivery in deliveries])
+        chosen = sample_together(recipes, [delivery.logits for delivery in deliveries])
         left = [(delivery, tokens) for delivery, tokens in zip(deliveries, chosen) if tokens is None]
         joint: dict[int, list[tuple[Delivery, Exception]]] = {}
         for delivery, tokens in zip(deliveries, chosen):
@@ -445,7 +445,7 @@ class Engine:
 
     # What happens in sections, under the pool's lock.
 
-    def _next_order(self, seat: Seat, done: Report | Sampled | None):
+    def _next_order(self, seat: CallState, done: Report | Sampled | None):
         """Note what a call has done; what it does next: an order, an error to raise, or None if it is done."""
         if isinstance(done, Report):
             self._finish_step(done)
@@ -473,7 +473,7 @@ class Engine:
         self._driver = seat
         return self._order_to_drive(seat)
 
-    def _order_to_drive(self, seat: Seat):
+    def _order_to_drive(self, seat: CallState):
         seconds = self._wait_for_others()
         order = self._plan() if seconds <= 0 else None
         if order is None:
@@ -496,7 +496,7 @@ class Engine:
         self.scheduler.is_closed = self.pool.num_waiting > 0
         # A call from inside another one cannot wait for it.
         is_awaited = any(seat.is_inside for seat in self._seats.values())
-        self.scheduler.keeps_budget = self._patience.is_for_rectangles and not is_awaited
+        self.scheduler.keeps_budget = self._patience.is_for_reserved_calls and not is_awaited
         schedule = self.scheduler.schedule()
         for request, error in schedule.failed:
             self._seats[request].failed.append((request, error))
@@ -509,7 +509,7 @@ class Engine:
         seats = {row: self._seats[row] for row in rows if row in self._seats}
         return Drive(schedule, seats, began, must_check)
 
-    def _is_in_step(self, seat: Seat) -> bool:
+    def _is_in_step(self, seat: CallState) -> bool:
         """Tell whether a row of the call runs in the step under way, which writes to its blocks."""
         step = self._under_way
         return step is not None and any(self._seats.get(chunk.request) is seat for chunk in step.chunks)
@@ -518,7 +518,7 @@ class Engine:
         schedule, self._under_way = self._under_way, None
         if not report.is_same_model:
             self.scheduler.prefix.suspend()
-        self.scheduler.done(Schedule(report.chunks, schedule.copies, []))
+        self.scheduler.done(SchedulerOutput(report.chunks, schedule.copies, []))
         for seat, error in report.errors:
             self._fail(seat, error)
         for delivery in report.deliveries:
@@ -544,7 +544,7 @@ class Engine:
         if seat.call.is_done:
             seat.wake()
 
-    def _note(self, seat: Seat, tokens: list[tuple[Request, int | None]]) -> None:
+    def _note(self, seat: CallState, tokens: list[tuple[Request, int | None]]) -> None:
         """Give sampled rows their tokens; the blocks of finished ones are free at once."""
         for request, token in tokens:
             if token is None:
@@ -552,13 +552,13 @@ class Engine:
             else:
                 request.tokens.append(token)
 
-    def _hand_back(self, seat: Seat, sampled: Sampled) -> None:
+    def _hand_back(self, seat: CallState, sampled: Sampled) -> None:
         seat.is_sampling = bool(seat.logits)
         self._note(seat, sampled.tokens)
         if self._is_driven:
             self._driver.wake()
 
-    def _fail(self, seat: Seat, error: BaseException) -> None:
+    def _fail(self, seat: CallState, error: BaseException) -> None:
         """End a call by an error. Its rows are out at once: what their blocks hold may be wrong."""
         seat.error = error
         self._take_out_rows(seat)
@@ -569,13 +569,13 @@ class Engine:
             if seat.call.is_cancelled and not seat.is_sampling:
                 self._cancel(seat)
 
-    def _cancel(self, seat: Seat) -> None:
+    def _cancel(self, seat: CallState) -> None:
         """End a call with the tokens that it has."""
         seat.call.cancel()
         self._take_out_rows(seat)
         seat.wake()
 
-    def _pass_on(self, seat: Seat) -> None:
+    def _pass_on(self, seat: CallState) -> None:
         """Let another call drive, if it was this one that did."""
         if self._driver is seat:
             self._driver = None
@@ -584,7 +584,7 @@ class Engine:
             if (other := next(asleep, None)) is not None:
                 other.wake()
 
-    def _drop(self, seat: Seat) -> None:
+    def _drop(self, seat: CallState) -> None:
         """Take all that is left of a call out, however it ended. Idempotent."""
         with self.pool.lock:
             if self._driver is seat and self._under_way is not None:
@@ -603,21 +603,21 @@ class Engine:
         for seat in leaving:
             self._take_out(seat)
 
-    def _take_out(self, seat: Seat) -> None:
+    def _take_out(self, seat: CallState) -> None:
         self._take_out_rows(seat)
         seat.tell_left()
         if self._is_driven:
             self._driver.wake()
 
-    def _take_out_rows(self, seat: Seat) -> None:
+    def _take_out_rows(self, seat: CallState) -> None:
         for request in seat.call.requests:
             self._take_out_row(request, seat.call)
 
-    def _take_out_row(self, request: Request, call: Call) -> None:
+    def _take_out_row(self, request: Request, call: GenerateCall) -> None:
         """Take a row out, finished or not; a cache of its caller's gets what is stored of it."""
         if self._seats.pop(request, None) is not None:
             if call.cache is not None and call.is_done and request.num_stored:
-                adopt(call.cache, request, self.pool, self.keys)
+                hand_over(call.cache, request, self.pool, self.keys)
             self.scheduler.remove(request)
         if not self._seats:
             self._identity = None  # It keeps what it has seen alive, old weights too.

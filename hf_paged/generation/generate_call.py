@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from transformers.generation import logits_process, stopping_criteria
 
-from .cancellation import Cancellation
-from .endings import Endings
-from .errors import OutOfBlocksError
-from .noise import Noise, draws_freely
-from .pool import BlockPool
-from .recipe import Recipe
-from .request import Request
-from .row_streamer import RowStreamer
-from .twins import same_rows
-from .vocabulary import draw, likeliest
+from hf_paged.cache.duplicate_rows import same_rows
+from hf_paged.errors import OutOfBlocksError
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.sampling.cancellation import Cancellation
+from hf_paged.sampling.categorical import draw, likeliest
+from hf_paged.sampling.rng_replay import ReplayedNoise, draws_freely
+from hf_paged.sampling.row_streamer import RowStreamer
+from hf_paged.sampling.sampler import Sampler
+from hf_paged.sampling.stopping import StoppingRules
+from hf_paged.scheduling.request import Request
 
 # Processors of transformers that treat each row by itself. The first kind never looks at the tokens so far.
 TOKEN_FREE = {
@@ -41,7 +41,7 @@ _QUICK = ROW_WISE - {
     getattr(logits_process, name)
     for name in ("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor")
 }
-ROW_WISE_CRITERIA = Endings.KINDS | {stopping_criteria.StopStringCriteria}
+ROW_WISE_CRITERIA = StoppingRules.KINDS | {stopping_criteria.StopStringCriteria}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Choice:
     logits: torch.Tensor | None = None
 
 
-class Call:
+class GenerateCall:
     """The rows of one call, its processors and criteria, and its share of the random numbers.
 
     A row's next token takes two halves. `choose` computes it, in the caller's thread or, if the call is quick, in that
@@ -88,13 +88,13 @@ class Call:
     ):
         self.input_ids, self.streamer, self.cache = input_ids, streamer, cache
         self._processors, self._criteria = processors, criteria
-        self._endings = Endings(criteria) if Endings.KINDS.issuperset(map(type, criteria)) else None
+        self._endings = StoppingRules(criteria) if StoppingRules.KINDS.issuperset(map(type, criteria)) else None
         self._do_sample, self._pad = generation_config.do_sample, generation_config._pad_token_tensor
         # What `generate` returns besides the tokens of a lone row, a tensor ``[1, vocab]`` a step.
         returns = generation_config.return_dict_in_generate
         self.logits = () if returns and generation_config.output_logits else None
         self.scores = () if returns and generation_config.output_scores else None
-        self._noise: Noise | None = None
+        self._noise: ReplayedNoise | None = None
         self._draws_freely = draws_freely()
         prompts = (
             input_ids.tolist()
@@ -120,12 +120,12 @@ class Call:
         self.recipe = self._own_recipe()
         self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
 
-    def _own_recipe(self) -> Recipe | None:
+    def _own_recipe(self) -> Sampler | None:
         """How the driver may choose tokens for this call, together with others; None if only it itself can."""
         is_plain = TOKEN_FREE.issuperset(map(type, self._processors)) and self.logits is None and self.scores is None
         if not (self.is_quick and is_plain and (self._draws_freely or not self._do_sample)):
             return None
-        return Recipe.of(self._processors, self._do_sample, self.input_ids.device)
+        return Sampler.of(self._processors, self._do_sample, self.input_ids.device)
 
     def _lead(self, twins: list[int] | None) -> None:
         """Let rows with the same prompt follow the first of them."""
@@ -255,7 +255,7 @@ class Call:
         if not bool((probabilities.max() < float("inf")) & (probabilities.min() >= 0)):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         if self._noise is None:
-            self._noise = Noise(len(self.input_ids), scores.shape[1])
+            self._noise = ReplayedNoise(len(self.input_ids), scores.shape[1])
         tokens = scores.new_empty(len(rows), dtype=torch.long)
         for step, indices in self._steps(rows).items():
             noise = self._noise.rows(step, [rows[index] for index in indices])

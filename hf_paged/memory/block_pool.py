@@ -3,7 +3,7 @@
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 
-from .errors import BlockError, OutOfBlocksError
+from hf_paged.errors import BlockError, OutOfBlocksError
 
 
 class BlockPool:

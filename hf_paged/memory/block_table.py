@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from .pool import BlockPool
+from hf_paged.memory.block_pool import BlockPool
 
 
 class BlockTable:

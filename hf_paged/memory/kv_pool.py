@@ -9,21 +9,20 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
+from hf_paged.atomic import after_fork_in_child
+from hf_paged.config import PagedConfig, physical_memory
+from hf_paged.errors import OutOfBlocksError
 from hf_paged.kernels import ops
-
-from .atomic import after_fork_in_child
-from .config import PagedConfig, physical_memory
-from .errors import OutOfBlocksError
-from .pool import BlockPool
-from .prefix import PrefixCounts
-from .reservation import Reservation, of_this_thread
-from .storage import KVStorage
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.kv_storage import KVStorage
+from hf_paged.memory.reservation import Reservation, of_this_thread
+from hf_paged.scheduling.prefix_cache import PrefixCounts
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class GroupKey:
+class KVCacheSpec:
     """What layers must have in common to share block tables."""
 
     window: int | None  # Sliding window in tokens; None: full attention.
@@ -31,13 +30,13 @@ class GroupKey:
     device: torch.device
 
 
-class GroupPool:
+class KVCacheGroup:
     """The blocks of one attention group: ids in a `BlockPool`, and the tensors of its layers.
 
     A block id names one block in each layer of the group.
     """
 
-    def __init__(self, key: GroupKey, config: PagedConfig, bytes_per_block: int):
+    def __init__(self, key: KVCacheSpec, config: PagedConfig, bytes_per_block: int):
         self.key = key
         self.budget_blocks = max(1, config.budget_bytes(key.device) // bytes_per_block)
         # Address space past the budget: a call that cannot wait may exceed it rather than fail.
@@ -117,8 +116,8 @@ class KVPool:
     def __init__(self, config: PagedConfig):
         self.config = config
         self.lock = threading.RLock()
-        self.groups: dict[GroupKey, GroupPool] = {}
-        self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `Sequences`, and engines.
+        self.groups: dict[KVCacheSpec, KVCacheGroup] = {}
+        self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `BatchState`, and engines.
         self.engines: weakref.WeakSet = weakref.WeakSet()
         self.reservations: list[Reservation] = []
         self.last_reserved = float("-inf")  # When a reservation last ended, on `time.monotonic`'s clock.
@@ -133,12 +132,12 @@ class KVPool:
         """Calls that wait for a reservation."""
         return len(self.waiting)
 
-    def group(self, group_key: GroupKey, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> GroupPool:
+    def group(self, group_key: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> KVCacheGroup:
         """The group of that key; sized at its first use from one layer's states and the model's layer count."""
         if group_key not in self.groups:
             elements = key.shape[1] * (key.shape[3] + value.shape[3])
             bytes_per_block = elements * self.config.block_size * key.dtype.itemsize * num_layers
-            self.groups[group_key] = GroupPool(group_key, self.config, bytes_per_block)
+            self.groups[group_key] = KVCacheGroup(group_key, self.config, bytes_per_block)
         return self.groups[group_key]
 
     def check_integrity(self) -> None:

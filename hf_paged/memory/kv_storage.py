@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from .errors import PagedError
+from hf_paged.errors import PagedError
 
 _MAP_NORESERVE = 0x4000  # Linux's. Python has no name for it before 3.13.
 

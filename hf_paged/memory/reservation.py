@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from .atomic import Undo, atomically
+from hf_paged.atomic import Undo, atomically
 
 _PAUSE = 0.005  # Seconds between two looks at the pool.
 _PATIENCE = 10.0  # Seconds without any progress on the pool, after which nobody is worth waiting for.
@@ -30,7 +30,7 @@ class Reservation:
 
     Parameters
     ----------
-    needs : mapping of GroupPool to int
+    needs : mapping of KVCacheGroup to int
         Blocks that the call holds at most, at any time.
     """
 
@@ -80,7 +80,7 @@ class Reservation:
         pool.last_reserved = time.monotonic()
 
 
-class Patience:
+class StallDetector:
     """Tells how long it is worth waiting for the calls on a pool. Used under its lock.
 
     Parameters
@@ -99,7 +99,7 @@ class Patience:
         return time.monotonic() - self._since > _PATIENCE
 
     @property
-    def is_for_rectangles(self) -> bool:
+    def is_for_reserved_calls(self) -> bool:
         """Whether rectangular calls run and come on, or one has just ended: blocks will be free soon."""
         just_ended = time.monotonic() - self._pool.last_reserved < _LINGER
         return (bool(self._pool.reservations) or just_ended) and not self.is_over
@@ -116,7 +116,7 @@ def keeping(group, promised: Sequence[Reservation] | None = None) -> Iterator[No
 
     Parameters
     ----------
-    group : GroupPool
+    group : KVCacheGroup
     promised : sequence of Reservation or None
         The call's; None: those of this thread.
     """
@@ -153,7 +153,7 @@ def reserve(pool, needs: Mapping) -> Iterator[None]:
     Parameters
     ----------
     pool : KVPool
-    needs : mapping of GroupPool to int
+    needs : mapping of KVCacheGroup to int
         Blocks, at most.
     """
     reservation = Reservation(needs)
@@ -173,7 +173,7 @@ def _end(pool, reservation: Reservation) -> None:
 
 def _wait(pool, reservation: Reservation) -> bool:
     """Whether the blocks were promised; False if they are not there and nobody will free them."""
-    patience = Patience(pool)
+    patience = StallDetector(pool)
     while True:
         is_kept = atomically(functools.partial(_try, pool, reservation, patience))
         if is_kept is not None:
@@ -181,7 +181,7 @@ def _wait(pool, reservation: Reservation) -> bool:
         time.sleep(_PAUSE)
 
 
-def _try(pool, reservation: Reservation, patience: Patience) -> bool | None:
+def _try(pool, reservation: Reservation, patience: StallDetector) -> bool | None:
     """Promise the blocks if they are free; False: no call will free them; None: look again soon."""
     with pool.lock:
         pool.waiting.add(reservation)
@@ -189,7 +189,7 @@ def _try(pool, reservation: Reservation, patience: Patience) -> bool | None:
             reservation.begin(pool)
             return True
         are_packed = any(engine.is_running for engine in pool.engines)
-        if patience.is_for_rectangles or (are_packed and not patience.is_over):
+        if patience.is_for_reserved_calls or (are_packed and not patience.is_over):
             return None
         pool.waiting.discard(reservation)
         return False

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
-from .look import Look, UnseenError
-from .trace import Trace, is_disturbed
+from hf_paged.models.inspection import Inspection, UnseenError
+from hf_paged.models.snapshot import Snapshot, is_disturbed
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +30,7 @@ class Identity:
     """
 
     digest: bytes
-    _trace: Trace
+    _trace: Snapshot
     _described: bytes  # A digest of all that was seen but for the content of tensors.
     _contents: list[torch.Tensor]
 
@@ -65,7 +65,7 @@ def identify(model: torch.nn.Module, *besides: object) -> Identity | None:
         None if a change could not be seen: a class or a function from outside torch, transformers, peft and accelerate
         takes part, weights are elsewhere (offloaded), or a forward hook from outside may change what is computed.
     """
-    look = Look()
+    look = Inspection()
     try:
         look.at_model(model)
         if is_disturbed():

@@ -1,4 +1,4 @@
-"""Look: describes all that a model's forward depends on, or says that some of it cannot be seen."""
+"""Inspection: describes all that a model's forward depends on, or says that some of it cannot be seen."""
 
 import collections
 import enum
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
-from .prepacked import PrepackedForward
-from .trace import Trace, is_known
+from hf_paged.execution.prepacked_linear import PrepackedForward
+from hf_paged.models.snapshot import Snapshot, is_known
 
 # Functions of these, and of Python's own library, run where models do; a patch comes from elsewhere.
 _LIBRARIES = {
@@ -56,14 +56,14 @@ _BUILTIN = (
     *(types.MethodWrapperType, types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
 )
 # Traces and descriptions of the code of classes and files of known packages. They hold no module and no tensor.
-_sources: "dict[type | types.ModuleType, tuple[Trace, str]]" = {}
+_sources: "dict[type | types.ModuleType, tuple[Snapshot, str]]" = {}
 
 
 class UnseenError(Exception):
     """Something takes part in a forward whose changes leave no trace."""
 
 
-class Look:
+class Inspection:
     """One look at a model.
 
     Attributes
@@ -72,14 +72,14 @@ class Look:
         The description: equal for models that compute the same.
     contents : list of torch.Tensor
         Every tensor that the model holds, detached.
-    trace : Trace
+    trace : Snapshot
         To see later whether all is as it was.
     """
 
     def __init__(self):
         self.seen: list[str] = []
         self.contents: list[torch.Tensor] = []
-        self.trace = Trace()
+        self.trace = Snapshot()
         self._modules: list[torch.nn.Module] = []
         self._kinds: dict[type, int] = {}
         self._numbers: dict[int, int] = {}  # By address; `_held` keeps the objects, and so their addresses.
@@ -291,8 +291,8 @@ class Look:
             self.seen.append(repr((name, self._at(value if is_code else type(value)))))
 
 
-def _code_of(source: type | types.ModuleType) -> tuple[Trace, str]:
-    look = Look()
+def _code_of(source: type | types.ModuleType) -> tuple[Snapshot, str]:
+    look = Inspection()
     look._at_code(source)
     if look._modules or look.contents:
         raise UnseenError(f"code of {source.__name__} that holds modules or tensors")

@@ -5,7 +5,7 @@ While it is not, transformers builds no mask for a "paged" model, and says nothi
 
 from typing import NoReturn
 
-from .errors import PagedError
+from hf_paged.errors import PagedError
 
 _is_on = False
 _times_off = 0

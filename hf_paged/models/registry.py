@@ -1,30 +1,20 @@
-"""Which model is running on this thread, and which pool is whose.
+"""The pool, the configuration, the engine and the counts of each model."""
 
-A cache learns its model when the first states arrive: from the call under way, never from the config,
-which two models may share. Forward hooks on the "paged" models keep the stack of calls.
-"""
-
-import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from . import switch
-from .anatomy import anatomy
-from .atomic import after_fork_in_child
-from .config import PagedConfig
-from .kv_pool import KVPool
-from .reasons import Why
-from .sequences import Sequences
+from hf_paged.atomic import after_fork_in_child
+from hf_paged.config import PagedConfig
+from hf_paged.memory.kv_pool import KVPool
+from hf_paged.models.structure import structure
+from hf_paged.reasons import Why
 
-_HOOKS = "_hf_paged_hooks"
 _pools: "weakref.WeakKeyDictionary[PreTrainedModel, KVPool]" = weakref.WeakKeyDictionary()
 # The dtype and device that a model had when its pool was made.
 _places: "weakref.WeakKeyDictionary[PreTrainedModel, tuple]" = weakref.WeakKeyDictionary()
@@ -34,63 +24,6 @@ _counts: "weakref.WeakKeyDictionary[PreTrainedModel, CallCounts]" = weakref.Weak
 _engines: "weakref.WeakKeyDictionary[PreTrainedModel, _KeptEngine]" = weakref.WeakKeyDictionary()
 _registry_lock = threading.Lock()
 _engine_lock = threading.RLock()  # Held while one is tried out: calls that begin together wait for it.
-
-
-class Inputs(Mapping):
-    """The arguments of a forward, by keyword or by position. Keeps nothing alive.
-
-    An object that lives no longer, or that cannot be referenced weakly, counts as None.
-    """
-
-    def __init__(self, args: tuple, kwargs: dict[str, Any]):
-        self._values = {name: _weakly(value) for name, value in (*enumerate(args), *kwargs.items())}
-
-    def __getitem__(self, name: str | int) -> Any:
-        return self._values[name]()
-
-    def __iter__(self) -> Iterator:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-def _weakly(value: Any) -> Callable[[], Any]:
-    if isinstance(value, bool | int | float | str):
-        return lambda: value
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return lambda: None
-
-
-class Call:
-    """One forward of a paged model, while it runs.
-
-    An interrupt ends a forward without the hook that would take it off the stack. So a call knows its forward by the
-    frame that runs it, and keeps neither the model nor its inputs alive.
-    """
-
-    def __init__(self, model: PreTrainedModel, inputs: Inputs, frame: FrameType):
-        self._model, self.inputs = weakref.ref(model), inputs
-        self._frame = id(frame), frame.f_code
-        self.times_off = switch.times_off()  # When it began.
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self._model()
-
-    def is_run_by(self, frame: FrameType) -> bool:
-        return self._frame == (id(frame), frame.f_code)
-
-
-@dataclass
-class MaskRequest:
-    """A paged layer was asked for its mask sizes: the mask function that comes next belongs to it."""
-
-    sequences: "weakref.ref[Sequences]"
-    layer: int
-    sizes: tuple[int, int, int]  # query length, kv length, kv offset
 
 
 @dataclass
@@ -117,14 +50,14 @@ class Refusal:
 
 
 class _KeptEngine:
-    """An engine, or the refusal of one, and the anatomy of the model that it was made for.
+    """An engine, or the refusal of one, and the structure of the model that it was made for.
 
-    A refusal is doubted when the model's anatomy has changed. Not every cause can be seen, so it is doubted without
+    A refusal is doubted when the model's structure has changed. Not every cause can be seen, so it is doubted without
     that, too: after 8 calls, after 16 more, after 32 more.
     """
 
     def __init__(self, made: Any, model: PreTrainedModel, patience: int = 8):
-        self.made, self.anatomy = made, anatomy(model)
+        self.made, self.structure = made, structure(model)
         self.patience = self._left = patience
 
     def is_doubtful(self, model: PreTrainedModel) -> bool:
@@ -132,94 +65,7 @@ class _KeptEngine:
         if not isinstance(self.made, Refusal):
             return False
         self._left -= 1
-        return self._left < 0 or self.anatomy != anatomy(model)
-
-
-class _ThreadState(threading.local):
-    def __init__(self):
-        self.calls: list[Call] = []
-        self.mask_request: MaskRequest | None = None
-
-
-_thread = _ThreadState()
-
-
-def current_call() -> Call | None:
-    """The innermost forward of a paged model that runs on this thread. For code that a forward calls.
-
-    Outside a forward it may be one that an interrupt has ended: `running_call` looks.
-    """
-    return _thread.calls[-1] if _thread.calls else None
-
-
-def running_call() -> Call | None:
-    """The innermost forward of a paged model that runs on this thread. For code that may run outside a forward."""
-    calls = _thread.calls
-    if calls and not torch.compiler.is_compiling():  # Nothing is traced outside a forward.
-        _drop_interrupted(sys._getframe(1))
-    return current_call()
-
-
-def argument(name: str) -> Any:
-    """What the models that run on this thread were called with as `name`; None if none of them was."""
-    return next((call.inputs[name] for call in reversed(_thread.calls) if call.inputs.get(name) is not None), None)
-
-
-def request_mask(sequences: Sequences, layer: int, sizes: tuple[int, int, int]) -> None:
-    """Announce to the mask function, on this thread, which cache its next mask is for."""
-    _thread.mask_request = MaskRequest(weakref.ref(sequences), layer, sizes)
-
-
-def take_mask_request(sizes: tuple[int, int, int]) -> tuple[Sequences, int] | None:
-    """The cache and layer a mask of these sizes is for, if a paged layer was just asked for them."""
-    request, _thread.mask_request = _thread.mask_request, None
-    if request is None or request.sizes != sizes:
-        return None
-    sequences = request.sequences()
-    return None if sequences is None else (sequences, request.layer)
-
-
-def track(model: PreTrainedModel) -> None:
-    """Keep `model`'s forwards on the stack of calls. Idempotent."""
-    if _HOOKS not in model.__dict__:
-        hooks = (
-            model.register_forward_pre_hook(_enter, with_kwargs=True),
-            model.register_forward_hook(_leave, always_call=True),
-        )
-        model.__dict__[_HOOKS] = hooks
-
-
-def untrack(model: PreTrainedModel) -> None:
-    """Undo `track`. Idempotent."""
-    for hook in model.__dict__.pop(_HOOKS, ()):
-        hook.remove()
-
-
-def _enter(model, args, kwargs):
-    if not torch.compiler.is_compiling():
-        _thread.mask_request = None
-        frame = sys._getframe(1)
-        if _thread.calls:
-            _drop_interrupted(frame.f_back)
-        _thread.calls.append(Call(model, Inputs(args, kwargs), frame))
-
-
-def _drop_interrupted(frame: FrameType | None) -> None:
-    """Keep the calls that `frame` and its callers run."""
-    running = []
-    while frame is not None and len(running) < len(_thread.calls):
-        running += [call for call in _thread.calls if call.is_run_by(frame)]
-        frame = frame.f_back
-    _thread.calls = [call for call in _thread.calls if call in running]
-
-
-def _leave(model, args, output):
-    if torch.compiler.is_compiling():
-        return
-    _thread.mask_request = None
-    # A call that raised before its own hook ran must not stay on the stack.
-    while _thread.calls and _thread.calls.pop().model is not model:
-        pass
+        return self._left < 0 or self.structure != structure(model)
 
 
 def pool_of(model: PreTrainedModel) -> KVPool:
@@ -290,7 +136,7 @@ def is_outdated(model: PreTrainedModel, engine: Any) -> bool:
     """Tell whether the model is not what it was when the engine was made for it."""
     with _registry_lock:
         kept = _engines.get(model)
-    return kept is None or kept.made is not engine or kept.anatomy != anatomy(model)
+    return kept is None or kept.made is not engine or kept.structure != structure(model)
 
 
 def forget_engine(model: PreTrainedModel, engine: Any) -> None:

@@ -1,4 +1,4 @@
-"""Trace: what a model was made of at one look, held to tell at every step that it is still so."""
+"""Snapshot: what a model was made of at one look, held to tell at every step that it is still so."""
 
 import operator
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ def is_known(kind: type) -> bool:
     return (kind.__module__ or "").partition(".")[0] in _PACKAGES
 
 
-class Trace:
+class Snapshot:
     """Objects of a model beside copies of what they held.
 
     The copies refer to the objects themselves, so an address is never given to another object meanwhile. They keep
@@ -82,7 +82,7 @@ class Trace:
         self._addresses.append(tensor.data_ptr())
         self._strides.append(tensor.stride())
 
-    def include(self, other: "Trace") -> None:
+    def include(self, other: "Snapshot") -> None:
         """Hold what `other` holds."""
         for name, part in vars(other).items():
             if isinstance(part, list):

@@ -1,11 +1,11 @@
-"""The anatomy of a model: what decides whether packed steps work in it, as far as that can be seen."""
+"""The structure of a model: what decides whether packed steps work in it, as far as that can be seen."""
 
 import torch
 
-from .prepacked import PrepackedForward
+from hf_paged.execution.prepacked_linear import PrepackedForward
 
 
-def anatomy(model: torch.nn.Module) -> tuple:
+def structure(model: torch.nn.Module) -> tuple:
     """A value that changes when the model is moved, cast, taken apart, adapted or hooked.
 
     Compared, never looked into. It holds no reference to the model. Of a forward that was replaced it knows the

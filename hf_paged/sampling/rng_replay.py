@@ -1,4 +1,4 @@
-"""Noise: the random numbers of a sampling call, row by row, as one dense ``generate`` would draw them.
+"""ReplayedNoise: the random numbers of a sampling call, row by row, as one dense ``generate`` would draw them.
 
 Dense draws for the whole batch at every logical step, finished rows included. Here a row may be ahead of
 another, wait in the queue, or be preempted, and still gets the numbers of its own row and step: the state of
@@ -42,7 +42,7 @@ def draws_freely() -> bool:
     return getattr(_thread, "draws_freely", False)
 
 
-class Noise:
+class ReplayedNoise:
     """Exponential noise ``[batch, vocab]`` for each logical step of a call.
 
     ``torch.multinomial(p, 1)`` on the CPU is ``(p / noise).argmax()`` with one such draw a call, and row

@@ -1,4 +1,4 @@
-"""Recipe: how a call chooses its next tokens from logits, if that depends on nothing else.
+"""Sampler: how a call chooses its next tokens from logits, if that depends on nothing else.
 
 Calls with equal recipes choose together: a step of many small calls costs as much as one of a large call.
 """
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .shortlist import process, shortlist
-from .vocabulary import draw, likeliest
+from hf_paged.sampling.categorical import draw, likeliest
+from hf_paged.sampling.top_k import process, shortlist
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Sampler:
     """Processors that look at no tokens, and then the likeliest token or a free draw.
 
     Two are equal if they choose alike.
@@ -27,7 +27,7 @@ class Recipe:
     device: torch.device
 
     @classmethod
-    def of(cls, processors: Sequence, draws: bool, device: torch.device) -> "Recipe | None":
+    def of(cls, processors: Sequence, draws: bool, device: torch.device) -> "Sampler | None":
         """The recipe of such processors; None if one holds more than numbers and texts: it is not compared."""
         settings = [vars(processor) for processor in processors]
         if not all(isinstance(value, _PLAIN) for some in settings for value in some.values()):
@@ -54,14 +54,14 @@ class Recipe:
         return draw(scores.softmax(dim=-1)) if self.draws else likeliest(scores)
 
 
-def choose_together(
-    recipes: Sequence[Recipe | None], logits: Sequence[torch.Tensor]
+def sample_together(
+    recipes: Sequence[Sampler | None], logits: Sequence[torch.Tensor]
 ) -> list[torch.Tensor | Exception | None]:
     """Next tokens for the rows of several calls, those of equal recipes in one go.
 
     Parameters
     ----------
-    recipes : sequence of Recipe or None
+    recipes : sequence of Sampler or None
         One per call.
     logits : sequence of torch.Tensor
         ``[rows, vocab]`` for each call; not changed.
@@ -72,7 +72,7 @@ def choose_together(
         ``[rows]`` int64 for each call. An error that was raised while it chose together with others: it is the error
         of one of them, or of none. None for a call without a recipe.
     """
-    alike: dict[Recipe, list[int]] = {}
+    alike: dict[Sampler, list[int]] = {}
     for number, recipe in enumerate(recipes):
         if recipe is not None:
             alike.setdefault(recipe, []).append(number)

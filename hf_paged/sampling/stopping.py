@@ -1,4 +1,4 @@
-"""Endings: the stopping criteria of transformers that numbers decide, without tensors.
+"""StoppingRules: the stopping criteria of transformers that numbers decide, without tensors.
 
 A step asks them once a row; a tensor or two for each would take longer than all else in noting a token.
 """
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
-from .cancellation import Cancellation
+from hf_paged.sampling.cancellation import Cancellation
 
 
-class Endings:
+class StoppingRules:
     """What these criteria say of one row at a time.
 
     Parameters

@@ -11,8 +11,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .pool import BlockPool
-from .request import Request
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.scheduling.request import Request
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 import enum
 
-from .block_table import BlockTable
-from .pool import BlockPool
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.block_table import BlockTable
 
 
 class State(enum.Enum):

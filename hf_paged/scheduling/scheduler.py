@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .block_table import BlockTable, make_writable
-from .errors import OutOfBlocksError
-from .pool import BlockPool
-from .prefix import Hit, PrefixCache
-from .request import Request, State
+from hf_paged.errors import OutOfBlocksError
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.block_table import BlockTable, make_writable
+from hf_paged.scheduling.prefix_cache import Hit, PrefixCache
+from hf_paged.scheduling.request import Request, State
 
 
 class Group(Protocol):
@@ -42,7 +42,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class SchedulerOutput:
     """One step.
 
     Attributes
@@ -114,7 +114,7 @@ class Scheduler:
             self._move(row, State.OUT)
             row.release()
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> SchedulerOutput:
         """Choose the next step and make room for it. Rows that are being sampled sit it out.
 
         The step before is done or aborted. After an error no row has any blocks: all run their tokens again.
@@ -128,8 +128,8 @@ class Scheduler:
             self._let_go()
             raise
 
-    def _schedule(self) -> Schedule:
-        step = Schedule([], [[] for _ in self.groups], [])
+    def _schedule(self) -> SchedulerOutput:
+        step = SchedulerOutput([], [[] for _ in self.groups], [])
         left, preemptions = self.token_budget, self.num_preemptions
         for request in list(self.running):
             if left == 0:
@@ -144,12 +144,12 @@ class Scheduler:
             self._let_go()
         return step
 
-    def done(self, step: Schedule) -> None:
+    def done(self, step: SchedulerOutput) -> None:
         """Note that a step has run: its tokens are stored, and next tokens are being sampled.
 
         Parameters
         ----------
-        step : Schedule
+        step : SchedulerOutput
             With those of its chunks that have run.
         """
         self._let_go()
@@ -159,7 +159,7 @@ class Scheduler:
             if chunk.samples:
                 chunk.request.num_sampled = chunk.end
 
-    def abort(self, step: Schedule) -> None:
+    def abort(self, step: SchedulerOutput) -> None:
         """Note that a step has not run, or not to its end: its rows are as before it.
 
         Those whose copies may be missing give their blocks up.
@@ -186,7 +186,7 @@ class Scheduler:
         if state in self._queues:
             bisect.insort(self._queues[state], request, key=_order)
 
-    def _run(self, request: Request, left: int, step: Schedule) -> int:
+    def _run(self, request: Request, left: int, step: SchedulerOutput) -> int:
         """Add a running row to the step, `left` tokens at most; how many: 0 if the row itself must yield."""
         count, copies = self._chunk_length(request, left), []
         while self._make_room(request, count, copies) is not None:
@@ -211,7 +211,7 @@ class Scheduler:
                 count = min(count, (first + pool.total_blocks) * pool.block_size - start)
         return max(count, 1)
 
-    def _admit(self, left: int, step: Schedule) -> None:
+    def _admit(self, left: int, step: SchedulerOutput) -> None:
         """Start waiting rows, the first that came first, until one does not fit beside those that run.
 
         A row whose next block is computed in this very step, for another row, starts in the next one and finds it;
@@ -279,7 +279,7 @@ class Scheduler:
                 copies.append((index, (source, destination)))
         return None
 
-    def _yield_blocks(self, request: Request, count: int, copies: list, step: Schedule) -> None:
+    def _yield_blocks(self, request: Request, count: int, copies: list, step: SchedulerOutput) -> None:
         """Free blocks for `request`: preempt the row that came last, or let a row alone go past the budget."""
         # Alone, and still no room: caches outside the scheduler hold the blocks, or the pool is too small.
         error = self._shortage(request) if len(self.running) == 1 else None
@@ -291,7 +291,7 @@ class Scheduler:
         if error is not None:
             self._fail(request, error, step)
 
-    def _withdraw(self, request: Request, step: Schedule) -> None:
+    def _withdraw(self, request: Request, step: SchedulerOutput) -> None:
         """Take a row's chunk out of the step that is being planned: one that waited may run beside later ones."""
         if all(chunk.request is not request for chunk in step.chunks):
             return
@@ -306,7 +306,7 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
 
-    def _fail(self, request: Request, error: OutOfBlocksError, step: Schedule) -> None:
+    def _fail(self, request: Request, error: OutOfBlocksError, step: SchedulerOutput) -> None:
         step.failed.append((request, error))
         self.remove(request)
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
-from hf_paged.cancellation import Cancellation
+from hf_paged.sampling.cancellation import Cancellation
 
 _READ_AHEAD = 2  # Items read and not yet returned, at most, as a multiple of those that run.
 
@@ -112,7 +112,7 @@ class _Item:
     cancellation: Cancellation | None = None
 
 
-class RunAhead:
+class Prefetch:
     """Results of ``function(item, cancellation)`` in the order of the items, many of which run at a time.
 
     An error, of the function or of the source, is raised in its item's place; what runs ahead is stopped then and
@@ -149,7 +149,7 @@ class RunAhead:
         self._is_over = False
         weakref.finalize(self, _abandon, self._items, reader)
 
-    def __iter__(self) -> "RunAhead":
+    def __iter__(self) -> "Prefetch":
         return self
 
     def __next__(self):

@@ -14,11 +14,10 @@ from transformers import GenerationMixin, Pipeline, TextGenerationPipeline
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from hf_paged.noise import free_draws, is_unseeded
+from hf_paged.integrations.pipelines.prefetch import Arrivals, Prefetch, Reader
+from hf_paged.integrations.transformers.generate import why_not_packable
 from hf_paged.reasons import Reason, Why
-
-from .generate import why_not_packable
-from .run_ahead import Arrivals, Reader, RunAhead
+from hf_paged.sampling.rng_replay import free_draws, is_unseeded
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +75,7 @@ class _Forwards:
         elif self._may_wait:  # Worker processes read and preprocess; only what they send is waited for.
             batches = reader = Reader(batches, self._news)
         window = max(1, WINDOW // self._batch_size)
-        return RunAhead(self._function, batches, reader, items_per_draw, window, self._news)
+        return Prefetch(self._function, batches, reader, items_per_draw, window, self._news)
 
 
 def _forward(forward, params: dict, batch, cancellation):

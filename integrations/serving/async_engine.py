@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_paged.errors import PagedError
-from hf_paged.row_streamer import RowStreamer
+from hf_paged.sampling.row_streamer import RowStreamer
 
 
 class QueueFullError(PagedError):

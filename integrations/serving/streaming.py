@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from hf_paged.row_streamer import RowStreamer
+from hf_paged.sampling.row_streamer import RowStreamer
 
 
 class BatchTextIteratorStreamer(RowStreamer):

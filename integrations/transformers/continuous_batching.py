@@ -8,9 +8,9 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.integrations.eager_paged import eager_paged_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_paged import binding
-from hf_paged.attention import paged_attention_forward
+from hf_paged.attention.paged_attention import paged_attention_forward
 from hf_paged.errors import UnsupportedError
+from hf_paged.models import forward_context
 
 
 def attention_forward(module, query, key, value, attention_mask, **kwargs):
@@ -28,7 +28,7 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
             f"{type(module).__name__} caps its attention scores (softcap), which transformers' continuous batching "
             "does not: call model.generate, which packs rows too"
         )
-    call = binding.current_call()
+    call = forward_context.current_forward()
     has_sinks = kwargs.get("s_aux") is not None or kwargs.get("sinks") is not None
     is_fused = not has_sinks and (call is None or call.model._supports_sdpa)
     attend = sdpa_attention_forward if is_fused else eager_paged_attention_forward

@@ -6,24 +6,23 @@ import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hf_paged import binding
-from hf_paged.adopt import why_not_adopt
 from hf_paged.atomic import Undo, atomically
-from hf_paged.call import ROW_WISE, ROW_WISE_CRITERIA, Call
-from hf_paged.cancellation import Cancellation
-from hf_paged.engine import Engine
+from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cache.padding import Padding, is_binary
 from hf_paged.errors import OutOfBlocksError, UnsupportedError
-from hf_paged.kv_pool import KVPool
-from hf_paged.layer import PagedLayerMixin
-from hf_paged.packed import NotPackableError, pack, run_step
-from hf_paged.padding import Padding, is_binary
+from hf_paged.execution.packed_cache import NotPackableError, pack, run_step
+from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.generation.cache_handoff import why_not_hand_over
+from hf_paged.generation.engine import Engine
+from hf_paged.generation.generate_call import ROW_WISE, ROW_WISE_CRITERIA, GenerateCall
+from hf_paged.integrations.transformers.upstream_loop import run_upstream_loop
+from hf_paged.memory.kv_pool import KVPool
+from hf_paged.models import forward_context, registry
 from hf_paged.reasons import Reason, Why, count
-from hf_paged.request import Request
-from hf_paged.row_streamer import RowStreamer
-from hf_paged.scheduler import Chunk, Scheduler
-from hf_paged.step_buffers import StepBuffers
-
-from .rectangle import run_rectangle
+from hf_paged.sampling.cancellation import Cancellation
+from hf_paged.sampling.row_streamer import RowStreamer
+from hf_paged.scheduling.request import Request
+from hf_paged.scheduling.scheduler import Chunk, Scheduler
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
 # The tokenizer is there for stop strings, whose criterion has it already.
@@ -51,7 +50,7 @@ def scheduled_sample(
         if not isinstance(output, Why):
             return output
         why = output
-    output = run_rectangle(
+    output = run_upstream_loop(
         original,
         model,
         input_ids,
@@ -62,22 +61,22 @@ def scheduled_sample(
         streamer=streamer,
         **model_kwargs,
     )
-    count(binding.counts_of(model).fallbacks, why, "generate runs transformers' own loop, not packed")
+    count(registry.counts_of(model).fallbacks, why, "generate runs transformers' own loop, not packed")
     return output
 
 
 def _packed(model, input_ids, processors, criteria, config, streamer, kwargs, may_retry: bool = True):
     """Run a call's rows on the model's engine: its output, or the reason why they cannot run there."""
-    engine = binding.engine_of(model, lambda model: _make_engine(model, _device_of(model, input_ids)))
-    if isinstance(engine, binding.Refusal):
+    engine = registry.engine_of(model, lambda model: _make_engine(model, _device_of(model, input_ids)))
+    if isinstance(engine, registry.Refusal):
         return engine.why
     mask, cache = kwargs.get("attention_mask"), kwargs["past_key_values"]
     cache = cache if _outlives_call(cache, config) else None
-    if cache is not None and (why := why_not_adopt(cache, engine.pool)) is not None:
+    if cache is not None and (why := why_not_hand_over(cache, engine.pool)) is not None:
         return why
     valid = None if mask is None else mask.bool()
     ids = input_ids.long()  # As they are once dense has appended the first token.
-    call = Call(ids, valid, processors, criteria, config, streamer, engine.block_pools, cache=cache)
+    call = GenerateCall(ids, valid, processors, criteria, config, streamer, engine.block_pools, cache=cache)
     try:
         sequences = engine.run(model, call)
     except NotPackableError as error:
@@ -85,15 +84,15 @@ def _packed(model, input_ids, processors, criteria, config, streamer, kwargs, ma
             raise UnsupportedError(
                 f"{type(model).__name__} was changed while it generated: {error}. Call generate again"
             ) from error
-        binding.forget_engine(model, engine)
+        registry.forget_engine(model, engine)
         why = error.why
     except (RuntimeError, ValueError, TypeError, IndexError):
         # Is the model the one that its engine was made for? It may have been moved, or got layers of another kind.
-        if call.has_begun or not may_retry or not binding.is_outdated(model, engine):
+        if call.has_begun or not may_retry or not registry.is_outdated(model, engine):
             raise
-        binding.renew_pools(model, even_good=True)
+        registry.renew_pools(model, even_good=True)
     else:
-        binding.counts_of(model).packed += 1
+        registry.counts_of(model).packed += 1
         if not config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
@@ -250,7 +249,7 @@ class _ForwardError(Exception):
     """A model's forward has raised its cause."""
 
 
-def _make_engine(model: PreTrainedModel, device: torch.device) -> Engine | binding.Refusal:
+def _make_engine(model: PreTrainedModel, device: torch.device) -> Engine | registry.Refusal:
     """The engine of a model, or why it can have none: found out with two tiny forwards.
 
     They run uncompiled, whatever the user compiled: what they check is not checked again in compiled steps. An error
@@ -264,7 +263,7 @@ def _make_engine(model: PreTrainedModel, device: torch.device) -> Engine | bindi
             first = failure.__cause__
         try:
             if _fails_again(model, device, type(first)):
-                return binding.Refusal(Reason.FAILING_STEP.of(type(first).__name__))
+                return registry.Refusal(Reason.FAILING_STEP.of(type(first).__name__))
             raise first
         finally:
             del first  # Its traceback holds this frame: the cycle would keep blocks until gc.
@@ -278,27 +277,27 @@ def _fails_again(model: PreTrainedModel, device: torch.device, kind: type[Except
     return False
 
 
-def _tried_engine(model: PreTrainedModel, device: torch.device) -> Engine | binding.Refusal:
+def _tried_engine(model: PreTrainedModel, device: torch.device) -> Engine | registry.Refusal:
     token = model.generation_config.bos_token_id
     ids = torch.tensor([[token if isinstance(token, int) and token >= 0 else 0]], device=device)
     try:
         alone, pool = _try_alone(model, ids)
         if pool is None:
             # In a call from inside a forward, nothing is stored yet.
-            return binding.Refusal(Reason.NO_POOL, is_lasting=binding.current_call() is None)
+            return registry.Refusal(Reason.NO_POOL, is_lasting=forward_context.current_forward() is None)
         # Hooks of accelerate move what an offloaded model is given to where its layers run: to one device, if to any.
         begins = device if model.device.type != "meta" else next(iter(pool.groups)).device
         if any(key.device != begins for key in pool.groups):
-            return binding.Refusal(Reason.SEVERAL_DEVICES)
+            return registry.Refusal(Reason.SEVERAL_DEVICES)
         engine = Engine(pool)
         packed = _try_step(model, engine, pool, int(ids))
     except NotPackableError as error:
-        return binding.Refusal(error.why, is_lasting=error.why is not Reason.FULL_POOL)
+        return registry.Refusal(error.why, is_lasting=error.why is not Reason.FULL_POOL)
     except OutOfBlocksError:
-        return binding.Refusal(Reason.FULL_POOL, is_lasting=False)
+        return registry.Refusal(Reason.FULL_POOL, is_lasting=False)
     # A row that is packed beside another must not feel it.
     if not torch.allclose(packed, alone, rtol=0.05, atol=float(0.05 * alone.abs().max())):
-        return binding.Refusal(Reason.MIXED_ROWS)
+        return registry.Refusal(Reason.MIXED_ROWS)
     return engine
 
 
@@ -312,13 +311,13 @@ def _try_alone(model, ids: torch.Tensor) -> tuple[torch.Tensor, KVPool | None]:
         with torch.no_grad():
             alone = functools.partial(model, input_ids=ids, past_key_values=cache, use_cache=True)
             output = _forward(model, alone)
-        pools = binding.pools_under(model)
+        pools = registry.pools_under(model)
         stored = [layer for layer in cache.layers if isinstance(layer, PagedLayerMixin) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:
             return output.logits[0, -1], None
         if pools[0].groups.keys() == stored[0].sequences.groups.keys():
             break
-        binding.renew_pools(model, even_good=True)
+        registry.renew_pools(model, even_good=True)
     return output.logits[0, -1], pools[0]
 
 

@@ -26,17 +26,21 @@ from transformers import (
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager, input_outputs
 
-from hf_paged import binding, switch
-from hf_paged.cache import page_layers
+from hf_paged.attention.mask import paged_mask
+from hf_paged.cache.paged_layers import page_layers
 from hf_paged.errors import PagedError
-from hf_paged.mask import paged_mask
-from hf_paged.row_streamer import RowStreamer, by_rows
-
-from .continuous_batching import attention_forward, is_mask_needed, leave_config_alone, switch_attention
-from .generate import scheduled_sample
-from .pipelines import iterate
-from .rectangle import run_rectangle
-from .refusals import settle
+from hf_paged.integrations.pipelines.text_generation import iterate
+from hf_paged.integrations.transformers.continuous_batching import (
+    attention_forward,
+    is_mask_needed,
+    leave_config_alone,
+    switch_attention,
+)
+from hf_paged.integrations.transformers.generate import scheduled_sample
+from hf_paged.integrations.transformers.model_support import resolve_implementation
+from hf_paged.integrations.transformers.upstream_loop import run_upstream_loop
+from hf_paged.models import forward_context, registration, registry
+from hf_paged.sampling.row_streamer import RowStreamer, by_rows
 
 NAME = "paged"
 TESTED_TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
@@ -81,12 +85,12 @@ def enable() -> None:
         _wrap(DynamicCache, "__init__", _after(_page_new_cache))
         _wrap(PreTrainedModel, "get_correct_attn_implementation", _after(_track_paged_model))
         _wrap(GenerationMixin, "_sample", _sample)
-        _wrap(GenerationMixin, "_beam_search", _for_paged(run_rectangle))
-        _wrap(GenerationMixin, "_assisted_decoding", _for_paged(run_rectangle))
+        _wrap(GenerationMixin, "_beam_search", _for_paged(run_upstream_loop))
+        _wrap(GenerationMixin, "_assisted_decoding", _for_paged(run_upstream_loop))
         _wrap(Pipeline, "get_iterator", _get_iterator)
         _wrap(ContinuousBatchingManager, "switch_to_cb_friendly_attn", switch_attention)
         _wrap(input_outputs, "attn_mask_is_needed", _after(is_mask_needed))
-        switch.turn(on=True)
+        registration.turn(on=True)
 
 
 def disable() -> None:
@@ -96,7 +100,7 @@ def disable() -> None:
     with ``model.set_attn_implementation``: they raise `PagedError`, and so do forwards that are under way.
     """
     with _lock:
-        switch.turn(on=False)
+        registration.turn(on=False)
         for registry in (AttentionInterface, AttentionMaskInterface):
             registry._global_mapping.pop(NAME, None)
         for owner, method in _SIGNATURES:
@@ -155,18 +159,18 @@ def _for_paged(loop):
     def decode(original, model, *args, **kwargs):
         if not _is_paged(model):
             return original(model, *args, **kwargs)
-        binding.renew_pools(model)
-        times_off = switch.times_off()
+        registry.renew_pools(model)
+        times_off = registration.times_off()
         try:
             output = loop(original, model, *args, **kwargs)
         except KeyError as error:
             # A layer looked for its attention function, or the model for its mask.
-            if NAME in str(error) and times_off != switch.times_off():
-                switch.refuse_result(model)
+            if NAME in str(error) and times_off != registration.times_off():
+                registration.refuse_result(model)
             raise
         # Masks of a static cache are made between the forwards.
-        if times_off != switch.times_off() and getattr(kwargs.get("past_key_values"), "is_compileable", False):
-            switch.refuse_result(model)
+        if times_off != registration.times_off() and getattr(kwargs.get("past_key_values"), "is_compileable", False):
+            registration.refuse_result(model)
         return output
 
     return decode
@@ -199,7 +203,7 @@ def _page_new_cache(
 
 def _track_paged_model(model: PreTrainedModel, implementation: str, *args, **kwargs) -> str:
     if implementation == NAME:
-        implementation = settle(model, NAME)
+        implementation = resolve_implementation(model, NAME)
     # One check serves all the models that share this config: a base model inside its ForCausalLM.
     for module in model.modules():
         if module is model or (isinstance(module, PreTrainedModel) and module.config is model.config):
@@ -208,7 +212,7 @@ def _track_paged_model(model: PreTrainedModel, implementation: str, *args, **kwa
 
 
 def _track(model: PreTrainedModel) -> None:
-    binding.track(model)
+    forward_context.track(model)
     if _GUARDS not in model.__dict__:
         model.__dict__[_GUARDS] = (
             model.register_forward_pre_hook(_check_begin),
@@ -218,18 +222,18 @@ def _track(model: PreTrainedModel) -> None:
 
 
 def _untrack(model: PreTrainedModel) -> None:
-    binding.untrack(model)
+    forward_context.untrack(model)
     for hook in model.__dict__.pop(_GUARDS, ()):
         hook.remove()
 
 
 def _check_begin(model, args) -> None:
     # A model may have got another implementation unnoticed, while the hooks were out.
-    if not torch.compiler.is_compiling() and not switch.is_on() and _is_paged(model):
-        switch.refuse(model)
+    if not torch.compiler.is_compiling() and not registration.is_on() and _is_paged(model):
+        registration.refuse(model)
 
 
 def _check_end(model, args, output) -> None:
-    call = None if torch.compiler.is_compiling() else binding.current_call()
-    if call is not None and call.model is model and call.times_off != switch.times_off() and _is_paged(model):
-        switch.refuse_result(model)
+    call = None if torch.compiler.is_compiling() else forward_context.current_forward()
+    if call is not None and call.model is model and call.times_off != registration.times_off() and _is_paged(model):
+        registration.refuse_result(model)

@@ -13,7 +13,7 @@ from hf_paged.errors import UnsupportedError
 _TABLE = "_ATTENTION_CLASSES"
 
 
-def settle(model: PreTrainedModel, name: str) -> str:
+def resolve_implementation(model: PreTrainedModel, name: str) -> str:
     """The implementation that `model`, which is being built, gets when it is asked to be `name` ("paged").
 
     Returns

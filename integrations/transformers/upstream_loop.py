@@ -2,16 +2,16 @@
 
 import torch
 
-from hf_paged import binding
-from hf_paged.cache import PagedLayer, PagedSlidingWindowLayer
-from hf_paged.kv_pool import GroupPool
-from hf_paged.reservation import reserve
-from hf_paged.twins import same_rows
+from hf_paged.cache.duplicate_rows import same_rows
+from hf_paged.cache.paged_layers import PagedLayer, PagedSlidingWindowLayer
+from hf_paged.memory.kv_pool import KVCacheGroup
+from hf_paged.memory.reservation import reserve
+from hf_paged.models import registry
 
 
-def run_rectangle(original, model, input_ids, *args, **kwargs):
+def run_upstream_loop(original, model, input_ids, *args, **kwargs):
     """Run transformers' own loop `original` of a paged model; other calls keep off the blocks that it will need."""
-    pools = binding.pools_under(model)
+    pools = registry.pools_under(model)
     needs = {}
     if len(pools) == 1:
         config = kwargs["generation_config"] if "generation_config" in kwargs else args[2]
@@ -27,7 +27,7 @@ def _cache_of(kwargs: dict):
     return getattr(cache, "self_attention_cache", cache)
 
 
-def _needs(pool, ids: torch.Tensor, mask: torch.Tensor | None, max_length: int, cache) -> dict[GroupPool, int]:
+def _needs(pool, ids: torch.Tensor, mask: torch.Tensor | None, max_length: int, cache) -> dict[KVCacheGroup, int]:
     """Blocks that a call's rows hold at most, by attention group, besides those that its cache has already."""
     layers = [
         layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PagedLayer | PagedSlidingWindowLayer)

@@ -9,12 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from .copy import copy_kernel
-from .decode import decode_kernel
-from .plan import MAX_SPLITS, Device, Heads, Launch, attention_launches, head_tiles, padded
-from .prefill import prefill_kernel
-from .reduce import reduce_kernel
-from .write import write_kernel
+from hf_paged.kernels.triton.kernels.copy import copy_kernel
+from hf_paged.kernels.triton.kernels.decode import decode_kernel
+from hf_paged.kernels.triton.kernels.prefill import prefill_kernel
+from hf_paged.kernels.triton.kernels.reduce import reduce_kernel
+from hf_paged.kernels.triton.kernels.write import write_kernel
+from hf_paged.kernels.triton.launch_plan import (
+    MAX_SPLITS,
+    Device,
+    Heads,
+    Launch,
+    attention_launches,
+    head_tiles,
+    padded,
+)
 
 _WRITE_ELEMENTS, _COPY_CHUNK = 4096, 4096
 _SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # Options of kernels that only move data.
@@ -22,7 +30,7 @@ _REDUCE = {"SPLITS": 16, "MAX_SPLITS": MAX_SPLITS, **_SMALL}
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """One launch.
 
     Attributes
@@ -44,7 +52,7 @@ class Call:
         self.kernel[self.grid](*self.arguments, **self.options)
 
 
-def write_call(key, value, key_cache, value_cache, slot_mapping) -> Call:
+def write_call(key, value, key_cache, value_cache, slot_mapping) -> KernelCall:
     """The launch of `write_kv`; there is at least one token."""
     num_tokens, num_kv_heads, key_dim = key.shape
     value_dim = value.shape[2]
@@ -58,22 +66,22 @@ def write_call(key, value, key_cache, value_cache, slot_mapping) -> Call:
         **_pages(key_cache, value_cache),
     }
     arguments = (key, value, key_cache, value_cache, slot_mapping.contiguous(), num_tokens, *strides)
-    return Call(write_kernel, (-(-num_tokens * num_kv_heads // rows),), arguments, options)
+    return KernelCall(write_kernel, (-(-num_tokens * num_kv_heads // rows),), arguments, options)
 
 
-def copy_call(key_cache, value_cache, source, destination) -> Call:
+def copy_call(key_cache, value_cache, source, destination) -> KernelCall:
     """The launch of `copy_blocks`; there is at least one copy."""
     elements = [cache[0].numel() for cache in (key_cache, value_cache)]
     options = {"KEY_ELEMENTS": elements[0], "VALUE_ELEMENTS": elements[1], "CHUNK": _COPY_CHUNK, **_SMALL}
     blocks = (source.contiguous(), destination.contiguous())
     arguments = (key_cache, value_cache, *blocks, key_cache.stride(0), value_cache.stride(0))
-    return Call(copy_kernel, (len(source), -(-max(elements) // _COPY_CHUNK)), arguments, options)
+    return KernelCall(copy_kernel, (len(source), -(-max(elements) // _COPY_CHUNK)), arguments, options)
 
 
 def attention_calls(
     device: Device, out, query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q,
     scale, window=None, softcap=None, sinks=None,
-) -> list[Call]:  # fmt: skip
+) -> list[KernelCall]:  # fmt: skip
     """The launches of `paged_attention` into `out`, in order; there is at least one query."""
     num_tokens, num_heads, key_dim = query.shape
     _, num_kv_heads, block_size, value_dim = value_cache.shape
@@ -117,12 +125,12 @@ def attention_calls(
             # On sm90 the loop leaves registers over, and is 2% shorter if nothing is found again.
             options["FIND_ROWS_AGAIN"] = device.arch != "sm90"
         arguments = (query, key_cache, value_cache, block_tables, *rows, sinks, out, *scratch, *numbers, *factors)
-        calls.append(Call(kernel, grid, arguments, options))
+        calls.append(KernelCall(kernel, grid, arguments, options))
         if launch.splits > 1:
             lanes = {"VALUE_DIM": value_dim, "VALUE_LANES": padded(value_dim)}
             options = {**shared, **lanes, "TILE": launch.tile, **_REDUCE}
             arguments = (*scratch, *rows, sinks, out, num_rows, window or 0, launch.splits)
-            calls.append(Call(reduce_kernel, (*grid[:2], launch.heads * launch.block_q), arguments, options))
+            calls.append(KernelCall(reduce_kernel, (*grid[:2], launch.heads * launch.block_q), arguments, options))
     return calls
 
 

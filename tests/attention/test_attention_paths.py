@@ -7,16 +7,16 @@ import sys
 
 import pytest
 import torch
-import zoo
-from parity import assert_generates_equal
 from transformers import DynamicCache, masking_utils
 
 import hf_paged
-from hf_paged import binding
-from hf_paged.attention import paged_attention_forward
-from hf_paged.handle import MaskPattern, PagedMask, PagedStates
-from hf_paged.mask import causal_pattern
-from hf_paged.stored import StoredStates
+from hf_paged.attention.mask import causal_pattern
+from hf_paged.attention.paged_attention import paged_attention_forward
+from hf_paged.cache.cross_attention import StoredStates
+from hf_paged.cache.lazy_tensors import MaskPattern, PagedMask, PagedStates
+from hf_paged.models import forward_context
+from support import zoo
+from support.parity import assert_generates_equal
 
 every_model = pytest.mark.parametrize("models", zoo.NAMES, indirect=True)
 
@@ -167,14 +167,16 @@ def test_writing_into_returned_keys_is_refused():
     cache = DynamicCache(config=paged.config)
     with torch.no_grad():
         paged(zoo.prompts([9])["input_ids"], past_key_values=cache)
-        binding._thread.calls.append(binding.Call(paged.model, binding.Inputs((), {}), sys._getframe()))
+        forward_context._thread.calls.append(
+            forward_context.Forward(paged.model, forward_context.Inputs((), {}), sys._getframe())
+        )
         try:
             states = torch.zeros(1, 2, 1, 16)
             keys, values = cache.layers[0].update(states, states)
             with pytest.raises(RuntimeError, match="in place"):
                 keys.mul_(2)
         finally:
-            binding._thread.calls.clear()
+            forward_context._thread.calls.clear()
     del cache, keys, values
 
 
@@ -236,10 +238,10 @@ def test_hand_over_is_cleared_when_a_forward_fails(monkeypatch):
     with torch.no_grad():
         paged(zoo.prompts([9])["input_ids"], past_key_values=cache)
         cache.layers[0].get_mask_sizes(1)
-        assert binding._thread.mask_request is not None
+        assert forward_context._thread.mask_request is not None
         with pytest.raises(IndexError):
             paged(torch.tensor([[10**6]]), past_key_values=cache)
-    assert binding._thread.mask_request is None and not binding._thread.calls
+    assert forward_context._thread.mask_request is None and not forward_context._thread.calls
     del cache
 
 
@@ -254,7 +256,7 @@ def test_layers_that_failed_halfway_do_not_poison_the_next_call():
     with pytest.raises(KeyError, match="halfway"):
         paged.generate(ids, max_new_tokens=4)
     hook.remove()
-    assert not binding._thread.calls
+    assert not forward_context._thread.calls
     assert torch.equal(dense.generate(ids, max_new_tokens=8), paged.generate(ids, max_new_tokens=8))
 
 

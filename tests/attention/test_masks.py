@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import zoo
 from transformers import DynamicCache
 
 import hf_paged
+from support import zoo
 
 IDS = zoo.prompts([9, 9])["input_ids"]
 FEW = {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}

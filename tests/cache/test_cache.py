@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-import zoo
-from caches import as_arguments, assert_same_next, every_cache, prefill, step, used
 from transformers import DynamicCache
 
 import hf_paged
-from hf_paged.cache import PagedLayer, PagedSlidingWindowLayer
+from hf_paged.cache.paged_layers import PagedLayer, PagedSlidingWindowLayer
+from support import zoo
+from support.caches import as_arguments, assert_same_next, every_cache, prefill, step, used
 
 
 @every_cache

@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-import zoo
-from caches import assert_same_next, every_cache, prefill, step
 from transformers import DynamicCache
 
 import hf_paged
+from support import zoo
+from support.caches import assert_same_next, every_cache, prefill, step
 
 
 def add_to_last(layer):

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-import zoo
-from caches import used
 from transformers import DynamicCache
 
 import hf_paged
+from support import zoo
+from support.caches import used
 
 SEEDS = 150
 

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-import zoo
-from caches import as_arguments, assert_same_next, prefill, step, used
 from transformers import DynamicCache, LlamaForCausalLM
 
 import hf_paged
-from hf_paged.cache import PagedLayer
+from hf_paged.cache.paged_layers import PagedLayer
+from support import zoo
+from support.caches import as_arguments, assert_same_next, prefill, step, used
 
 
 def test_a_lone_forward_stores_nothing_until_its_cache_is_used():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import zoo
-from caches import assert_same_next, every_cache, prefill, step, used
 
 import hf_paged
+from support import zoo
+from support.caches import assert_same_next, every_cache, prefill, step, used
 
 
 @every_cache
@@ -65,7 +65,7 @@ def test_equal_rows_are_stored_once():
 
 
 def test_rows_with_the_same_tokens_and_other_padding_are_told_apart():
-    from hf_paged.twins import same_rows
+    from hf_paged.cache.duplicate_rows import same_rows
 
     ids = torch.ones(3, 4, dtype=torch.long)
     valid = torch.ones(3, 4, dtype=torch.bool)
@@ -77,7 +77,7 @@ def test_rows_with_the_same_tokens_and_other_padding_are_told_apart():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_small_differences_part_rows_in_every_dtype(dtype):
-    from hf_paged.twins import agree
+    from hf_paged.cache.duplicate_rows import agree
 
     states = torch.randn(1, 2, 6, 16).to(dtype).repeat(3, 1, 1, 1)
     assert agree([0, 0, 0], states)

@@ -12,16 +12,20 @@ import torch
 import transformers
 
 import hf_paged
-from hf_paged import PagedConfig, binding, cli, doctor, machine, selfcheck
-from hf_paged.integrations import autoload, hooks
+from hf_paged import PagedConfig, self_check
+from hf_paged.cli import main
+from hf_paged.cli.doctor import machine, report
+from hf_paged.integrations import autoload
+from hf_paged.integrations.transformers import hooks
 from hf_paged.kernels import ops
+from hf_paged.models import forward_context
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def examine(capsys):
     """(exit code, what was printed, one entry a label)"""
-    code = cli.main(["doctor"])
+    code = main.main(["doctor"])
     out = capsys.readouterr().out
     return code, out, {line[2:18].strip(): line[18:] for line in out.splitlines() if line.startswith("  ")}
 
@@ -84,13 +88,13 @@ def test_a_wrong_cxx_is_not_passed_over(stated, monkeypatch, capsys):
 
 
 def test_gpus_and_driver(bare_path, capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "gpus", lambda: [])
+    monkeypatch.setattr(report, "gpus", lambda: [])
     said = examine(capsys)[2]
     assert said["device"].startswith("none") and said["driver"] == "no NVIDIA driver found"
     assert said["GPU attention"] == "nothing: torch sees no GPU"
     fake_command(bare_path, "nvidia-smi", "550.54.15")
     assert examine(capsys)[2]["driver"] == "NVIDIA 550.54.15"
-    monkeypatch.setattr(doctor, "gpus", lambda: ["Some GPU, capability 9.0, 80.0 GiB"])
+    monkeypatch.setattr(report, "gpus", lambda: ["Some GPU, capability 9.0, 80.0 GiB"])
     said = examine(capsys)[2]
     assert said["cuda:0"].startswith("Some GPU") and said["driver"] == "550.54.15"
     assert "plain torch" in said["GPU attention"]
@@ -103,7 +107,7 @@ def test_vector_units_are_those_of_the_processor(found, monkeypatch):
 
 
 def test_an_untested_transformers(capsys, monkeypatch):
-    for module in (hooks, doctor):
+    for module in (hooks, report):
         monkeypatch.setattr(module, "version", lambda name: "6.0.0")
     code, out, said = examine(capsys)
     assert code == 1
@@ -129,9 +133,9 @@ def two_blocks_kept(model):
 
 FAULTS = {
     "wrong attention": (ops, "write_and_attend", lambda query, *_: torch.zeros_like(query), "mixes the rows"),
-    "no call is seen": (binding, "track", lambda model: None, "no pool of its own"),
-    "no page is read": (selfcheck, "stats", no_page_read, "without reading any page"),
-    "blocks are kept": (selfcheck, "stats", two_blocks_kept, "left 2 blocks"),
+    "no call is seen": (forward_context, "track", lambda model: None, "no pool of its own"),
+    "no page is read": (self_check, "stats", no_page_read, "without reading any page"),
+    "blocks are kept": (self_check, "stats", two_blocks_kept, "left 2 blocks"),
     "an exception": (ops, "write_and_attend", lambda *_: 1 / 0, "ZeroDivisionError"),
 }  # fmt: skip
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hf_paged import doctor, gpu_check
+from hf_paged.cli.doctor import gpu_check, report
 from hf_paged.errors import PagedError
 from hf_paged.kernels import ops
-from hf_paged.kernels.triton import gpu
+from hf_paged.kernels.triton import dispatch
 
 CPU = torch.device("cpu")
 
@@ -36,13 +36,13 @@ def test_wrong_kernels_are_named(small, monkeypatch, change):
 @pytest.fixture
 def gpu_machine(monkeypatch):
     """What the doctor sees where there is a GPU and Triton runs."""
-    monkeypatch.setattr(doctor, "gpus", lambda: ["Some GPU"])
-    monkeypatch.setattr(gpu, "_launch", gpu)
+    monkeypatch.setattr(report, "gpus", lambda: ["Some GPU"])
+    monkeypatch.setattr(dispatch, "_launch", dispatch)
 
 
 def test_the_doctor_prints_the_verdict(gpu_machine, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "check_gpu", lambda device: gpu_check.GpuCheck(48, 1.5e12, 2.0e12))
-    assert doctor.run_doctor()
+    monkeypatch.setattr(report, "check_gpu", lambda device: gpu_check.GpuCheck(48, 1.5e12, 2.0e12))
+    assert report.run_doctor()
     out = capsys.readouterr().out
     assert "48 calls agree with the reference" in out and "1,500 GB/s" in out and "attention reaches 75% of it" in out
     assert "Triton kernels read the pages in place" in out
@@ -52,7 +52,7 @@ def test_the_doctor_says_when_the_gpu_fails(gpu_machine, monkeypatch, capsys):
     def fail(device):
         raise PagedError("the attention kernels are wrong")
 
-    monkeypatch.setattr(doctor, "check_gpu", fail)
-    assert not doctor.run_doctor()
+    monkeypatch.setattr(report, "check_gpu", fail)
+    assert not report.run_doctor()
     out = capsys.readouterr().out
     assert "failed: the attention kernels are wrong" in out and "set HF_PAGED_TRITON=0" in out

@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-import zoo
 from transformers import AutoModelForCausalLM, MllamaConfig, MllamaForCausalLM
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import hf_paged
-from hf_paged import PagedConfig, binding
-from hf_paged.footprint import footprint
-from hf_paged.plan import MIB, Memory, Plan, remedies
+from hf_paged import PagedConfig
+from hf_paged.cli.plan.footprint import footprint
+from hf_paged.cli.plan.plan import MIB, Memory, Plan, remedies
+from hf_paged.models import registry
+from support import zoo
 
 BATCH, PROMPT, CONTEXT = 3, 2, 30
 MODELS = ["llama", "gpt2", "mistral", "gemma3_text", "gpt_oss", "gemma3n_text", "qwen3_next", "deepseek_v3"]
@@ -84,7 +85,7 @@ class Peaks:
         return scores
 
     def groups(self):
-        return [group for pool in binding.pools_under(self.model) for group in pool.groups.values()]
+        return [group for pool in registry.pools_under(self.model) for group in pool.groups.values()]
 
 
 @pytest.mark.parametrize("block_size", [4, 16])

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-import zoo
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import hf_paged.footprint
-from hf_paged import PagedError, cli, plan_report
-from hf_paged.footprint import footprint, read_config
+from hf_paged import PagedError
+from hf_paged.cli import main
+from hf_paged.cli.plan import footprint as plan_footprint
+from hf_paged.cli.plan import report
+from hf_paged.cli.plan.footprint import footprint, read_config
+from support import zoo
 
 BATCH, CONTEXT = 3, 30
 
@@ -20,7 +22,7 @@ def save(tmp_path, name="llama", **overrides):
 
 
 def run(*arguments, batch=BATCH, context=CONTEXT):
-    return cli.main(["plan", *arguments, "--batch", str(batch), "--context", str(context)])
+    return main.main(["plan", *arguments, "--batch", str(batch), "--context", str(context)])
 
 
 def test_the_command(tmp_path, capsys):
@@ -55,10 +57,10 @@ def test_the_command_advises_when_memory_is_short(tmp_path, capsys, monkeypatch)
         "a context of at most 16 24.0 KiB fits".split(),
         [],
     ]
-    monkeypatch.setattr(plan_report, "physical_memory", lambda device: 32 * 1024)
+    monkeypatch.setattr(report, "physical_memory", lambda device: 32 * 1024)
     run(folder, "--dtype", "float32", "--memory-budget", "32KiB")
     assert "A call would stop with an OutOfBlocksError" in capsys.readouterr().out
-    monkeypatch.setattr(plan_report, "available_memory", lambda device: 1)
+    monkeypatch.setattr(report, "available_memory", lambda device: 1)
     run(folder, "--dtype", "float32")
     assert "the weights alone take all" in capsys.readouterr().out
 
@@ -84,7 +86,7 @@ def test_layers_that_keep_transformers_own_cache_are_named(tmp_path, capsys, mon
         cache.layers[1] = DynamicLayer()
         return cache
 
-    monkeypatch.setattr(hf_paged.footprint, "DynamicCache", half_paged)
+    monkeypatch.setattr(plan_footprint, "DynamicCache", half_paged)
     assert run(save(tmp_path)) == 0
     out = capsys.readouterr().out
     assert "1 layers with keys and values" in out and "1 more keep theirs in transformers' own DynamicLayer" in out

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from tiny_eval import options_for, save_model, save_texts
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -20,6 +19,7 @@ from hf_paged.evals.accuracy.perplexity import Perplexity
 from hf_paged.evals.suite.models import Models
 from hf_paged.evals.suite.options import DatasetChoice
 from hf_paged.evals.suite.task import Sample
+from support.tiny_eval import options_for, save_model, save_texts
 
 TASKS = {
     GreedyMatch(): {

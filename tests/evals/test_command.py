@@ -9,13 +9,13 @@ import sys
 import time
 
 import pytest
-from tiny_eval import save_model, save_texts
 
 import hf_paged.evals
-from hf_paged import cli
+from hf_paged.cli import main
 from hf_paged.evals.suite import results
 from hf_paged.evals.suite.command import _options, _parser
 from hf_paged.evals.suite.registry import TASKS
+from support.tiny_eval import save_model, save_texts
 
 PERPLEXITY = {"length": 64, "stride": 32, "windows": 24, "chunk": 16, "batch": 2}
 GREEDY = {"humaneval": 8, "sharegpt": 0, "new_tokens": 8, "batch": 2, "max_prompt": 200}
@@ -43,7 +43,7 @@ def sections(out) -> list[dict]:
 def whole(files, tmp_path_factory):
     """The folder of a run that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole")
-    assert cli.main(arguments(files, out)) == 0
+    assert main.main(arguments(files, out)) == 0
     return out
 
 
@@ -57,7 +57,7 @@ def test_a_run_writes_its_report(whole, files):
 
 
 def test_what_it_prints(files, whole, capsys):
-    assert cli.main(arguments(files, whole)) == 0
+    assert main.main(arguments(files, whole)) == 0
     out = capsys.readouterr().out
     assert (
         "Exact greedy match: 8 of 8 rows of 8 tokens are equal." in out and "report.html" in out and "WRONG" not in out
@@ -70,7 +70,7 @@ def start(command: list[str], **environment) -> subprocess.Popen:
 
 
 def test_a_killed_run_goes_on_to_the_same_report(files, whole, tmp_path):
-    child = start([sys.executable, "-m", "hf_paged.cli", *arguments(files, tmp_path)])
+    child = start([sys.executable, "-m", "hf_paged.cli.main", *arguments(files, tmp_path)])
     shard, deadline = tmp_path / "samples" / "perplexity.0.jsonl", time.monotonic() + 120
     while not (shard.exists() and shard.read_bytes().count(b"\n") >= 2):
         assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_to_the_same_report(files, whole, tmp_path):
     child.communicate()
     held = shard.read_bytes()
     assert 2 <= held.count(b"\n") < 12 and not (tmp_path / "results.json").exists()
-    assert cli.main(arguments(files, tmp_path)) == 0
+    assert main.main(arguments(files, tmp_path)) == 0
     assert sections(tmp_path) == sections(whole)
     whole_lines = held[: held.rfind(b"\n") + 1]
     assert shard.read_bytes().startswith(whole_lines), "what was finished was not run again"
@@ -89,7 +89,7 @@ def test_processes_of_accelerate_share_the_samples(files, whole, tmp_path):
     # "--multi_gpu" is accelerate's word for several processes; without GPUs they run on the CPU.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    child = start([*launch, "-m", "hf_paged.cli", *arguments(files, tmp_path)])
+    child = start([*launch, "-m", "hf_paged.cli.main", *arguments(files, tmp_path)])
     output, _ = child.communicate(timeout=240)
     assert child.returncode == 0, output
     ids = [
@@ -105,7 +105,7 @@ def test_processes_of_accelerate_share_the_samples(files, whole, tmp_path):
 
 
 def test_two_runs_are_compared(whole, capsys):
-    assert cli.main(["eval", "compare", str(whole), str(whole / "results.json")]) == 0
+    assert main.main(["eval", "compare", str(whole), str(whole / "results.json")]) == 0
     assert "rows equal" in capsys.readouterr().out
 
 
@@ -123,7 +123,7 @@ def test_two_runs_are_compared(whole, capsys):
 )
 def test_what_is_refused(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["eval", *words]) == 1
+    assert main.main(["eval", *words]) == 1
     error = capsys.readouterr().err
     assert error.startswith("hf-paged: ") and message in error
 
@@ -138,7 +138,7 @@ def test_options_of_the_command_line():
 
 
 def test_the_list_of_tasks(capsys):
-    assert cli.main(["eval", "--list"]) == 0
+    assert main.main(["eval", "--list"]) == 0
     out = capsys.readouterr().out
     for name, task in TASKS.items():
         assert name == task.name and task.title in out
@@ -150,11 +150,11 @@ def test_a_missing_package_is_named(capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("hf_paged.evals.report")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(hf_paged.evals, "report", raising=False)
-    assert cli.main(["eval", "--list"]) == 1
+    assert main.main(["eval", "--list"]) == 1
     assert 'matplotlib is not installed: pip install -c constraints.txt -e ".[evals]"' in capsys.readouterr().err
 
 
 def test_help_names_the_command(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
+        main.main(["--help"])
     assert "eval" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_eval import options_for, save_model
 from transformers import DynamicCache
 
 import hf_paged
@@ -12,6 +11,7 @@ from hf_paged.evals.accuracy.likelihood import log_likelihoods, split
 from hf_paged.evals.accuracy.near_ties import Divergence, judge
 from hf_paged.evals.accuracy.windows import losses, windows
 from hf_paged.evals.suite.models import Models
+from support.tiny_eval import options_for, save_model
 
 PROMPT = [30, 40, 50, 60, 70, 80]
 

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import matplotlib.colors
 import numpy
 import pytest
-import reports
 
 from hf_paged.evals import report
 from hf_paged.evals.report import plots
 from hf_paged.evals.report.text import interval, number
+from support import reports
 
 
 class Page(HTMLParser):

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import reports
 
 from hf_paged.evals.report import readme
 from hf_paged.evals.report.compare import compare
+from support import reports
 
 
 def saved(folder, results):

@@ -5,7 +5,6 @@ import json
 import mmap
 
 import pytest
-import tiny_eval
 import torch
 
 import hf_paged
@@ -22,6 +21,7 @@ from hf_paged.evals.speed.throughput import Throughput
 from hf_paged.evals.speed.timing import prefix_hits
 from hf_paged.evals.suite import registry, results, runner
 from hf_paged.evals.suite.models import Models
+from support import tiny_eval
 
 SMALL = {
     "throughput": {

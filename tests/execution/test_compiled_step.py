@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch._dynamo
-import zoo
-from packing import LENGTHS, compare, pair
 
 import hf_paged
-from hf_paged import engine
-from hf_paged.attention import _check_arguments
+from hf_paged.attention.paged_attention import _check_arguments
 from hf_paged.evals.tiny import tiny_config, tiny_model
+from hf_paged.generation import engine
+from support import zoo
+from support.packing import LENGTHS, compare, pair
 
 
 @pytest.fixture

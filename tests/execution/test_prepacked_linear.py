@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch._dynamo
-import zoo
-from packing import LENGTHS, SAMPLE, compare
 
 import hf_paged
-from hf_paged import PagedConfig, binding
-from hf_paged.fingerprint import fingerprint
-from hf_paged.prepacked import PrepackedForward, PrepackedLinears, _Copy
+from hf_paged import PagedConfig
+from hf_paged.execution.prepacked_linear import PrepackedForward, PrepackedLinears, _Copy
+from hf_paged.models import registry
+from hf_paged.models.fingerprint import fingerprint
+from support import zoo
+from support.packing import LENGTHS, SAMPLE, compare
 
 
 def prepacked(name="llama", dtype=torch.float32):
@@ -25,7 +26,7 @@ def prepacked(name="llama", dtype=torch.float32):
 
 
 def copies(model):
-    (engine,) = binding.pools_under(model)[0].engines
+    (engine,) = registry.pools_under(model)[0].engines
     return engine._linears_for.__self__._copies
 
 

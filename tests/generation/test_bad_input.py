@@ -4,15 +4,15 @@ import asyncio
 import re
 
 import pytest
-import texts
 import torch
-from packing import LENGTHS, pair
-from test_concurrent_calls import in_threads
-from test_serve import alone, prompt, tokens_of
 from transformers import TextGenerationPipeline
 
 import hf_paged
-from hf_paged.integrations.serve import AsyncEngine
+from hf_paged.integrations.serving.async_engine import AsyncEngine
+from support import texts
+from support.packing import LENGTHS, pair
+from support.streams import alone, prompt, tokens_of
+from support.threads import in_threads
 
 GREEDY = {**LENGTHS, "do_sample": False}
 LONG_TEXT = "a" * 300

@@ -3,14 +3,14 @@
 import random
 
 import pytest
-import zoo
-from fake_groups import FakeGroup
-from packing import BLOCK, pair
-from parity import assert_rows_equal
-from test_prefix import Rows
 
 import hf_paged
-from hf_paged import PagedConfig, binding
+from hf_paged import PagedConfig
+from hf_paged.models import registry
+from support import zoo
+from support.fake_groups import FakeGroup, Rows
+from support.packing import BLOCK, pair
+from support.parity import assert_rows_equal
 
 
 def distinct_rows(count: int, length: int):
@@ -53,7 +53,7 @@ def test_distinct_prompts_of_a_model(share, most):
         got = paged.generate(**inputs, max_new_tokens=2, pad_token_id=0)
         if seed % 10 == 9:
             assert_rows_equal(dense, inputs, dense.generate(**inputs, max_new_tokens=2, pad_token_id=0), got)
-    (group,) = binding.pools_under(paged)[0].groups.values()
+    (group,) = registry.pools_under(paged)[0].groups.values()
     running = 8 * (-(-42 // 4))
     assert most - running < group.blocks.high_water <= min(800, most + running)
     assert hf_paged.stats(paged).packed_calls == 20

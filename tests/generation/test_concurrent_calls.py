@@ -4,30 +4,12 @@ import threading
 import time
 
 import torch
-import zoo
-from packing import LENGTHS, SAMPLE, pair
-from parity import assert_rows_equal
 
-from hf_paged import engine
-
-
-def in_threads(*calls):
-    """Run the calls at the same time; their results, or what they raised."""
-    results: list = [None] * len(calls)
-
-    def run(index):
-        try:
-            results[index] = calls[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive(), "a call hangs"
-    return results
+from hf_paged.generation import engine
+from support import zoo
+from support.packing import LENGTHS, SAMPLE, pair
+from support.parity import assert_rows_equal
+from support.threads import in_threads
 
 
 def test_calls_of_many_threads_run_in_common_steps(monkeypatch):

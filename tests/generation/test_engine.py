@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS, SAMPLE, compare, pair
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import hf_paged
-from hf_paged import attention, binding, engine
+from hf_paged.attention import paged_attention
+from hf_paged.generation import engine
+from hf_paged.models import registry
 from hf_paged.reasons import Reason
+from support import zoo
+from support.packing import LENGTHS, SAMPLE, compare, pair
 
 
 def preemptions(model) -> int:
-    return binding.engine_of(model, None).scheduler.num_preemptions
+    return registry.engine_of(model, None).scheduler.num_preemptions
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
@@ -144,7 +146,7 @@ def test_a_model_that_is_changed_after_its_first_call_runs_the_original_loop(mon
     dense, paged = pair()
     inputs = zoo.prompts([9, 3])
     paged.generate(**inputs, **LENGTHS)
-    monkeypatch.setattr(attention, "_general_obstacle", lambda *args: Reason.OUTPUT_ATTENTIONS)
+    monkeypatch.setattr(paged_attention, "_general_obstacle", lambda *args: Reason.OUTPUT_ATTENTIONS)
     assert torch.equal(paged.generate(**inputs, **LENGTHS), dense.generate(**inputs, **LENGTHS))
     stats = hf_paged.stats(paged)
     assert stats.packed_calls == 1 and stats.fallbacks == {"output_attentions": 1}

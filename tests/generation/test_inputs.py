@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS
-from parity import assert_generates_equal
 from transformers import GenerationMixin
 
 import hf_paged
+from support import zoo
+from support.packing import LENGTHS
+from support.parity import assert_generates_equal
 
 MODES = {
     "greedy": {},

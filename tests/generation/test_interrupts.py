@@ -12,17 +12,20 @@ import weakref
 
 import pytest
 import torch
-import zoo
-from interrupts import Interrupt, InterruptedAt
-from packing import LENGTHS, pair
-from parity import assert_rows_equal
-from test_concurrent_calls import in_threads
 from transformers import DynamicCache
 
 import hf_paged
-from hf_paged import binding, kv_pool, packed, recipe
 from hf_paged.errors import UnsupportedError
-from hf_paged.row_streamer import RowStreamer
+from hf_paged.execution import packed_cache
+from hf_paged.memory import kv_pool
+from hf_paged.models import forward_context, registry
+from hf_paged.sampling import sampler
+from hf_paged.sampling.row_streamer import RowStreamer
+from support import zoo
+from support.interrupts import Interrupt, InterruptedAt
+from support.packing import LENGTHS, pair
+from support.parity import assert_rows_equal
+from support.threads import in_threads
 
 SHORT = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
 ENDLESS = {**LENGTHS, "eos_token_id": None}  # Without a processor that would keep calls from choosing together.
@@ -30,7 +33,7 @@ ENDLESS = {**LENGTHS, "eos_token_id": None}  # Without a processor that would ke
 
 def settled(model) -> None:
     """Every block is back and no call is left, at most a step later."""
-    (pool,) = binding.pools_under(model)
+    (pool,) = registry.pools_under(model)
     deadline = time.monotonic() + 10
     while hf_paged.stats(model).used_blocks and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -115,9 +118,9 @@ def test_a_time_limit_arrives_wherever_it_rings(place, beside, alarm, monkeypatc
     results: list = []
     company = threading.Thread(target=lambda: results.append(paged.generate(**other, **ENDLESS)))
     owner, name = {
-        "choose": (recipe, "likeliest"),
-        "forward": (packed.PackedStep, "attend"),
-        "copy": (kv_pool.GroupPool, "copy_blocks"),
+        "choose": (sampler, "likeliest"),
+        "forward": (packed_cache.StepInputs, "attend"),
+        "copy": (kv_pool.KVCacheGroup, "copy_blocks"),
     }[place]
     if beside:
         company.start()
@@ -144,7 +147,7 @@ def test_an_exit_in_the_drivers_thread_is_no_others(error, monkeypatch):
     options = ENDLESS
     paged.generate(**prompts[0], **options)
     wanted = [dense.generate(**inputs, **options) for inputs in prompts]
-    raised, real = [], recipe.Recipe.choose
+    raised, real = [], sampler.Sampler.choose
 
     def choose(self, logits):
         if len(logits) == 2 and not raised:
@@ -152,7 +155,7 @@ def test_an_exit_in_the_drivers_thread_is_no_others(error, monkeypatch):
             raise error
         return real(self, logits)
 
-    monkeypatch.setattr(recipe.Recipe, "choose", choose)
+    monkeypatch.setattr(sampler.Sampler, "choose", choose)
     idents: list = [None, None]
     got: list = [None, None]
 
@@ -199,7 +202,7 @@ def test_an_interrupt_inside_a_forward_leaves_no_call_behind(options):
     before = hf_paged.stats(paged).packed_calls
     interrupted_forward(paged, lambda: paged.generate(**inputs, **SHORT, **options))
     settled(paged)
-    assert binding.running_call() is None
+    assert forward_context.running_forward() is None
     cache = DynamicCache(config=paged.config)
     assert not cache.layers[0].sequences.deferred, "a new cache believes that a forward makes it"
     assert torch.equal(paged.generate(**inputs, **SHORT), wanted)
@@ -237,7 +240,7 @@ def test_a_failing_copy_costs_nobody_a_wrong_token(monkeypatch):
     other = zoo.prompts([13], seed=8)
     options = ENDLESS
     wanted = [dense.generate(**inputs, **options) for inputs in (same, other)]
-    real, failures = kv_pool.GroupPool.copy_blocks, []
+    real, failures = kv_pool.KVCacheGroup.copy_blocks, []
     for times in (1, 2):
         failures.clear()
         hf_paged.release(paged)
@@ -248,7 +251,7 @@ def test_a_failing_copy_costs_nobody_a_wrong_token(monkeypatch):
                 raise torch.OutOfMemoryError("the device is full")
             return real(self, copies)
 
-        monkeypatch.setattr(kv_pool.GroupPool, "copy_blocks", copy)
+        monkeypatch.setattr(kv_pool.KVCacheGroup, "copy_blocks", copy)
         got = in_threads(lambda: paged.generate(**same, **options), lambda: paged.generate(**other, **options))
         assert len(failures) == times
         assert torch.equal(got[1], wanted[1])

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-import zoo
-from packing import pair
 from peft import LoraConfig, get_peft_model
-from test_concurrent_calls import in_threads
 from transformers.generation.streamers import BaseStreamer
 
 import hf_paged
+from hf_paged.models import registry
+from support import zoo
+from support.packing import pair
+from support.threads import in_threads
 
 LONG = {"max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 0, "do_sample": False}
 
@@ -123,5 +124,5 @@ def test_calls_of_other_threads_store_nothing_meanwhile(name):
 def test_a_model_in_use_is_not_kept_alive_by_what_was_seen_of_it():
     _, paged = pair()
     paged.generate(**zoo.prompts([9]), **LONG)
-    (engine,) = next(iter(hf_paged.binding.pools_under(paged))).engines
+    (engine,) = next(iter(registry.pools_under(paged))).engines
     assert engine._identity is None

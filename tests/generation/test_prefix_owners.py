@@ -5,13 +5,13 @@ import threading
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS, compare, pair
 
 import hf_paged
-from hf_paged.integrations.run_ahead import RunAhead
-from hf_paged.integrations.serve import AsyncEngine
-from hf_paged.salt import current_salt
+from hf_paged.integrations.pipelines.prefetch import Prefetch
+from hf_paged.integrations.serving.async_engine import AsyncEngine
+from hf_paged.scheduling.cache_salt import current_salt
+from support import zoo
+from support.packing import LENGTHS, compare, pair
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
@@ -48,7 +48,7 @@ def test_a_server_passes_the_salt_of_whoever_asks_on():
 
 def test_a_pipeline_that_runs_ahead_passes_the_salt_on():
     with hf_paged.cache_salt("a"):
-        items = RunAhead(lambda item, cancellation: current_salt(), iter(range(3)), None, 1, 2, threading.Condition())
+        items = Prefetch(lambda item, cancellation: current_salt(), iter(range(3)), None, 1, 2, threading.Condition())
         assert list(items) == ["a"] * 3
 
 

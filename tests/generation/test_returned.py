@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS, SAMPLE, pair
 from transformers import DynamicCache
 
 import hf_paged
+from support import zoo
+from support.packing import LENGTHS, SAMPLE, pair
 
 
 def packed_alone(model) -> bool:

@@ -2,24 +2,29 @@
 
 from collections import Counter
 
-import conftest
 import pytest
-import simulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_paged import atomic, engine, reservation, sequences
-from hf_paged.group_rows import GroupRows
-from hf_paged.kv_pool import GroupPool
-from hf_paged.prefix import PrefixCache
-from hf_paged.scheduler import Scheduler
+from hf_paged import atomic
+from hf_paged.cache import batch_state
+from hf_paged.cache.group_rows import GroupRows
+from hf_paged.generation import engine
+from hf_paged.memory import reservation
+from hf_paged.memory.kv_pool import KVCacheGroup
+from hf_paged.scheduling.prefix_cache import PrefixCache
+from hf_paged.scheduling.scheduler import Scheduler
+from support import simulator
+from support.pools import pools
 
 PART = 60  # Seeds of one test.
 
 
 def check(seed: int) -> simulator.Run:
     run = simulator.run(seed)
-    assert not run.wrong and not run.leaks, f"python tests/simulator.py --seed {seed}: {run.wrong} {run.leaks}"
+    assert not run.wrong and not run.leaks, (
+        f"seed {seed}: {run.wrong} {run.leaks}"
+    )
     return run
 
 
@@ -58,11 +63,11 @@ def tell_only(self, seat, error):
 MUTATIONS = {
     "an interrupt cuts sections in two": (
         "interrupt",
-        [(module, "atomically", in_place) for module in (atomic, engine, reservation, sequences)],
+        [(module, "atomically", in_place) for module in (atomic, engine, reservation, batch_state)],
     ),
     "the sources of copies are never let go": ("none", [(Scheduler, "_let_go", lambda self: None)]),
     "a model that changes keeps its blocks": ("weights", [(PrefixCache, "suspend", lambda self: None)]),
-    "a shared block is not copied": ("none", [(GroupPool, "copy_blocks", lambda self, copies: None)]),
+    "a shared block is not copied": ("none", [(KVCacheGroup, "copy_blocks", lambda self, copies: None)]),
     "a shared block of a cache is not copied": ("none", [(GroupRows, "copy_shared", lambda self: None)]),
     "the rows of a call that failed run on": ("copy", [(engine.Engine, "_fail", tell_only)]),
     "an aborted step's rows keep blocks that were not copied": (
@@ -84,6 +89,6 @@ def test_what_does_not_handle_a_fault_is_found(mutation, monkeypatch):
     for seed in (seed for seed in range(3000) if simulator.Plan.of(seed).fault == fault):
         run = simulator.run(seed)
         if run.wrong or run.leaks:
-            conftest._pools.discard(run.pool)  # Broken on purpose.
+            pools.discard(run.pool)  # Broken on purpose.
             return
     pytest.fail("no run notices")

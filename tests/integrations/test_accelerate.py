@@ -4,17 +4,17 @@ import contextlib
 
 import pytest
 import torch
-import zoo
 from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
-from packing import compare
-from parity import PageReads, assert_generates_equal
 from transformers import AutoModelForCausalLM
 
 import hf_paged
-from hf_paged import binding
-from hf_paged.kv_pool import GroupKey, KVPool
+from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
+from hf_paged.models import registry
+from support import zoo
+from support.packing import compare
+from support.parity import PageReads, assert_generates_equal
 
 CPU = torch.device("cpu")
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
@@ -65,7 +65,7 @@ def test_every_layer_offloaded(name):
     model = cpu_offload(zoo.build(name, "paged"), execution_device=CPU)
     assert model.device.type == "meta"
     compare((zoo.pair(name)[0], model), zoo.prompts([9, 4, 12]))
-    assert {key.device for key in binding.pools_under(model)[0].groups} == {CPU}
+    assert {key.device for key in registry.pools_under(model)[0].groups} == {CPU}
     hf_paged.release(model)
     assert hf_paged.stats(model).total_blocks == 0
 
@@ -108,7 +108,7 @@ def test_a_pool_for_each_device():
     pool = KVPool(hf_paged.PagedConfig(memory_budget="1MiB"))
     for device in (CPU, torch.device("meta")):
         states = torch.zeros(1, 2, 3, 16, device=device)
-        group = pool.group(GroupKey(None, states.dtype, states.device), states, states, num_layers=2)
+        group = pool.group(KVCacheSpec(None, states.dtype, states.device), states, states, num_layers=2)
         assert group.layer(0, states, states).key_cache.device == device
     assert len(pool.groups) == 2
 
@@ -119,8 +119,8 @@ def test_layers_on_several_devices_run_the_loop_of_transformers():
 
     def elsewhere(model, args, output):
         states = torch.zeros(1, 2, 3, 16, device="meta")
-        pool = binding.pool_of(model)
-        pool.group(GroupKey(None, states.dtype, states.device), states, states, num_layers=2)
+        pool = registry.pool_of(model)
+        pool.group(KVCacheSpec(None, states.dtype, states.device), states, states, num_layers=2)
 
     handle = paged.model.register_forward_hook(elsewhere)
     assert_generates_equal((dense, paged), zoo.prompts([9, 4]))

@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS, SAMPLE, pair
-from test_streaming import LONG, LOOPS
 
 import hf_paged
-from hf_paged.integrations.serve import AsyncEngine, EngineClosedError, QueueFullError
+from hf_paged.integrations.serving.async_engine import AsyncEngine, EngineClosedError, QueueFullError
+from support import zoo
+from support.packing import LENGTHS, SAMPLE, pair
+from support.streams import LONG, LOOPS, alone, prompt, tokens_of
 
 CONFIGS = [
     {**LENGTHS},
@@ -22,18 +22,6 @@ CONFIGS = [
 
 def run(program):
     return asyncio.run(asyncio.wait_for(program, 60))
-
-
-async def tokens_of(stream) -> list[int]:
-    return [token async for token in stream]
-
-
-def prompt(length: int, seed: int = 0) -> torch.Tensor:
-    return zoo.prompts([length], seed)["input_ids"][0]
-
-
-def alone(model, ids, **options) -> list[int]:
-    return model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), **options)[0, len(ids) :].tolist()
 
 
 async def empty(model) -> None:

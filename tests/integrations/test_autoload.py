@@ -1,8 +1,9 @@
 """Zero-code activation: "paged" works without ``import hf_paged``; nothing that goes wrong breaks other imports."""
 
 import pytest
-import zoo
-from installed import install, run
+
+from support import zoo
+from support.installed import install, run
 
 # How programs come to their model class: torch may be imported first, or from within transformers' own modules.
 WAYS = {

@@ -4,12 +4,12 @@ import threading
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hf_paged
+from support import zoo
+from support.packing import LENGTHS
 
 SMALL = {"continuous_batching_config": ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=32), "warmup": False}
 PROMPTS = [zoo.prompts([length], seed=length)["input_ids"][0].tolist() for length in (9, 4, 17)]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 import hf_paged
-from hf_paged.integrations import hooks
+from hf_paged.integrations.transformers import hooks
+from support import zoo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def touched():
@@ -136,7 +136,7 @@ def test_the_allocator_imports_no_torch():
         "import sys, types\n"
         "package = types.ModuleType('hf_paged'); package.__path__ = ['hf_paged']\n"
         "sys.modules['hf_paged'] = package\n"
-        "import hf_paged.pool, hf_paged.block_table\n"
+        "import hf_paged.memory.block_pool, hf_paged.memory.block_table\n"
         "print('torch' in sys.modules)"
     )
     assert run(code).strip() == "False"

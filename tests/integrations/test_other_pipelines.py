@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-import texts
 import torch
 from PIL import Image
-from test_encoder_decoder import whisper
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
@@ -19,6 +17,8 @@ from transformers import (
 )
 
 import hf_paged
+from support import texts
+from support.multimodal import whisper
 
 
 def whisper_tokenizer() -> WhisperTokenizer:

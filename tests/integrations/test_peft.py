@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-import zoo
 from accelerate import cpu_offload
-from packing import SAMPLE, compare
-from parity import PageReads, assert_generates_equal
 from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
@@ -19,6 +16,9 @@ from peft import (
 
 import hf_paged
 from hf_paged import PagedConfig
+from support import zoo
+from support.packing import SAMPLE, compare
+from support.parity import PageReads, assert_generates_equal
 
 PROMPTS = zoo.prompts([21, 10, 13])
 LM = {"task_type": TaskType.CAUSAL_LM}

@@ -1,17 +1,15 @@
 """Text-generation pipelines: whatever goes in, and with whatever parameters, results are those of a dense model."""
 
-from pipes import LENGTHS, pipes
-
 import datasets
 import pytest
-import texts
 import torch
-import zoo
 from transformers import GenerationConfig, TextGenerationPipeline, TextStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_paged
-from hf_paged.integrations import pipelines
+from hf_paged.integrations.pipelines import text_generation
+from support import texts, zoo
+from support.pipes import LENGTHS, pipes
 
 CHATS = [
     [{"role": "user", "content": text}, {"role": "assistant", "content": "So"}] if number % 2 else
@@ -140,5 +138,5 @@ def test_disable_gives_the_pipelines_back():
 
 def test_dense_models_are_not_touched(monkeypatch):
     dense = pipeline("text-generation", model=zoo.pair("llama")[0], tokenizer=texts.tokenizer(), **LENGTHS)
-    monkeypatch.setattr(pipelines, "RunAhead", None)
+    monkeypatch.setattr(text_generation, "Prefetch", None)
     assert len(dense(texts.prompts(3))) == 3

@@ -3,23 +3,23 @@
 import subprocess
 import sys
 import threading
-from pipes import LENGTHS, pipes, rest, settled
 
 import pytest
-import texts
 import torch
-from packing import pair
 from transformers import TextGenerationPipeline, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_paged
-from hf_paged import noise
-from hf_paged.integrations import pipelines
+from hf_paged.integrations.pipelines import text_generation
+from hf_paged.sampling import rng_replay
+from support import texts
+from support.packing import pair
+from support.pipes import LENGTHS, pipes, rest, settled
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_an_endless_generator_is_read_a_window_ahead(batch_size, monkeypatch):
-    monkeypatch.setattr(pipelines, "WINDOW", 6)
+    monkeypatch.setattr(text_generation, "WINDOW", 6)
     dense, paged = pipes(batch_size=batch_size)
     prompts, read = texts.prompts(10), 0
 
@@ -40,7 +40,7 @@ def test_an_endless_generator_is_read_a_window_ahead(batch_size, monkeypatch):
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("kind", [list, iter])
 def test_items_follow_as_others_finish(window, kind, rows, monkeypatch):
-    monkeypatch.setattr(pipelines, "WINDOW", window)
+    monkeypatch.setattr(text_generation, "WINDOW", window)
     dense, paged = pipes(max_length=30, max_new_tokens=None)
     prompts = texts.prompts(30, longest=25)
     inputs = prompts if kind is list else (prompt for prompt in prompts)
@@ -190,7 +190,7 @@ def test_sampled_items_follow_the_seed_one_after_another(rows, caplog):
 def test_sampled_items_run_together_if_nobody_seeded_torch(rows, monkeypatch):
     _, paged = pipes(do_sample=True, min_new_tokens=12)
     torch.seed()
-    monkeypatch.setattr(noise, "_SEED_AT_IMPORT", torch.initial_seed())
+    monkeypatch.setattr(rng_replay, "_SEED_AT_IMPORT", torch.initial_seed())
     results = paged(["the same"] * 8)
     assert max(rows) > 4
     assert len({result[0]["generated_text"] for result in results}) > 1
@@ -198,7 +198,7 @@ def test_sampled_items_run_together_if_nobody_seeded_torch(rows, monkeypatch):
 
 def test_a_fresh_process_is_unseeded_until_somebody_seeds():
     program = (
-        "import hf_paged, torch; from hf_paged.noise import is_unseeded; before = is_unseeded(); "
+        "import hf_paged, torch; from hf_paged.sampling.rng_replay import is_unseeded; before = is_unseeded(); "
         "torch.manual_seed(0); assert before and not is_unseeded()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -206,8 +206,8 @@ def test_a_fresh_process_is_unseeded_until_somebody_seeds():
 
 def test_a_seed_from_before_the_import_counts(monkeypatch):
     torch.manual_seed(5)
-    monkeypatch.setattr(noise, "_SEED_AT_IMPORT", 5)
-    assert not noise.is_unseeded()
+    monkeypatch.setattr(rng_replay, "_SEED_AT_IMPORT", 5)
+    assert not rng_replay.is_unseeded()
 
 
 def test_the_pipelines_own_default_is_to_sample():

@@ -2,36 +2,22 @@
 
 import asyncio
 import threading
-from pipes import settled
 
 import pytest
-import texts
 import torch
-import zoo
-from packing import LENGTHS, SAMPLE, pair
-from test_concurrent_calls import in_threads
 from transformers import (
     AsyncTextIteratorStreamer,
-    LogitsProcessor,
-    LogitsProcessorList,
     TextIteratorStreamer,
     TextStreamer,
 )
 
 import hf_paged
-from hf_paged.integrations.streaming import BatchTextIteratorStreamer
-
-LONG = {**LENGTHS, "max_new_tokens": 150, "min_new_tokens": 150}
-
-
-class Same(LogitsProcessor):
-    """Changes nothing, but nobody knows that: the call runs transformers' own loop."""
-
-    def __call__(self, input_ids, scores):
-        return scores
-
-
-LOOPS = {"packed": {}, "original": {"logits_processor": LogitsProcessorList([Same()])}}
+from hf_paged.integrations.serving.streaming import BatchTextIteratorStreamer
+from support import texts, zoo
+from support.packing import LENGTHS, SAMPLE, pair
+from support.pipes import settled
+from support.streams import LONG, LOOPS
+from support.threads import in_threads
 
 
 def started(model, streamer, inputs, **options) -> threading.Thread:

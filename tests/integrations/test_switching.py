@@ -6,11 +6,11 @@ import time
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS
 from transformers import AttentionMaskInterface
 
 import hf_paged
+from support import zoo
+from support.packing import LENGTHS
 
 MODES = {
     "greedy": {},

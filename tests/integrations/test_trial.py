@@ -5,12 +5,12 @@ import signal
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS
 
 import hf_paged
 from hf_paged import PagedConfig
-from hf_paged.integrations import generate
+from hf_paged.integrations.transformers import generate
+from support import zoo
+from support.packing import LENGTHS
 
 
 class Timeout(Exception):

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_matrix import make_pages
 
-from hf_paged import cli
-from hf_paged.kernels import gather_sdpa, ops
-from hf_paged.kernels.cpu import build, native
+from hf_paged.cli import main
+from hf_paged.kernels import ops, torch_sdpa
+from hf_paged.kernels.cpu import build, loader
 from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
+from support.op_matrix import make_pages
 
 USE = """
 import torch
 from hf_paged.kernels import ops
-from hf_paged.kernels.cpu import native
+from hf_paged.kernels.cpu import loader
 caches = [torch.ones(2, 1, 4, 8) for _ in range(2)]
 ops.copy_blocks(*caches, torch.tensor([0]), torch.tensor([1]))
 state = native.state()
@@ -85,9 +85,9 @@ def test_processes_that_start_together_compile_once(counted_compiler):
 @pytest.fixture
 def unloaded(monkeypatch, tmp_path):
     """The kernels as in a process that has not used them, with an empty cache; the C++ ops stay registered."""
-    monkeypatch.setattr(native, "_library", None)
-    monkeypatch.setattr(native, "_path", None)
-    monkeypatch.setattr(native, "_failure", None)
+    monkeypatch.setattr(loader, "_library", None)
+    monkeypatch.setattr(loader, "_path", None)
+    monkeypatch.setattr(loader, "_failure", None)
     monkeypatch.setenv("HF_PAGED_CACHE", str(tmp_path / "cache"))
 
 
@@ -102,18 +102,18 @@ def test_a_broken_compiler_warns_once_and_torch_computes(tmp_path):
 def test_no_compiler_at_all(unloaded, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert "install g++" in native.state().reason
+    assert "install g++" in loader.state().reason
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler was found"):
-        assert native.load() is False
+        assert loader.load() is False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert native.load() is False
-    assert not native.state().available
+        assert loader.load() is False
+    assert not loader.state().available
 
 
 def test_a_compiler_that_is_not_there(unloaded, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "CXX=no-such-compiler is no C++ compiler that runs here" in native.state().reason
+    assert "CXX=no-such-compiler is no C++ compiler that runs here" in loader.state().reason
 
 
 def test_a_cache_that_cannot_be_written(unloaded, monkeypatch, tmp_path):
@@ -124,7 +124,7 @@ def test_a_cache_that_cannot_be_written(unloaded, monkeypatch, tmp_path):
 
 
 def test_not_compiled_yet_is_no_failure(unloaded):
-    state = native.state()
+    state = loader.state()
     assert not state.available and "hf-paged build" in state.reason and state.compiler
 
 
@@ -141,20 +141,20 @@ def test_an_unknown_instruction_set_is_named():
     done = run(USE, HF_PAGED_CPU_ISA="mmx")
     assert done.stdout.startswith("True") and "HF_PAGED_CPU_ISA=mmx is not one of" in done.stderr
     with pytest.raises(ValueError, match="no kernels for 'mmx'"):
-        native.use_isa("mmx")
+        loader.use_isa("mmx")
 
 
 def test_the_command_builds(capsys):
-    assert cli.main(["build"]) == 0
-    assert str(native.state().path) in capsys.readouterr().out
+    assert main.main(["build"]) == 0
+    assert str(loader.state().path) in capsys.readouterr().out
 
 
 def test_the_command_says_why_it_cannot(unloaded, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CXX", broken_compiler(tmp_path))
-    assert cli.main(["build"]) == 1
+    assert main.main(["build"]) == 1
     assert "this compiler is broken" in capsys.readouterr().err
 
 
 def test_torch_and_the_kernels_agree():
     arguments, _ = make_pages([(40, 1), (21, 3)], (4, 2), 16, torch.float32)
-    torch.testing.assert_close(ops.paged_attention(*arguments, 0.3), gather_sdpa.paged_attention(*arguments, 0.3))
+    torch.testing.assert_close(ops.paged_attention(*arguments, 0.3), torch_sdpa.paged_attention(*arguments, 0.3))

@@ -4,10 +4,10 @@ import time
 
 import psutil
 import pytest
-from small_library import build_one, script
 
 from hf_paged.kernels.cpu import compiler
 from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
+from support.small_library import build_one, script
 
 VERSION = '[ "$1" = --version ] && exit 0'
 

@@ -6,21 +6,21 @@ import random
 import pytest
 import torch
 
-from hf_paged.kernels import gather_sdpa, ops
-from hf_paged.kernels.triton import gpu, plan
-from hf_paged.kernels.triton.plan import BY_ROW, BY_TILE, BY_TOKEN, Device, Heads
+from hf_paged.kernels import ops, torch_sdpa
+from hf_paged.kernels.triton import dispatch, launch_plan
+from hf_paged.kernels.triton.launch_plan import BY_ROW, BY_TILE, BY_TOKEN, Device, Heads
 
 H100 = Device("sm90", 132)
 LLAMA = Heads(num_kv_heads=8, group=4, key_dim=128, value_dim=128, block_size=16, itemsize=2)
 
 
 def launches(num_tokens, num_rows, max_context=4096, heads=LLAMA, device=H100):
-    return plan.attention_launches(device, heads, num_tokens, num_rows, max_context)
+    return launch_plan.attention_launches(device, heads, num_tokens, num_rows, max_context)
 
 
 def test_decode_launches_what_works_and_no_more():
     (launch,) = launches(128, 128)
-    assert launch.mapping == BY_TOKEN and launch.tiles * plan.head_tiles(LLAMA, launch) == 1024
+    assert launch.mapping == BY_TOKEN and launch.tiles * launch_plan.head_tiles(LLAMA, launch) == 1024
 
 
 def test_a_mixed_step_is_two_launches():
@@ -39,12 +39,12 @@ def test_one_row_is_one_launch():
 def test_large_groups_are_served_by_one_kernel():
     heads = Heads(1, 71, 64, 64, 16, 2)
     (launch,) = launches(64, 64, heads=heads)
-    assert launch.kernel == "prefill" and launch.min_q == 0 and plan.head_tiles(heads, launch) == 2
+    assert launch.kernel == "prefill" and launch.min_q == 0 and launch_plan.head_tiles(heads, launch) == 2
 
 
 def test_splits_fill_the_device_and_no_more():
     (lone,) = launches(1, 1, 65536)
-    programs = lone.tiles * plan.head_tiles(LLAMA, lone) * lone.splits
+    programs = lone.tiles * launch_plan.head_tiles(LLAMA, lone) * lone.splits
     assert H100.processors < programs <= H100.processors * lone.resident
     assert launches(1, 1, 128)[0].splits == 1  # Too short to be worth it.
     assert launches(1024, 1024, 65536)[0].splits == 1  # Rows alone fill the device.
@@ -69,26 +69,28 @@ def test_plans_hold_their_invariants(arch, itemsize):
         heads = Heads(2, group, dim, dim, 16, itemsize)
         for launch in launches(40, 7, heads=heads, device=Device(arch, 100)):
             assert launch.heads * launch.block_q <= launch.block_m
-            assert plan.head_tiles(heads, launch) * launch.heads >= 2 * group
+            assert launch_plan.head_tiles(heads, launch) * launch.heads >= 2 * group
             assert launch.tile % max(launch.parts, 1) == 0 and launch.splits >= 1
 
 
 @pytest.fixture
 def fresh(monkeypatch):
-    monkeypatch.setattr(gpu, "_launch", None)
-    monkeypatch.setattr(gpu, "_failure", None)
+    monkeypatch.setattr(dispatch, "_launch", None)
+    monkeypatch.setattr(dispatch, "_failure", None)
 
 
 def test_without_a_gpu_there_is_one_warning_and_torch(fresh):
     with pytest.warns(UserWarning, match="Triton kernels are not available"):
-        assert gpu.load() is None
-    assert gpu.load() is None and not gpu.state().available and gpu.state().reason
+        assert dispatch.load() is None
+    assert dispatch.load() is None and not dispatch.state().available and dispatch.state().reason
 
 
 @pytest.mark.parametrize("word", ["0", "false", "Off"])
 def test_they_can_be_turned_off(word, fresh, monkeypatch, recwarn):
     monkeypatch.setenv("HF_PAGED_TRITON", word)
-    assert gpu.state() == gpu.TritonState(False, f"HF_PAGED_TRITON={word} turns them off") and not recwarn.list
+    assert (
+        dispatch.state() == dispatch.TritonState(False, f"HF_PAGED_TRITON={word} turns them off") and not recwarn.list
+    )
 
 
 def caches(dim=64, dtype=torch.bfloat16):
@@ -96,14 +98,14 @@ def caches(dim=64, dtype=torch.bfloat16):
 
 
 def test_what_the_kernels_serve(monkeypatch):
-    monkeypatch.setattr(gpu, "_launch", gather_sdpa)
+    monkeypatch.setattr(dispatch, "_launch", torch_sdpa)
     query = torch.zeros(3, 4, 64, dtype=torch.bfloat16)
-    assert gpu.find("paged_attention", (query, *caches())) is gather_sdpa.paged_attention
-    assert gpu.find("write_and_attend", (query, query, query, *caches())) is gather_sdpa.write_and_attend
-    assert gpu.find("copy_blocks", tuple(caches(dtype=torch.float64))) is gather_sdpa.copy_blocks
-    assert gpu.find("paged_attention", (query.double(), *caches(dtype=torch.float64))) is None
-    assert gpu.find("paged_attention", (query, *caches(320))) is None
-    assert gpu.find("write_kv", (query.float(), query.float(), *caches())) is None
+    assert dispatch.find("paged_attention", (query, *caches())) is torch_sdpa.paged_attention
+    assert dispatch.find("write_and_attend", (query, query, query, *caches())) is torch_sdpa.write_and_attend
+    assert dispatch.find("copy_blocks", tuple(caches(dtype=torch.float64))) is torch_sdpa.copy_blocks
+    assert dispatch.find("paged_attention", (query.double(), *caches(dtype=torch.float64))) is None
+    assert dispatch.find("paged_attention", (query, *caches(320))) is None
+    assert dispatch.find("write_kv", (query.float(), query.float(), *caches())) is None
 
 
 class OnGpu(torch.Tensor):
@@ -115,7 +117,7 @@ class OnGpu(torch.Tensor):
 def test_the_ops_ask_for_the_kernels_on_a_gpu(monkeypatch):
     """Through the function that every device's call of an op without a kernel of its own ends in."""
     asked = []
-    monkeypatch.setattr(gpu, "find", lambda name, arguments: lambda *a: asked.append(name))
+    monkeypatch.setattr(dispatch, "find", lambda name, arguments: lambda *a: asked.append(name))
     for name in ("write_kv", "copy_blocks", "paged_attention", "write_and_attend"):
         ops._first_call(name, None)(torch.zeros(1).as_subclass(OnGpu))
     assert asked == ["write_kv", "copy_blocks", "paged_attention", "write_and_attend"]

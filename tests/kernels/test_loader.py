@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from op_matrix import ISAS, assert_accurate, exact, implementation, make_pages
 
-from hf_paged.kernels import gather_sdpa, ops
-from hf_paged.kernels.cpu import native
+from hf_paged.kernels import ops, torch_sdpa
+from hf_paged.kernels.cpu import loader
+from support.op_matrix import ISAS, assert_accurate, exact, implementation, make_pages
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_the_kernels_are_compiled_here():
     """Without a compiler the matrix would test torch alone and still be green."""
-    assert native.state().available, native.state().reason
+    assert loader.state().available, loader.state().reason
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_value_without_end_stays_in_its_element():
 @pytest.mark.parametrize("dim, dtype", [(16, torch.float64), (320, torch.float32)], ids=str)
 def test_what_the_kernels_do_not_serve_runs_in_torch(dim, dtype):
     arguments, _ = make_pages([(20, 1), (9, 3)], (4, 2), 16, dtype, dim, dim)
-    assert torch.equal(ops.paged_attention(*arguments, 0.3), gather_sdpa.paged_attention(*arguments, 0.3))
+    assert torch.equal(ops.paged_attention(*arguments, 0.3), torch_sdpa.paged_attention(*arguments, 0.3))
 
 
 def test_ids_out_of_range_are_refused():

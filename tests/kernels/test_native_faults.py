@@ -9,14 +9,14 @@ import warnings
 
 import pytest
 import torch
-import zoo
-from small_library import script
 
 import hf_paged
-from hf_paged import cli
+from hf_paged.cli import main
 from hf_paged.kernels import ops
-from hf_paged.kernels.cpu import compiler, native
+from hf_paged.kernels.cpu import compiler, loader
 from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
+from support import zoo
+from support.small_library import script
 
 
 def no_home(folder, patch):
@@ -74,14 +74,14 @@ def models():
 def without_kernels(monkeypatch, tmp_path):
     """The kernels as in a process that has not used them, and the ops as before they were registered."""
     for name in ("_library", "_path", "_failure"):
-        monkeypatch.setattr(native, name, None)
+        monkeypatch.setattr(loader, name, None)
     monkeypatch.setenv("HF_PAGED_CACHE", str(tmp_path / "cache"))
     calls = []
     for name in ("write_and_attend", "write_kv", "paged_attention", "copy_blocks"):
         in_torch = getattr(torch.ops.hf_paged, f"{name}_torch").default
 
         def call(*arguments, in_torch=in_torch):
-            calls.append(native.load())
+            calls.append(loader.load())
             return in_torch(*arguments)
 
         monkeypatch.setattr(ops, name, call)
@@ -103,26 +103,26 @@ def test_generate_goes_on_in_torch(fault, models, without_kernels, tmp_path, mon
     assert len(ours) == 1 and words in ours[0] and "set" in ours[0].lower()
     assert without_kernels and not any(without_kernels), "the kernels served the call"
     assert hf_paged.stats(paged).page_reads > reads
-    assert not native.state().available and words in native.state().reason
+    assert not loader.state().available and words in loader.state().reason
 
 
 def test_the_command_compiles_what_is_damaged_anew(tmp_path, monkeypatch, capsys):
-    cache = shutil.copytree(native.state().path.parent, tmp_path / "cache")
-    path = cache / native.state().path.name
+    cache = shutil.copytree(loader.state().path.parent, tmp_path / "cache")
+    path = cache / loader.state().path.name
     content = path.read_bytes()
     cache.chmod(0o700)
     path.write_bytes(content[:1000])
     monkeypatch.setenv("HF_PAGED_CACHE", str(cache))
-    assert cli.main(["build"]) == 0 and capsys.readouterr().out == f"compiled: {path}\n"
+    assert main.main(["build"]) == 0 and capsys.readouterr().out == f"compiled: {path}\n"
     assert len(path.read_bytes()) == len(content)
 
 
 def test_the_command_prints_any_path(tmp_path, monkeypatch):
     """A name that no encoding has, on a terminal that speaks ASCII."""
     environment = {**os.environ, "HF_PAGED_CACHE": os.fsdecode(bytes(tmp_path) + b"/\xff"), "PYTHONIOENCODING": "ascii"}
-    shutil.copytree(native.state().path.parent, environment["HF_PAGED_CACHE"])
+    shutil.copytree(loader.state().path.parent, environment["HF_PAGED_CACHE"])
     os.chmod(environment["HF_PAGED_CACHE"], 0o700)
-    command = [sys.executable, "-m", "hf_paged.cli", "build"]
+    command = [sys.executable, "-m", "hf_paged.cli.main", "build"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.startswith("compiled: ") and "\\udcff" in done.stdout
 
@@ -133,7 +133,7 @@ def test_a_library_without_kernels(tmp_path, monkeypatch, without_kernels):
     link = f'case "$*" in *-shared*) for last; do :; done; exec {real} -shared -o "$last" {source};; esac'
     monkeypatch.setenv("CXX", script(tmp_path, "c++", '[ "$1" = --version ] && exit 0', link))
     with pytest.warns(UserWarning, match="holds no kernels"):
-        assert native.load() is False
+        assert loader.load() is False
 
 
 def test_an_exception_of_a_signal_handler_is_not_ours_to_keep(monkeypatch, without_kernels):
@@ -142,21 +142,21 @@ def test_an_exception_of_a_signal_handler_is_not_ours_to_keep(monkeypatch, witho
     def interrupted(*arguments):
         raise TimeoutError("the program's own alarm")
 
-    monkeypatch.setattr(native, "build_kernels", interrupted)
+    monkeypatch.setattr(loader, "build_kernels", interrupted)
     with pytest.raises(TimeoutError, match="alarm"):
-        native.load()
-    assert native._failure is None
+        loader.load()
+    assert loader._failure is None
 
 
 def test_a_fork_during_a_build_has_a_lock_of_its_own(without_kernels, monkeypatch):
     monkeypatch.setenv("HF_PAGED_NATIVE", "1")
-    monkeypatch.setattr(native, "build_kernels", lambda compiler: (_ for _ in ()).throw(BuildError("tried")))
-    with native._lock:
+    monkeypatch.setattr(loader, "build_kernels", lambda compiler: (_ for _ in ()).throw(BuildError("tried")))
+    with loader._lock:
         child = os.fork()
         if not child:
             import faulthandler
 
             faulthandler.dump_traceback_later(20, exit=True)
             warnings.simplefilter("ignore")
-            os._exit(7 if native.load() is False else 1)
+            os._exit(7 if loader.load() is False else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

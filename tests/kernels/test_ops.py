@@ -4,23 +4,21 @@ import functools
 
 import pytest
 import torch
-from op_matrix import IMPLEMENTATIONS, assert_accurate, exact, hide_before_window, implementation, make_pages
 
 from hf_paged.kernels import reference
+from support.op_matrix import (
+    BATCHES,
+    HEADS,
+    IMPLEMENTATIONS,
+    OPTIONS,
+    assert_accurate,
+    exact,
+    hide_before_window,
+    implementation,
+    make_pages,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# (context, queries) of each row: decode, blocks' edges, prefill with and without a past, empty rows.
-BATCHES = {
-    "decode": [(1, 1), (15, 1), (16, 1), (17, 1), (50, 1)],
-    "decode_even": [(32, 1), (32, 1)],
-    "prefill": [(33, 33), (33, 33)],
-    "chunk": [(37, 5), (5, 5), (20, 5)],
-    "mixed": [(1, 1), (40, 9), (0, 0), (17, 17), (31, 1)],
-    "empty_row": [(0, 1), (9, 1), (0, 3), (2, 4)],
-    "no_rows": [],
-}
-HEADS = [(4, 4), (8, 2), (5, 1), (9, 3)]
-OPTIONS = [{}, {"window": 7}, {"softcap": 0.5}, {"sinks": True}, {"window": 5, "softcap": 2.0, "sinks": True}]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

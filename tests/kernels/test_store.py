@@ -13,15 +13,15 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from small_library import build_one, plant
 
-from hf_paged.kernels.cpu import native, store
+from hf_paged.kernels.cpu import loader, store
 from hf_paged.kernels.cpu.compiler import BuildError
+from support.small_library import build_one, plant
 
 USE = """
 import torch
 from hf_paged.kernels import ops
-from hf_paged.kernels.cpu import native
+from hf_paged.kernels.cpu import loader
 caches = [torch.ones(2, 1, 4, 8) for _ in range(2)]
 ops.copy_blocks(*caches, torch.tensor([0]), torch.tensor([1]))
 print(native.state().available)
@@ -133,7 +133,7 @@ def test_a_planted_library_does_not_run(tmp_path):
     """It lies in a folder that is shared, under the right name, and with a record of its own content."""
     library, marker = plant(tmp_path)
     (shared := tmp_path / "shared").mkdir()
-    path = shared / native.state().path.name
+    path = shared / loader.state().path.name
     shutil.copy(library, path)
     path.with_name(f"{path.name}.sha256").write_bytes(store._record(path.read_bytes(), path))
     shared.chmod(0o777)

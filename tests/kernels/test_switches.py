@@ -8,7 +8,7 @@ import pytest
 import hf_paged_autoload
 from hf_paged.integrations import autoload
 from hf_paged.kernels import switches
-from hf_paged.kernels.cpu import native
+from hf_paged.kernels.cpu import loader
 
 WORDS = {
     **{word: True for word in ("1", "true", "yes", "on", "True", " ON ", "Y", "")},
@@ -39,9 +39,9 @@ def test_an_unknown_word_is_named_once(monkeypatch):
 @pytest.mark.parametrize("word", ["false", "No", "off"])
 def test_the_kernels_are_off(word, monkeypatch, recwarn):
     for name in ("_library", "_failure"):
-        monkeypatch.setattr(native, name, None)
+        monkeypatch.setattr(loader, name, None)
     monkeypatch.setenv("HF_PAGED_NATIVE", word)
-    assert not native.load() and native.state().reason == f"HF_PAGED_NATIVE={word} turns them off"
+    assert not loader.load() and loader.state().reason == f"HF_PAGED_NATIVE={word} turns them off"
     assert not recwarn.list
 
 

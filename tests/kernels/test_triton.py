@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_paged import cli
+from hf_paged.cli import main
 from hf_paged.evals.triton import command, compile, disassembly, loops
 from hf_paged.evals.triton.cases import Case, few_cases
 from hf_paged.evals.triton.measure import judge, measure
@@ -97,7 +97,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     quick = [(Case("copy"), TARGETS["sm80"]), (Case("write"), TARGETS["gfx942"])]
     monkeypatch.setattr("hf_paged.evals.triton.cases.few_cases", lambda: quick)
     arguments = ["eval", "triton", "--quick", "--jobs", "1", "--json", str(tmp_path / "out.json")]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     out = capsys.readouterr().out
     assert "All 2 kernels pass" in out and "Estimates, not measurements" in out and "SGLang" in out
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
@@ -112,6 +112,6 @@ def test_numbers_in_the_interpreter(shard):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options],
-        capture_output=True, text=True, env=environment, cwd=HERE.parent, timeout=500,
+        capture_output=True, text=True, env=environment, cwd=HERE.parent.parent, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -6,15 +6,14 @@ imported. Unused slots hold NaN, every address is checked, every byte counted.
 
 import pytest
 import torch
-from op_matrix import assert_accurate, exact, hide_before_window, make_pages
-from test_kernels import BATCHES, HEADS, OPTIONS
 
 from hf_paged.evals.triton import interpreter
+from support.op_matrix import BATCHES, HEADS, OPTIONS, assert_accurate, exact, hide_before_window, make_pages
 
 interpreter.install()
 
 from hf_paged.kernels import reference  # noqa: E402
-from hf_paged.kernels.triton import calls, launch, plan  # noqa: E402
+from hf_paged.kernels.triton import kernel_calls, launch, launch_plan  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FULL = OPTIONS[-1]
@@ -25,8 +24,8 @@ UNEVEN = {"searched": [(5, 0), (9, 2), (3, 0), (7, 1)], "one_row": [(70, 70)], "
 def splits(request, monkeypatch):
     """Contexts in one piece, and cut into splits of a tile or more."""
     if request.param == "split":
-        monkeypatch.setattr(plan, "_MIN_SPLIT_TOKENS", 1)
-        monkeypatch.setattr(launch, "describe", lambda device: plan.Device("sm90", 12))
+        monkeypatch.setattr(launch_plan, "_MIN_SPLIT_TOKENS", 1)
+        monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 12))
     return request.param
 
 
@@ -78,11 +77,16 @@ def test_long_rows(splits):
 
 def test_many_splits(monkeypatch):
     """More than the reduction adds in one step, of rows that use all of them, most, and one."""
-    monkeypatch.setattr(plan, "_MIN_SPLIT_TOKENS", 1)
-    monkeypatch.setattr(launch, "describe", lambda device: plan.Device("sm90", 30))
+    monkeypatch.setattr(launch_plan, "_MIN_SPLIT_TOKENS", 1)
+    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 30))
     batch = [(1280, 1), (1100, 1), (64, 1)]
     arguments, _ = make_pages(batch, (1, 1), 16, torch.float32, 16, 16)
-    assert plan.attention_launches(launch.describe(None), plan.Heads(1, 1, 16, 16, 16, 4), 3, 3, 1280)[0].splits == 20
+    assert (
+        launch_plan.attention_launches(launch.describe(None), launch_plan.Heads(1, 1, 16, 16, 16, 4), 3, 3, 1280)[
+            0
+        ].splits
+        == 20
+    )
     assert_accurate(launch.paged_attention(*arguments, 0.3), exact(arguments, 0.3))
     check(batch, (1, 1), dims=(16, 16), **FULL)
 
@@ -159,7 +163,9 @@ def test_launches_replay_with_other_lengths(before, after, splits):
     query, starts, contexts = (torch.empty_like(first[index]) for index in (0, 5, 4))
     caches, tables = [torch.empty(room[0]) for _ in range(2)], torch.zeros(room[1], dtype=torch.long)
     out = torch.empty_like(query)
-    fixed = calls.attention_calls(launch.describe(out.device), out, query, *caches, tables, contexts, starts, 0.3)
+    fixed = kernel_calls.attention_calls(
+        launch.describe(out.device), out, query, *caches, tables, contexts, starts, 0.3
+    )
     for new in (first, later):
         query.copy_(new[0])
         for cache, states in zip(caches, new[1:3]):

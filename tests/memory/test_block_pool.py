@@ -1,14 +1,14 @@
 """BlockPool and BlockTable: their contracts, and a stateful comparison with a plain dictionary."""
 
 import pytest
-from fake_groups import WatchedPool
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
-from hf_paged.block_table import BlockTable, make_writable
 from hf_paged.errors import BlockError, OutOfBlocksError
-from hf_paged.pool import BlockPool
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.block_table import BlockTable, make_writable
+from support.fake_groups import WatchedPool
 
 
 def write(tables, ranges, pool):

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import hf_paged.config
-from hf_paged import PagedConfig, doctor, limits
+from hf_paged import PagedConfig
+from hf_paged.cli.doctor import report
 from hf_paged.config import available_memory, parse_bytes, physical_memory
-from hf_paged.limits import Limit, memory_limits
+from hf_paged.memory import limits
+from hf_paged.memory.limits import Limit, memory_limits
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -121,7 +123,7 @@ def least(monkeypatch):
     def set_limit(*limit, **options):
         known = [Limit("this machine's memory", 1000 * MIB, 800 * MIB), Limit(*limit, **options)]
         monkeypatch.setattr(hf_paged.config, "memory_limits", lambda: known)
-        monkeypatch.setattr(doctor, "memory_limits", lambda: known)
+        monkeypatch.setattr(report, "memory_limits", lambda: known)
 
     return set_limit
 
@@ -131,10 +133,10 @@ def test_the_least_is_what_the_budget_is_a_share_of(least):
     assert (available_memory(CPU), physical_memory(CPU)) == (200 * MIB, 300 * MIB)
     assert PagedConfig().budget_bytes(CPU) == 50 * MIB
     said = "800 MiB available of 0.98 GiB; 200 MiB of them for this process: memory.max of /a is 300 MiB"
-    assert doctor._memory() == said
+    assert report._memory() == said
     least("memory.max of /a", 2000 * MIB, 1900 * MIB)
     assert (available_memory(CPU), physical_memory(CPU)) == (800 * MIB, 1000 * MIB)
-    assert doctor._memory() == "800 MiB available of 0.98 GiB"
+    assert report._memory() == "800 MiB available of 0.98 GiB"
 
 
 def test_half_of_a_limited_address_space_stays_free(least):
@@ -158,9 +160,9 @@ def test_amounts_are_exact():
 
 LIMITED = """
 import resource, sys
-import psutil, torch, zoo
+import psutil, torch
 import hf_paged
-from hf_paged import binding
+
 
 dense, paged = zoo.pair("llama")
 inputs = zoo.prompts([30, 20, 10])
@@ -170,7 +172,7 @@ hf_paged.release(paged)
 used = getattr(psutil.Process().memory_info(), sys.argv[2])
 resource.setrlimit(getattr(resource, sys.argv[1]), (used + 2**30, resource.RLIM_INFINITY))
 got = [paged.generate(**inputs, max_new_tokens=12, num_beams=beams) for beams in (1, 2)]
-(group,) = binding.pools_under(paged)[0].groups.values()
+(group,) = registry.pools_under(paged)[0].groups.values()
 reserved = sum(layer.key_cache.nbytes + layer.value_cache.nbytes for layer in group.layers.values())
 budget = group.budget_blocks * sum(layer.block_bytes for layer in group.layers.values())
 stats = hf_paged.stats(paged)
@@ -182,7 +184,7 @@ print(all(map(torch.equal, expected, got)), stats.page_reads > 0, budget, reserv
 def test_a_process_with_a_resource_limit(name, used):
     """The pool reserved as much address space as the machine has memory, and could not be made."""
     command = [sys.executable, "-c", LIMITED, name, used]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     are_equal, are_read, budget, reserved = done.stdout.split()
     assert (are_equal, are_read) == ("True", "True")

@@ -5,20 +5,21 @@ import time
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS, pair
-from parity import assert_rows_equal
-from test_concurrent_calls import in_threads
 
 import hf_paged
-from hf_paged import binding, reservation
 from hf_paged.errors import OutOfBlocksError
+from hf_paged.memory import reservation
+from hf_paged.models import registry
+from support import zoo
+from support.packing import LENGTHS, pair
+from support.parity import assert_rows_equal
+from support.threads import in_threads
 
 BEAMS = {"num_beams": 3, "num_return_sequences": 2}
 
 
 def only_group(model):
-    (group,) = binding.pools_under(model)[0].groups.values()
+    (group,) = registry.pools_under(model)[0].groups.values()
     return group
 
 
@@ -128,7 +129,7 @@ def test_nobody_waits_for_a_call_that_makes_no_progress(models, monkeypatch):
 
 def test_what_a_call_frees_stays_promised_to_it(models):
     _, paged = models
-    pool, group = binding.pools_under(paged)[0], only_group(paged)
+    pool, group = registry.pools_under(paged)[0], only_group(paged)
     with reservation.reserve(pool, {group: 20}):
         with pool.lock, reservation.keeping(group):
             mine = group.allocate(18)
@@ -141,7 +142,7 @@ def test_what_a_call_frees_stays_promised_to_it(models):
 def test_a_row_waits_for_the_cache_of_a_call_that_has_just_ended(models, monkeypatch):
     _, paged = models
     monkeypatch.setattr(reservation, "_LINGER", 30)
-    pool, group = binding.pools_under(paged)[0], only_group(paged)
+    pool, group = registry.pools_under(paged)[0], only_group(paged)
     with reservation.reserve(pool, {group: 20}), pool.lock:
         mine = group.allocate(20)
     threading.Timer(0.2, lambda: group.blocks.give_back(mine)).start()
@@ -152,7 +153,7 @@ def test_a_row_waits_for_the_cache_of_a_call_that_has_just_ended(models, monkeyp
 
 def test_others_cannot_allocate_what_is_reserved(models):
     _, paged = models
-    pool, group = binding.pools_under(paged)[0], only_group(paged)
+    pool, group = registry.pools_under(paged)[0], only_group(paged)
     with reservation.reserve(pool, {group: 20}):
         with pytest.raises(OutOfBlocksError, match="4 are free"):
             group.blocks.allocate(5)

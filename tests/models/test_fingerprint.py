@@ -10,11 +10,8 @@ import numpy
 import peft
 import pytest
 import torch
-import zoo
 from accelerate import dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
-from packing import LENGTHS
-from test_prefix_calls import found, own_pair, prompts
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
@@ -23,7 +20,10 @@ from transformers.activations import ReLUSquaredActivation
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 import hf_paged
-from hf_paged.fingerprint import fingerprint, identify
+from hf_paged.models.fingerprint import fingerprint, identify
+from support import zoo
+from support.packing import LENGTHS
+from support.prefixes import found, own_pair, prompts
 
 INPUTS = prompts([30])
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(0))

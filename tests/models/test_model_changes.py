@@ -4,13 +4,14 @@ import weakref
 
 import pytest
 import torch
-import zoo
-from packing import BLOCK, LENGTHS
 from transformers import DynamicCache
 
 import hf_paged
-from hf_paged import PagedConfig, binding
-from hf_paged.integrations import generate
+from hf_paged import PagedConfig
+from hf_paged.integrations.transformers import generate
+from hf_paged.models import registry
+from support import zoo
+from support.packing import BLOCK, LENGTHS
 
 MODES = {"greedy": {}, "sample": {"do_sample": True}, "beams": {"num_beams": 3, "num_return_sequences": 2}}
 
@@ -39,7 +40,7 @@ def test_a_cast_model_is_packed_in_its_new_dtype_at_once(mode):
         stats = hf_paged.stats(models[1])
         assert stats.packed_calls == number * (1 if mode == "beams" else 2)
         assert not stats.fallbacks and not stats.gathers
-        assert {key.dtype for key in binding.pools_under(models[1])[0].groups} == {dtype}
+        assert {key.dtype for key in registry.pools_under(models[1])[0].groups} == {dtype}
 
 
 @pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16], ids=["half", "bfloat16"])
@@ -55,7 +56,7 @@ def test_narrow_dtypes_are_packed_too(cast):
 def test_the_memory_of_the_old_dtype_goes_and_the_statistics_stay():
     model = fresh_pair()[1]
     both([model])
-    old, reads = weakref.ref(binding.pools_under(model)[0]), hf_paged.stats(model).page_reads
+    old, reads = weakref.ref(registry.pools_under(model)[0]), hf_paged.stats(model).page_reads
     model.double()
     both([model], num_beams=2)
     assert old() is None
@@ -135,7 +136,7 @@ def test_pages_of_another_dtype_do_not_hinder_the_first_packed_call():
     assert torch.equal(*both(models))
     stats = hf_paged.stats(models[1])
     assert stats.packed_calls == 1 and not stats.fallbacks and stats.page_reads > 0
-    assert [key.dtype for key in binding.pools_under(models[1])[0].groups] == [torch.float32]
+    assert [key.dtype for key in registry.pools_under(models[1])[0].groups] == [torch.float32]
 
 
 def test_a_forward_after_a_cast_makes_a_new_pool():
@@ -144,7 +145,7 @@ def test_a_forward_after_a_cast_makes_a_new_pool():
     cache = DynamicCache(config=model.double().config)
     with torch.no_grad():
         model(zoo.prompts([9])["input_ids"], past_key_values=cache)
-    assert [key.dtype for key in binding.pools_under(model)[0].groups] == [torch.float64]
+    assert [key.dtype for key in registry.pools_under(model)[0].groups] == [torch.float64]
 
 
 def test_no_step_is_run_in_vain_after_a_cast(rows):
@@ -210,7 +211,7 @@ def test_a_model_that_stays_refused_is_tried_ever_less(monkeypatch):
     calls = []
     for number in range(60):
         calls.append(number)
-        binding.engine_of(model, lambda model: generate._make_engine(model, model.device))
+        registry.engine_of(model, lambda model: generate._make_engine(model, model.device))
     assert trials == [9, 26, 59]
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-import zoo
-from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 import hf_paged
-from hf_paged import step
+from hf_paged.cache import append_step
+from support import zoo
+from support.multimodal import whisper
 
 MODES = {
     "greedy": {},
@@ -47,8 +47,8 @@ def test_cross_attention_is_stored_once_for_all_beams(monkeypatch):
     model = zoo.build_encoder_decoder("bart", "paged")
     hf_paged.configure(model, hf_paged.PagedConfig(block_size=4))
     written = []
-    write_kv = step.ops.write_kv
-    monkeypatch.setattr(step.ops, "write_kv", lambda *args: (written.append(len(args[4])), write_kv(*args))[1])
+    write_kv = append_step.ops.write_kv
+    monkeypatch.setattr(append_step.ops, "write_kv", lambda *args: (written.append(len(args[4])), write_kv(*args))[1])
     inputs = zoo.prompts([11])
     output = model.generate(**inputs, num_beams=4, max_new_tokens=6, min_new_tokens=6, return_dict_in_generate=True)
     assert written.count(11) == model.config.decoder_layers, "keys and values of the encoder were written again"
@@ -75,30 +75,6 @@ def test_keys_read_outside_a_forward_are_plain_tensors():
         assert type(paged.keys) is torch.Tensor
         torch.testing.assert_close(dense.keys, paged.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(dense.values, paged.values, atol=1e-4, rtol=1e-4)
-
-
-def whisper(implementation: str):
-    """A tiny Whisper with a generation config that knows timestamps and alignment heads."""
-    torch.manual_seed(0)
-    sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
-    config = WhisperConfig(
-        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()},
-        **{"vocab_size": 157, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 30, "init_std": 0.4},
-        **{"max_target_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-        **{"decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppress_tokens": None},
-    )
-    model = WhisperForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
-    for name, value in {
-        "no_timestamps_token_id": 96,
-        "is_multilingual": False,
-        "alignment_heads": [[0, 1], [1, 2]],
-        "max_initial_timestamp_index": 20,
-        "suppress_tokens": [],
-        "begin_suppress_tokens": [],
-        "return_timestamps": True,
-    }.items():
-        setattr(model.generation_config, name, value)
-    return model
 
 
 def transcribe(model, frames: int, **options):

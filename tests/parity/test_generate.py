@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-import zoo
-from parity import PageReads, assert_generates_equal, assert_rows_equal
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList, TextIteratorStreamer
 
 import hf_paged
+from support import zoo
+from support.parity import PageReads, assert_generates_equal, assert_rows_equal
 
 every_model = pytest.mark.parametrize("models", zoo.NAMES, indirect=True)
 RAGGED = [13, 4, 9]

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-import zoo
-from parity import assert_generates_equal
 
 import hf_paged
-from hf_paged import attention, call, padding
-from hf_paged.integrations import generate
+from hf_paged.attention import paged_attention
+from hf_paged.cache import padding
+from hf_paged.generation import generate_call as call
+from hf_paged.integrations.transformers import generate
 from hf_paged.reasons import Reason
+from support import zoo
+from support.parity import assert_generates_equal
 
 _READ = ("key_cache", "value_cache", "block_tables", "context_lens", "cu_seqlens_q", "scale")
 _OPTIONS = ("window", "softcap", "sinks")
@@ -62,7 +64,7 @@ def loop(request):
 def test_a_wrong_kernel_call_is_seen(name, mutate, loop, monkeypatch):
     check(name, loop)
     for op, names in _ARGUMENTS.items():
-        monkeypatch.setattr(attention.ops, op, mutated(getattr(attention.ops, op), names, mutate))
+        monkeypatch.setattr(paged_attention.ops, op, mutated(getattr(paged_attention.ops, op), names, mutate))
     with pytest.raises(AssertionError):
         check(name, loop)
 
@@ -78,7 +80,7 @@ def mutated(op, names, mutate):
 
 def test_a_stored_pad_is_seen(loop, monkeypatch):
     check("llama", loop)
-    record, init = padding.Padding.record, call.Call.__init__
+    record, init = padding.Padding.record, call.GenerateCall.__init__
 
     def one_less(mask):
         mask = mask.clone()
@@ -91,7 +93,7 @@ def test_a_stored_pad_is_seen(loop, monkeypatch):
         lambda self, mask, *rest: record(self, mask if mask is None else one_less(mask), *rest),
     )
     monkeypatch.setattr(
-        call.Call,
+        call.GenerateCall,
         "__init__",
         lambda self, ids, valid, *rest, **options: init(self, ids, one_less(valid), *rest, **options),
     )
@@ -100,7 +102,7 @@ def test_a_stored_pad_is_seen(loop, monkeypatch):
 
 
 def test_plain_sdpa_in_disguise_is_seen(loop, monkeypatch):
-    monkeypatch.setattr(attention, "_obstacle", lambda *args: Reason.OTHER_FORWARD)
+    monkeypatch.setattr(paged_attention, "_obstacle", lambda *args: Reason.OTHER_FORWARD)
     monkeypatch.setattr(generate, "_why_not_this_call", lambda *args: Reason.OTHER_FORWARD)
     with pytest.raises(AssertionError, match="sdpa in disguise"):
         check("llama", loop)

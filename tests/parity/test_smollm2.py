@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from parity import PageReads, assert_rows_equal
 
 import hf_paged
-from hf_paged.smollm2 import load_model, load_tokenizer
+from hf_paged.cli.demo_model import load_model, load_tokenizer
+from support.parity import PageReads, assert_rows_equal
 
 QUESTIONS = [
     "What is the capital of France?",

@@ -3,10 +3,6 @@
 import pytest
 import torch
 from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     MllamaConfig,
     MllamaForConditionalGeneration,
     Qwen2VLConfig,
@@ -14,48 +10,13 @@ from transformers import (
 )
 
 import hf_paged
+from support.multimodal import IMAGE, TEXT, image_prompt, llava
 
-_TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.4,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-IMAGE = 98
 MODES = {
     "greedy": {},
     "beams": {"num_beams": 3},
     "sample": {"do_sample": True, "num_return_sequences": 2},
 }
-
-
-def prompt() -> dict[str, torch.Tensor]:
-    """Two prompts with an image each, the second left-padded."""
-    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    ids[1, :3] = mask[1, :3] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def llava():
-    vision = CLIPVisionConfig(
-        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-        **{"image_size": 8, "patch_size": 4, "projection_dim": 32},
-    )
-    features = {"vision_feature_select_strategy": "default", "vision_feature_layer": -1}
-    config = LlavaConfig(
-        text_config=LlamaConfig(**_TEXT), vision_config=vision, image_token_index=IMAGE, image_seq_length=4, **features
-    )
-    inputs = prompt()
-    inputs["input_ids"][:, 4:8] = IMAGE
-    return LlavaForConditionalGeneration, config, {**inputs, "pixel_values": torch.randn(2, 3, 8, 8)}
 
 
 def qwen2_vl():
@@ -65,8 +26,8 @@ def qwen2_vl():
         **{"spatial_merge_size": 2, "temporal_patch_size": 2},
     }
     tokens = {"image_token_id": IMAGE, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95}
-    config = Qwen2VLConfig(text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **tokens)
-    inputs = prompt()
+    config = Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **tokens)
+    inputs = image_prompt()
     inputs["input_ids"][:, 3], inputs["input_ids"][:, 4:8] = 96, IMAGE
     images = {"pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
     kinds = (inputs["input_ids"] == IMAGE).int()
@@ -75,7 +36,7 @@ def qwen2_vl():
 
 def mllama():
     """Cross-attention layers that keep the image in the same cache as the text."""
-    text = {**_TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    text = {**TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
     vision = {
         **{"hidden_size": 16, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2},
@@ -83,7 +44,7 @@ def mllama():
         **{"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
     }
     config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
-    inputs = prompt()
+    inputs = image_prompt()
     inputs["input_ids"][:, 4] = IMAGE
     images = {
         "pixel_values": torch.randn(2, 1, 1, 3, 8, 8),

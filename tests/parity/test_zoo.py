@@ -1,14 +1,13 @@
 """Every kind of architecture: the tokens of dense in every mode dense supports, out of pages or through gathers."""
 
-import functools
-
 import pytest
 import torch
-import zoo
-from parity import assert_rows_equal
 
 import hf_paged
 from hf_paged.evals.tiny import tiny_config, tiny_model
+from support import zoo
+from support.architectures import models
+from support.parity import assert_rows_equal
 
 PAGES = [
     *("llama", "qwen2", "qwen3", "smollm3", "mistral", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text"),
@@ -19,10 +18,6 @@ GATHERS = [
     *("deepseek_v3", "bloom", "diffllama", "jetmoe", "doge", "llama4_text", "gpt_neox_japanese", "moshi"),
 ]
 OWN = ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text", "falcon_h1", "mamba", "recurrent_gemma"]
-_OVERRIDES = {
-    "gemma2": {"attn_logit_softcapping": 0.7, "query_pre_attn_scalar": 5},  # Low enough to matter.
-    "gemma3_text": {"query_pre_attn_scalar": 5},
-}
 MODES = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
@@ -30,12 +25,6 @@ MODES = {
     "chunked": {"prefill_chunk_size": 4},
     "assisted": {"prompt_lookup_num_tokens": 3},
 }
-
-
-@functools.cache
-def models(name: str):
-    config = {"gemma2": "eager", "gpt_oss": "eager"}.get(name)
-    return tuple(tiny_model(tiny_config(name, **_OVERRIDES.get(name, {})), kind) for kind in (config, "paged"))
 
 
 def outcome(model, inputs, options):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_paged.vocabulary import draw, likeliest
+from hf_paged.sampling.categorical import draw, likeliest
 
 VOCABULARIES = [1, 6, 97, 256, 300, 640, 1000]
 

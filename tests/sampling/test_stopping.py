@@ -9,7 +9,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 from transformers.generation import stopping_criteria as upstream
 
 import hf_paged
-from hf_paged.endings import Endings
+from hf_paged.sampling.stopping import StoppingRules
 
 CRITERIA = {
     "none": [],
@@ -28,12 +28,12 @@ def test_rows_end_as_the_criteria_say(name):
     for length in (1, 11, 12, 13, 14, 20):
         rows = torch.randint(0, 9, (40, length), generator=generator)
         expected = StoppingCriteriaList(criteria)(rows, None).tolist()
-        assert Endings(criteria).over(rows[:, -1].tolist(), [length] * 40) == expected
+        assert StoppingRules(criteria).over(rows[:, -1].tolist(), [length] * 40) == expected
 
 
 def test_a_cancelled_row_ends():
     cancellation = hf_paged.Cancellation()
-    endings = Endings([cancellation])
+    endings = StoppingRules([cancellation])
     assert endings.over([1, 2], [5, 6]) == [False, False]
     cancellation.cancel()
     assert endings.over([1, 2], [5, 6]) == [True, True]
@@ -42,7 +42,7 @@ def test_a_cancelled_row_ends():
 def test_rows_past_the_model_s_length_are_warned_of(monkeypatch):
     warned = []
     monkeypatch.setattr(upstream.logger, "warning_once", warned.append)
-    endings = Endings([MaxLengthCriteria(30, max_position_embeddings=20)])
+    endings = StoppingRules([MaxLengthCriteria(30, max_position_embeddings=20)])
     assert endings.over([1], [20]) == [False] and not warned
     assert endings.over([1], [21]) == [False] and "maximum length (20)" in warned[0]
 
@@ -52,4 +52,4 @@ def test_other_criteria_are_not_for_numbers():
         pass
 
     for kind in (StopStringCriteria, Mine):
-        assert not Endings.KINDS.issuperset({kind})
+        assert not StoppingRules.KINDS.issuperset({kind})

@@ -11,8 +11,8 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from hf_paged.recipe import Recipe
-from hf_paged.shortlist import process, shortlist
+from hf_paged.sampling.sampler import Sampler
+from hf_paged.sampling.top_k import process, shortlist
 
 VOCAB = 2000
 AFTER = {
@@ -73,7 +73,7 @@ def test_what_needs_the_whole_vocabulary_gets_it(processors):
 
 def test_draws_from_a_shortlist_follow_the_scores():
     torch.manual_seed(1)
-    recipe = Recipe.of([TemperatureLogitsWarper(0.7), TopKLogitsWarper(5)], True, torch.device("cpu"))
+    recipe = Sampler.of([TemperatureLogitsWarper(0.7), TopKLogitsWarper(5)], True, torch.device("cpu"))
     logits = torch.randn(1, VOCAB)
     found = recipe.choose(logits.expand(4000, -1)).bincount(minlength=VOCAB) / 4000
     expected = TopKLogitsWarper(5)(None, logits / 0.7).softmax(-1)[0]

@@ -4,47 +4,13 @@ import contextvars
 import threading
 
 import pytest
-from fake_groups import FakeGroup
 from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_paged
-from hf_paged.request import Request, State
-from hf_paged.salt import current_salt
-from hf_paged.scheduler import Scheduler
-
-
-class Rows:
-    """A scheduler over fake groups with blocks of 4 tokens, and rows that run through it."""
-
-    def __init__(self, *groups, budget=64):
-        self.groups, self.scheduler = groups, Scheduler(groups, budget)
-        self.prefix = self.scheduler.prefix
-        self.prefix.use(b"model")
-
-    def arrive(self, tokens, salt=""):
-        request = Request(list(tokens), [group.blocks for group in self.groups])
-        request.salt = salt
-        self.scheduler.add(request)
-        return request
-
-    def step(self):
-        """Chunks of one step as (row, start, end); rows that are sampled are finished."""
-        step = self.scheduler.schedule()
-        self.scheduler.done(step)
-        for chunk in step.chunks:
-            if chunk.samples:
-                self.scheduler.remove(chunk.request)
-        self.prefix.check_integrity()
-        return [(chunk.request, chunk.start, chunk.end) for chunk in step.chunks]
-
-    def run(self, tokens, salt=""):
-        """Run one row to its end; how many of its tokens were found."""
-        self.arrive(tokens, salt)
-        [(_, start, end), *_] = self.step()
-        while end < len(tokens):
-            [(_, _, end)] = self.step()
-        return start
+from hf_paged.scheduling.cache_salt import current_salt
+from hf_paged.scheduling.request import Request, State
+from support.fake_groups import FakeGroup, Rows
 
 
 def test_full_blocks_are_found_and_the_last_token_is_always_run():

@@ -1,11 +1,11 @@
 """Scheduler: its promises one by one. `test_scheduler_fuzz.py` drives it at random."""
 
 import pytest
-from fake_groups import FakeGroup
 
 from hf_paged.errors import OutOfBlocksError
-from hf_paged.request import Request, State
-from hf_paged.scheduler import Scheduler
+from hf_paged.scheduling.request import Request, State
+from hf_paged.scheduling.scheduler import Scheduler
+from support.fake_groups import FakeGroup
 
 
 def make(*groups, budget=64):

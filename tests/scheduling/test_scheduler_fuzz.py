@@ -2,15 +2,15 @@
 
 import itertools
 
-from fake_groups import FakeGroup
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from known_blocks import KnownBlocks
 
 from hf_paged.errors import OutOfBlocksError
-from hf_paged.request import Request, State
-from hf_paged.scheduler import Scheduler
+from hf_paged.scheduling.request import Request, State
+from hf_paged.scheduling.scheduler import Scheduler
+from support.fake_groups import FakeGroup
+from support.known_blocks import KnownBlocks
 
 between_steps = precondition(lambda self: self.step is None)
 within_a_step = precondition(lambda self: self.step is not None)

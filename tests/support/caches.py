@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import zoo
 from transformers import DynamicCache
 
 import hf_paged
+from support import zoo
 
 MODELS = ["llama", "mistral", "gemma3_text"]  # Full attention, a window in every layer, both.
 every_cache = pytest.mark.parametrize("models", MODELS, indirect=True)

@@ -1,7 +1,9 @@
 """Attention groups without tensors, for tests of the scheduler."""
 
 from hf_paged.errors import OutOfBlocksError
-from hf_paged.pool import BlockPool
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.scheduling.request import Request
+from hf_paged.scheduling.scheduler import Scheduler
 
 
 class WatchedPool(BlockPool):
@@ -21,7 +23,7 @@ class WatchedPool(BlockPool):
 
 
 class FakeGroup:
-    """Blocks of 4 tokens, as a rule; past the budget the pool grows up to `capacity` as `GroupPool` does."""
+    """Blocks of 4 tokens, as a rule; past the budget the pool grows up to `capacity` as `KVCacheGroup` does."""
 
     def __init__(self, num_blocks, window=None, capacity=0, block_size=4):
         self.blocks, self.window = WatchedPool(num_blocks, block_size), window
@@ -35,3 +37,36 @@ class FakeGroup:
                 raise
             self.blocks.grow(num_blocks - error.free)
             return self.blocks.allocate(num_blocks)
+
+
+class Rows:
+    """A scheduler over fake groups with blocks of 4 tokens, and rows that run through it."""
+
+    def __init__(self, *groups, budget=64):
+        self.groups, self.scheduler = groups, Scheduler(groups, budget)
+        self.prefix = self.scheduler.prefix
+        self.prefix.use(b"model")
+
+    def arrive(self, tokens, salt=""):
+        request = Request(list(tokens), [group.blocks for group in self.groups])
+        request.salt = salt
+        self.scheduler.add(request)
+        return request
+
+    def step(self):
+        """Chunks of one step as (row, start, end); rows that are sampled are finished."""
+        step = self.scheduler.schedule()
+        self.scheduler.done(step)
+        for chunk in step.chunks:
+            if chunk.samples:
+                self.scheduler.remove(chunk.request)
+        self.prefix.check_integrity()
+        return [(chunk.request, chunk.start, chunk.end) for chunk in step.chunks]
+
+    def run(self, tokens, salt=""):
+        """Run one row to its end; how many of its tokens were found."""
+        self.arrive(tokens, salt)
+        [(_, start, end), *_] = self.step()
+        while end < len(tokens):
+            [(_, _, end)] = self.step()
+        return start

@@ -4,10 +4,10 @@ import contextlib
 
 import torch
 
-from hf_paged.kernels import gather_sdpa, ops, reference
-from hf_paged.kernels.cpu import native
+from hf_paged.kernels import ops, reference, torch_sdpa
+from hf_paged.kernels.cpu import loader
 
-ISAS = native.isas() if native.load() else ()
+ISAS = loader.isas() if loader.load() else ()
 IMPLEMENTATIONS = ["gather_sdpa", *ISAS]
 HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # Of a number between 1 and 2.
 
@@ -16,14 +16,28 @@ HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # Of a number bet
 def implementation(name: str):
     """The op layer, on torch or on the C++ kernels of one instruction set."""
     if name == "gather_sdpa":
-        yield gather_sdpa
+        yield torch_sdpa
         return
-    before = native.isa()
-    native.use_isa(name)
+    before = loader.isa()
+    loader.use_isa(name)
     try:
         yield ops
     finally:
-        native.use_isa(before)
+        loader.use_isa(before)
+
+
+# (context, queries) of each row: decode, blocks' edges, prefill with and without a past, empty rows.
+BATCHES = {
+    "decode": [(1, 1), (15, 1), (16, 1), (17, 1), (50, 1)],
+    "decode_even": [(32, 1), (32, 1)],
+    "prefill": [(33, 33), (33, 33)],
+    "chunk": [(37, 5), (5, 5), (20, 5)],
+    "mixed": [(1, 1), (40, 9), (0, 0), (17, 17), (31, 1)],
+    "empty_row": [(0, 1), (9, 1), (0, 3), (2, 4)],
+    "no_rows": [],
+}
+HEADS = [(4, 4), (8, 2), (5, 1), (9, 3)]
+OPTIONS = [{}, {"window": 7}, {"softcap": 0.5}, {"sinks": True}, {"window": 5, "softcap": 2.0, "sinks": True}]
 
 
 def make_pages(batch, heads, block_size, dtype, key_dim=16, value_dim=16, seed=0):

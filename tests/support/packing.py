@@ -1,11 +1,11 @@
 """Pairs of models whose paged half runs packed steps of a few tokens, and how they are compared."""
 
 import torch
-import zoo
-from parity import assert_rows_equal
 
 import hf_paged
 from hf_paged import PagedConfig
+from support import zoo
+from support.parity import assert_rows_equal
 
 LENGTHS = {"max_new_tokens": 20, "pad_token_id": 0}
 SAMPLE = {"do_sample": True, "top_k": 30, "temperature": 1.2}

@@ -3,11 +3,11 @@
 import threading
 import time
 
-import texts
-from packing import pair
 from transformers import pipeline
 
 import hf_paged
+from support import texts
+from support.packing import pair
 
 LENGTHS = {"max_new_tokens": 12, "do_sample": False}
 

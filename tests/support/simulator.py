@@ -1,7 +1,7 @@
 """A seeded simulator of calls on one pool, under faults. Everything of a run follows from its seed.
 
-    python tests/simulator.py [--seeds 1000] [--first 0]     # counts: runs, faults fired, wrong, leaks
-    python tests/simulator.py --seed 123                     # one run again, with its plan
+    PYTHONPATH=tests python -m support.simulator [--seeds 1000] [--first 0]  # counts: runs, faults fired, wrong, leaks
+    PYTHONPATH=tests python -m support.simulator --seed 123                   # one run again, with its plan
 
 Real calls run on the real engine, scheduler and pool, in threads of which one runs at a time: at every section and
 every sleep the seed says which goes on. The model and the clock are fakes. The model stores a vector of small
@@ -27,19 +27,19 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from interrupts import Interrupt, InterruptedAt
 from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from hf_paged import engine as engine_module
-from hf_paged import reservation
-from hf_paged.call import Call
+from hf_paged.cache.batch_state import BatchState
 from hf_paged.config import PagedConfig
-from hf_paged.engine import Engine, Seat
 from hf_paged.errors import OutOfBlocksError
-from hf_paged.kv_pool import GroupKey, KVPool
-from hf_paged.packed import packed_mask
-from hf_paged.sequences import Sequences
+from hf_paged.execution.packed_cache import packed_mask
+from hf_paged.generation import engine as engine_module
+from hf_paged.generation.engine import CallState, Engine
+from hf_paged.generation.generate_call import GenerateCall
+from hf_paged.memory import reservation
+from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
+from support.interrupts import Interrupt, InterruptedAt
 
 VOCAB, END, DIM = 61, 1, 8
 BLOCK_SIZE = 4
@@ -201,7 +201,7 @@ class Baton:
 def simulated(baton: Baton):
     """Seat and engine whose every wait is the baton's."""
 
-    class SimulatedSeat(Seat):
+    class SimulatedSeat(CallState):
         def sleep(self, seconds):
             until = float("inf") if seconds is None else baton.now + seconds
             baton.give_up(lambda: not self.mail.empty() or baton.now >= until)
@@ -287,7 +287,7 @@ class Run:
         clock = SimpleNamespace(monotonic=self.baton.monotonic, sleep=self.baton.sleep, time=self.baton.monotonic)
         with contextlib.ExitStack() as patches:
             for module, name, value in (
-                (engine_module, "Seat", seat),
+                (engine_module, "CallState", seat),
                 (engine_module, "time", clock),
                 (engine_module, "identify", FakeIdentity),
                 (reservation, "time", clock),
@@ -315,7 +315,7 @@ class Run:
                 block_size=BLOCK_SIZE, memory_budget=self.plan.blocks * block_bytes, token_budget=self.plan.token_budget
             )
         )
-        key = GroupKey(None, torch.float32, states.device)
+        key = KVCacheSpec(None, torch.float32, states.device)
         self.group = self.pool.group(key, states, states, num_layers=2)
         for index in range(2):
             self.group.layer(index, states, states)
@@ -383,7 +383,7 @@ class Run:
         config = GenerationConfig(do_sample=False, max_length=width + new_tokens)
         config._pad_token_tensor = torch.tensor(0)
         criteria = StoppingCriteriaList([MaxLengthCriteria(config.max_length), EosTokenCriteria(END)])
-        call = Call(ids, valid, [], criteria, config, None, self.engine.block_pools)
+        call = GenerateCall(ids, valid, [], criteria, config, None, self.engine.block_pools)
         output = self.engine.run(self.model, call).tolist()
         rows = [row[width - len(prompt) :] for row, prompt in zip(output, prompts)]
         wanted = [reference(prompt, len(prompt) + new_tokens, before[0]) for prompt in prompts]
@@ -401,7 +401,7 @@ class Run:
         """Appends, copies, reorders and crops as beams do, and reads back what it has stored."""
         chance = random.Random(planned.salt)
         rows = [list(planned.prompts[0])] * len(planned.prompts)
-        sequences = Sequences()
+        sequences = BatchState()
         sequences.num_layers = 2
         needs = {self.group: len(rows) * (-(-(len(rows[0]) + planned.new_tokens) // BLOCK_SIZE) + 1)}
         with reservation.reserve(self.pool, needs):
@@ -427,7 +427,7 @@ class Run:
                     assert torch.equal(stored, want), "a cache reads what it has not stored"
         return rows
 
-    def _append(self, sequences: Sequences, rows: list[list[int]], start: int) -> None:
+    def _append(self, sequences: BatchState, rows: list[list[int]], start: int) -> None:
         self.baton.give_up()
         states = torch.stack([vectors(torch.tensor(row[start:]), 0) for row in rows])[:, None]
         for layer in range(2):
@@ -515,6 +515,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    import conftest  # noqa: F401  (unused slots hold NaN)
+    from support.pools import poison_new_slots
+
+    poison_new_slots()
 
     sys.exit(main())

@@ -6,20 +6,19 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil
 import torch
 
-from hf_paged.kernels.cpu import native
+from hf_paged import __version__
+from hf_paged.cli.doctor.gpu_check import check_gpu
+from hf_paged.cli.doctor.machine import gpu_driver, gpus, vector_units
+from hf_paged.cli.plan.report import size
+from hf_paged.config import DEFAULT_SHARE, PagedConfig
+from hf_paged.errors import PagedError
+from hf_paged.integrations import autoload
+from hf_paged.integrations.transformers.hooks import NAME, TESTED_TRANSFORMERS, enable
+from hf_paged.kernels.cpu import loader
 from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
-from hf_paged.kernels.triton import gpu
-
-from . import __version__
-from .config import DEFAULT_SHARE, PagedConfig
-from .errors import PagedError
-from .gpu_check import check_gpu
-from .integrations import autoload
-from .integrations.hooks import NAME, TESTED_TRANSFORMERS, enable
-from .limits import memory_limits
-from .machine import gpu_driver, gpus, vector_units
-from .plan_report import size
-from .selfcheck import check_paged
+from hf_paged.kernels.triton import dispatch
+from hf_paged.memory.limits import memory_limits
+from hf_paged.self_check import check_paged
 
 Line = tuple[str, str]  # A label and what there is to say.
 _TESTED = ",".join(sorted(map(str, TESTED_TRANSFORMERS), reverse=True))
@@ -61,7 +60,7 @@ def run_doctor() -> bool:
     passed = f"same tokens dense and paged; {counted.page_reads} page reads, {gathers} gathers, every block returned"
     _print("Check", [("a tiny llama", passed)])
     _print("What is used", kernel_state(bool(gpu_lines)))
-    if gpu_lines and gpu.state().available:
+    if gpu_lines and dispatch.state().available:
         try:
             _print("GPU kernels", _gpu_check())
         except Exception as error:  # As above.
@@ -74,7 +73,7 @@ def run_doctor() -> bool:
 
 def kernel_state(has_gpu: bool) -> list[Line]:
     """Which code attends on which device, and what is there but not used."""
-    kernels = native.state()
+    kernels = loader.state()
     if kernels.available:
         cpu = f"C++ kernels for {kernels.isa} read the pages in place (float32, bfloat16, float16)"
     else:
@@ -82,7 +81,7 @@ def kernel_state(has_gpu: bool) -> list[Line]:
         cpu = f"plain torch, several times slower: gathers the blocks of a layer, then SDPA. No C++ kernels: {reason}"
     if not has_gpu:
         on_gpu = "nothing: torch sees no GPU"
-    elif (triton := gpu.state()).available:
+    elif (triton := dispatch.state()).available:
         on_gpu = "Triton kernels read the pages in place (float32, bfloat16, float16)"
     else:
         on_gpu = f"plain torch: gathers the blocks of a layer, then SDPA. No Triton kernels: {triton.reason}"

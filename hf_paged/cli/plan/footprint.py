@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import logging
 
-from .errors import PagedError
-from .integrations.hooks import NAME
-from .layer import PagedLayerMixin
-from .smollm2 import load_config
+from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cli.demo_model import load_config
+from hf_paged.errors import PagedError
+from hf_paged.integrations.transformers.hooks import NAME
 
 DEMO = "demo"
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .config import DEFAULT_SHARE
-from .footprint import Footprint, GroupFootprint
+from hf_paged.cli.plan.footprint import Footprint, GroupFootprint
+from hf_paged.config import DEFAULT_SHARE
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MIB = 2**20

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from .config import DEFAULT_SHARE, PagedConfig, allowed_budget, available_memory, parse_bytes, physical_memory
-from .footprint import Footprint, footprint, read_config
-from .plan import BLOCK_SIZES, Memory, Plan, remedies
+from hf_paged.cli.plan.footprint import Footprint, footprint, read_config
+from hf_paged.cli.plan.plan import BLOCK_SIZES, Memory, Plan, remedies
+from hf_paged.config import DEFAULT_SHARE, PagedConfig, allowed_budget, available_memory, parse_bytes, physical_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

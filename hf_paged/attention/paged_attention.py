@@ -8,17 +8,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import _active_collector
 
+from hf_paged.cache.append_step import Reads
+from hf_paged.cache.cross_attention import StoredStates, stored_obstacle, stored_reads
+from hf_paged.cache.lazy_tensors import PagedMask, PagedStates
+from hf_paged.errors import UnsupportedError
+from hf_paged.execution.packed_cache import ARGUMENT, NotPackableError, is_packed_mask
 from hf_paged.kernels import ops
-
-from . import binding
-from .errors import UnsupportedError
-from .handle import PagedMask, PagedStates
-from .kv_pool import KVPool
-from .packed import ARGUMENT, NotPackableError, is_packed_mask
-from .reasons import Reason, Why
-from .step import Reads
-from .storage import KVStorage
-from .stored import StoredStates, stored_obstacle, stored_reads
+from hf_paged.memory.kv_pool import KVPool
+from hf_paged.memory.kv_storage import KVStorage
+from hf_paged.models import forward_context
+from hf_paged.reasons import Reason, Why
 
 # Every argument that a model of transformers 5.23 hands to its attention function and that the paths
 # below, or the sdpa and eager functions they call, take into account or may ignore as those do.
@@ -131,7 +130,7 @@ def _means_something(kind: type, name: str) -> bool:
     """
     if torch.compiler.is_compiling():
         return _is_named_by(kind, name)
-    call = binding.current_call()
+    call = forward_context.current_forward()
     return call is None or name not in call.inputs
 
 
@@ -188,7 +187,7 @@ def _wants_weights(kwargs: dict) -> bool:
 
 def _says_all_in_arguments() -> bool:
     """Whether the running model supports fused attention, and so hides nothing in its eager function."""
-    call = binding.current_call()
+    call = forward_context.current_forward()
     return call is not None and (call.model._supports_sdpa or call.model._supports_flash_attn)
 
 
@@ -220,7 +219,7 @@ def _read_pages(query, pool: KVPool, storage: KVStorage, reads: Reads, window, s
 def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over dense tensors, by the function the model would use without us."""
     mask = _chosen_by_indexer(module, query, key.shape[2], mask, kwargs)
-    call = binding.current_call()
+    call = forward_context.current_forward()
     fused = call is None or call.model._supports_sdpa
     extras = (kwargs.get(name) for name in ("softcap", "s_aux", "sinks"))
     wants_eager = not fused or _wants_weights(kwargs) or any(extra is not None for extra in extras)
