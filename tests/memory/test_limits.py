@@ -161,6 +161,8 @@ def test_amounts_are_exact():
 LIMITED = """
 import resource, sys
 import psutil, torch
+from support import zoo
+from hf_paged.models import registry
 import hf_paged
 
 
