@@ -16,8 +16,8 @@ from prompts import sharegpt_prompts
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged.integrations.serve import AsyncEngine
-from hf_paged.smollm2 import load_model, load_tokenizer
+from hf_paged.cli.demo_model import load_model, load_tokenizer
+from hf_paged.integrations.serving.async_engine import AsyncEngine
 
 
 async def stream(engine: AsyncEngine, prompt: list[int], options: dict) -> tuple[float, list[float]]:

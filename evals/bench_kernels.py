@@ -20,7 +20,7 @@ import torch
 from interleave import load_stream_read, machine, median, take_turns
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_paged.kernels import gather_sdpa, ops
+from hf_paged.kernels import ops, torch_sdpa
 
 SHAPES = {"9q/3kv/64": (9, 3, 64), "32q/8kv/128": (32, 8, 128), "4q/1kv/256": (4, 1, 256)}
 CASES = {"1x4096": [4096], "8x2048": [2048] * 8, "32x1024": [1024] * 32, "32xragged": None, "8x128": [128] * 8}
@@ -103,7 +103,7 @@ def decode(pools, stream_read, repeats):
     floor = median(reads) * pools.used_bytes / pools.bytes
     rows = pools.rows(16, 1)
     contenders = {"paged 16 again": kernels["paged 16"]}
-    contenders["gather"] = lambda turn: gather_sdpa.paged_attention(query, *pools.pages(turn, 16), *rows, scale)
+    contenders["gather"] = lambda turn: torch_sdpa.paged_attention(query, *pools.pages(turn, 16), *rows, scale)
     if len(set(pools.lengths)) == 1:
         contenders["dense"] = lambda turn: sdpa_attention_forward(module, dense_query, *pools.dense(turn), None)
     contenders["dense+mask"] = lambda turn: sdpa_attention_forward(module, dense_query, *pools.dense(turn), mask)
@@ -117,7 +117,7 @@ def prefill(pools, repeats):
     contenders = {}
     for size in (16, 64):
         rows = pools.rows(size, PREFILL_NEW)
-        for name, module in (("paged", ops), ("gather", gather_sdpa)):
+        for name, module in (("paged", ops), ("gather", torch_sdpa)):
             contenders[f"{name} {size}"] = lambda turn, size=size, rows=rows, module=module: module.paged_attention(
                 query, *pools.pages(turn, size), *rows, pools.head_dim**-0.5
             )

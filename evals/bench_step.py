@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged import binding
-from hf_paged.prepacked import PrepackedLinears
-from hf_paged.smollm2 import load_model
+from hf_paged.cli.demo_model import load_model
+from hf_paged.execution.prepacked_linear import PrepackedLinears
+from hf_paged.models import forward_context
 
 CASES = {"1x4096": (1, 4096), "8x2048": (8, 2048), "32x512": (32, 512), "32x1024": (32, 1024), "8x128": (8, 128)}
 
@@ -27,12 +27,12 @@ def filled_cache(model, batch: int, length: int) -> DynamicCache:
     config, cache = model.config, DynamicCache(config=model.config)
     shape = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
     key, value = (torch.randn(shape).to(model.dtype) for _ in range(2))
-    binding._enter(model.model, (), {})  # Pages are filled inside a model's call only.
+    forward_context._enter(model.model, (), {})  # Pages are filled inside a model's call only.
     try:
         for layer in range(config.num_hidden_layers):
             cache.update(key, value, layer)
     finally:
-        binding._leave(model.model, (), None)
+        forward_context._leave(model.model, (), None)
     return cache
 
 

@@ -13,8 +13,8 @@ from bench_step import stepper
 from interleave import machine, median, take_turns
 from transformers.utils import logging
 
-from hf_paged.fingerprint import identify
-from hf_paged.smollm2 import load_model
+from hf_paged.cli.demo_model import load_model
+from hf_paged.models.fingerprint import identify
 
 
 def main():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hf_paged.kernels.cpu import build, native
+from hf_paged.kernels.cpu import build, loader
 from hf_paged.kernels.cpu.compiler import find_compiler
 
 
@@ -18,7 +18,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     name = model[1] if model else platform.processor() or platform.machine()
-    state = native.state()
+    state = loader.state()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels: {state.isa or state.reason}"
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from interleave import machine
 from prompts import sharegpt_conversations
 
-from hf_paged.smollm2 import load_model, load_tokenizer
+from hf_paged.cli.demo_model import load_model, load_tokenizer
 
 _COMMON = """
 task: {name}

@@ -33,7 +33,7 @@ def measure(arguments) -> float:
     """MiB between the resident memory before `generate` and its peak."""
     import torch
 
-    from hf_paged.smollm2 import load_model
+    from hf_paged.cli.demo_model import load_model
 
     model = load_model(arguments.only)
     torch.manual_seed(0)

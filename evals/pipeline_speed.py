@@ -18,7 +18,7 @@ from transformers import pipeline
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged.smollm2 import load_model, load_tokenizer
+from hf_paged.cli.demo_model import load_model, load_tokenizer
 
 
 def contenders(models, tokenizer, batch_sizes, new_tokens):

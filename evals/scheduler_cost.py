@@ -11,11 +11,11 @@ from statistics import median
 
 import torch
 
-from hf_paged.packed import pack
-from hf_paged.pool import BlockPool
-from hf_paged.request import Request
-from hf_paged.scheduler import Scheduler
-from hf_paged.step_buffers import StepBuffers
+from hf_paged.execution.packed_cache import pack
+from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.scheduling.request import Request
+from hf_paged.scheduling.scheduler import Scheduler
 
 BLOCK_SIZE = 16
 

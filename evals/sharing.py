@@ -11,9 +11,9 @@ import torch
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged import binding
+from hf_paged.cli.demo_model import load_model, load_tokenizer
 from hf_paged.evals.prompts import sharegpt_prompts
-from hf_paged.smollm2 import load_model, load_tokenizer
+from hf_paged.models import registry
 
 JOBS = {
     "num_beams=4": {"num_beams": 4},
@@ -65,7 +65,7 @@ def blocks_without_sharing(model) -> int:
     """Blocks the live block tables would take if every entry were a block of its own."""
     return sum(
         len(table.blocks)
-        for pool in binding.pools_under(model)
+        for pool in registry.pools_under(model)
         for cache in pool.caches
         for key in pool.groups
         for table in cache.tables_in(key)

@@ -9,7 +9,7 @@ import torch
 from interleave import machine, median, take_turns
 from transformers.utils import logging
 
-from hf_paged.smollm2 import load_model
+from hf_paged.cli.demo_model import load_model
 
 
 def main():

@@ -16,7 +16,7 @@ from prompts import sharegpt_prompts
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged.smollm2 import load_model, load_tokenizer
+from hf_paged.cli.demo_model import load_model, load_tokenizer
 
 
 def main():

@@ -19,7 +19,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged.smollm2 import load_model, load_tokenizer
+from hf_paged.cli.demo_model import load_model, load_tokenizer
 
 
 def padded(tokenizer, prompts, batch: int, generate) -> list[list[int]]:

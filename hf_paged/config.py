@@ -7,7 +7,7 @@ from fractions import Fraction
 import torch
 from transformers.utils import logging
 
-from .limits import memory_limits
+from hf_paged.memory.limits import memory_limits
 
 logger = logging.get_logger(__name__)
 

@@ -10,9 +10,9 @@ do not serve, and every other device, runs in torch, which is the op ``<name>_to
 
 import torch
 
-from . import gather_sdpa
-from .cpu import native
-from .triton import gpu
+from hf_paged.kernels import torch_sdpa
+from hf_paged.kernels.cpu import loader
+from hf_paged.kernels.triton import dispatch
 
 _ROWS = "Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q"
 _OPTIONS = "float scale, int? window=None, float? softcap=None, Tensor? sinks=None"
@@ -28,7 +28,7 @@ _library = torch.library.Library("hf_paged", "DEF")
 
 def _define(name: str, schema: str) -> None:
     """Define an op and its twin in torch, which serves what no kernel does."""
-    in_torch = getattr(gather_sdpa, name)
+    in_torch = getattr(torch_sdpa, name)
     for op, kernel in ((name, _first_call(name, in_torch)), (f"{name}_torch", in_torch)):
         _library.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(op, kernel, "CompositeExplicitAutograd")
@@ -41,9 +41,9 @@ def _first_call(name: str, in_torch):
     def call(*arguments):
         # Arguments of all ops begin with tensors of the device in question.
         device = arguments[0].device.type
-        if device == "cpu" and native.load():
+        if device == "cpu" and loader.load():
             return getattr(torch.ops.hf_paged, name).default(*arguments)
-        kernel = gpu.find(name, arguments) if device == "cuda" else None
+        kernel = dispatch.find(name, arguments) if device == "cuda" else None
         return (kernel or in_torch)(*arguments)
 
     return call

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import zoo
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import hf_paged
 from hf_paged import PagedConfig
-from hf_paged.storage import KVStorage
+from hf_paged.memory.kv_storage import KVStorage
+from support import zoo
 
 
 def test_config_is_frozen_and_has_defaults():
@@ -68,10 +68,10 @@ def test_what_is_no_model_is_refused_in_words(call):
 
 @pytest.mark.parametrize("arguments", [["--new-tokens", "0"], ["--block-size", "5"]], ids=str)
 def test_the_demo_refuses_wrong_numbers_before_it_loads(arguments, capsys, monkeypatch):
-    from hf_paged import cli, demo
+    from hf_paged.cli import demo, main
 
     monkeypatch.setattr(demo, "load_model", lambda *_: pytest.fail("loaded before it looked"))
-    assert cli.main(["demo", *arguments]) == 1
+    assert main.main(["demo", *arguments]) == 1
     assert "must be" in capsys.readouterr().err
 
 
@@ -118,7 +118,7 @@ def test_release_starts_anew_and_spares_live_caches():
 
 
 def test_a_call_larger_than_the_budget_runs_with_a_warning(monkeypatch):
-    from hf_paged import kv_pool
+    from hf_paged.memory import kv_pool
 
     warnings = []
     monkeypatch.setattr(kv_pool.logger, "warning_once", warnings.append)
@@ -130,7 +130,7 @@ def test_a_call_larger_than_the_budget_runs_with_a_warning(monkeypatch):
 
 
 def test_what_memory_cannot_hold_is_refused_whole(monkeypatch):
-    from hf_paged import kv_pool
+    from hf_paged.memory import kv_pool
 
     monkeypatch.setattr(kv_pool, "physical_memory", lambda device: 16 * 1024)
     paged = zoo.build("llama", "paged")

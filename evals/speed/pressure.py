@@ -4,11 +4,11 @@ import dataclasses
 import time
 
 import hf_paged
+from hf_paged.cli.plan.footprint import footprint
+from hf_paged.cli.plan.plan import Plan
 from hf_paged.evals.suite.models import Models
 from hf_paged.evals.suite.options import Options
 from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
-from hf_paged.footprint import footprint
-from hf_paged.plan import Plan
 
 from . import workloads
 from .contenders import Lengths, contender

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from hf_paged.kernels.cpu import native
-from hf_paged.machine import gpus, vector_units
+from hf_paged.cli.doctor.machine import gpus, vector_units
+from hf_paged.kernels.cpu import loader
 
 _PACKAGES = (
     *("hf-paged", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "triton"),
@@ -20,7 +20,7 @@ _PACKAGES = (
 
 def machine() -> dict:
     """Processor, memory and GPUs, as plain words and numbers."""
-    state = native.state()
+    state = loader.state()
     return {
         "processor": processor(),
         "cores": os.cpu_count(),

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged import PagedError, binding, smollm2
-from hf_paged.engine import Engine
+from hf_paged import PagedError
+from hf_paged.cli import demo_model
+from hf_paged.generation.engine import Engine
+from hf_paged.models import registry
 
 from .kv_rounding import round_kv
 from .options import Options
@@ -106,7 +108,7 @@ def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
 @functools.lru_cache(maxsize=1)  # Every task makes its samples with it, and a GGUF file takes seconds to read.
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     if model == SMOLLM2:
-        return smollm2.load_tokenizer()
+        return demo_model.load_tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     except OSError as error:
@@ -120,7 +122,7 @@ def load_model(options: Options, implementation: str) -> PreTrainedModel:
     """The model of a run, on the CPU."""
     dtype = getattr(torch, options.dtype)
     if options.model == SMOLLM2:
-        return smollm2.load_model(implementation, dtype)
+        return demo_model.load_model(implementation, dtype)
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=implementation).eval()
 
 
@@ -137,7 +139,7 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def _counts(model: PreTrainedModel) -> Counts:
     stats = hf_paged.stats(model)
-    engines = [user for pool in binding.pools_under(model) for user in pool.caches if isinstance(user, Engine)]
+    engines = [user for pool in registry.pools_under(model) for user in pool.caches if isinstance(user, Engine)]
     preemptions = sum(engine.scheduler.num_preemptions for engine in engines)
     return Counts(stats.page_reads, stats.packed_calls, preemptions, stats.gathers, stats.fallbacks)
 

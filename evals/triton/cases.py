@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_paged.kernels.triton.calls import Call, attention_calls, copy_call, write_call
-from hf_paged.kernels.triton.plan import BY_TOKEN
+from hf_paged.kernels.triton.kernel_calls import KernelCall, attention_calls, copy_call, write_call
+from hf_paged.kernels.triton.launch_plan import BY_TOKEN
 
 from .targets import TARGETS, Target
 
@@ -44,7 +44,7 @@ class Case:
         options = ", window+softcap+sinks" if self.is_full else ""
         return f"{self.kernel} {self.dtype} head {dims} block {self.block_size} GQA {self.group}{options}"
 
-    def call(self, target: Target) -> Call:
+    def call(self, target: Target) -> KernelCall:
         """The launch of this kernel on a target."""
         dtype, heads = DTYPES[self.dtype], self.num_kv_heads
         # The pool that launches are compiled for is made of addresses alone: no byte of it is read.
@@ -65,7 +65,7 @@ class Case:
         calls = attention_calls(target.device, *arguments, **(full if self.is_full else {}))
         return next(call for call in calls if self._is(call))
 
-    def _is(self, call: Call) -> bool:
+    def _is(self, call: KernelCall) -> bool:
         if self.kernel == "rows":
             return call.kernel.__name__ == "decode_kernel" and call.options["MAPPING"] != BY_TOKEN
         return call.kernel.__name__ == f"{self.kernel}_kernel"

@@ -4,7 +4,7 @@ import contextlib
 
 from triton.runtime import driver
 
-from hf_paged.kernels.triton.calls import Call
+from hf_paged.kernels.triton.kernel_calls import KernelCall
 
 from .disassembly import Code, read
 from .targets import TARGETS, Target
@@ -37,7 +37,7 @@ def compiling_for(target: Target):
         driver._active = before
 
 
-def compile_call(call: Call, target: Target) -> Code:
+def compile_call(call: KernelCall, target: Target) -> Code:
     """Compile one launch as Triton would at its first use, by the same specialisation of its arguments."""
     with compiling_for(target):
         return read(call.kernel.warmup(*call.arguments, grid=call.grid, **call.options))

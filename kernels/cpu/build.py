@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .compiler import BuildError, Compiler, run_compiler
-from .store import cache_folder, has_library, keep_library, lock_library
+from hf_paged.kernels.cpu.compiler import BuildError, Compiler, run_compiler
+from hf_paged.kernels.cpu.store import cache_folder, has_library, keep_library, lock_library
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "src"
 _FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -w".split()
 _AVX2 = "-mavx2 -mfma -mf16c".split()
 _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
