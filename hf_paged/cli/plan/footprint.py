@@ -87,7 +87,8 @@ def read_config(name: str) -> PreTrainedConfig:
     if name == DEMO:
         return load_config()
     try:
-        return AutoConfig.from_pretrained(name)
+        # Not asked for: by default transformers would offer to run the code of the folder.
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # Each kind of broken config raises an exception of its own.
         if os.path.isdir(name):
             raise PagedError(f"the folder {name} holds no config that transformers can read: {_line(error)}") from error
