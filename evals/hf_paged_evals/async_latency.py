@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 import hf_paged
 from hf_paged.cli.demo_model import load_model, load_tokenizer
-from hf_paged.integrations.serving.async_engine import AsyncEngine
+from hf_paged_integrations.serving.async_engine import AsyncEngine
 
 
 async def stream(engine: AsyncEngine, prompt: list[int], options: dict) -> tuple[float, list[float]]:

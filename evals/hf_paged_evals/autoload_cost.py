@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _TORCH = "import time; start = time.perf_counter(); import torch; print(time.perf_counter() - start)"
 _HOOK = """
 import importlib.metadata, time

@@ -20,7 +20,7 @@ import torch
 from interleave import load_stream_read, machine, median, take_turns
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_paged.kernels import ops, torch_sdpa
+from hf_paged_kernels import ops, torch_sdpa
 
 SHAPES = {"9q/3kv/64": (9, 3, 64), "32q/8kv/128": (32, 8, 128), "4q/1kv/256": (4, 1, 256)}
 CASES = {"1x4096": [4096], "8x2048": [2048] * 8, "32x1024": [1024] * 32, "32xragged": None, "8x128": [128] * 8}

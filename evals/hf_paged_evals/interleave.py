@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from hf_paged.kernels.cpu import build, loader
-from hf_paged.kernels.cpu.compiler import find_compiler
+from hf_paged_kernels.cpu import build, loader
+from hf_paged_kernels.cpu.compiler import find_compiler
 
 
 def machine() -> str:

@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 import hf_paged
 from hf_paged.cli.demo_model import load_model, load_tokenizer
-from hf_paged.evals.prompts import sharegpt_prompts
 from hf_paged.models import registry
+from hf_paged_evals.prompts import sharegpt_prompts
 
 JOBS = {
     "num_beams=4": {"num_beams": 4},

@@ -18,8 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 import hf_paged
-from hf_paged.evals.equality import differences
-from hf_paged.evals.tiny import VOCAB, tiny_config, tiny_model
+from hf_paged_evals.equality import differences
+from hf_paged_evals.tiny import VOCAB, tiny_config, tiny_model
 
 MODES = {
     "greedy": {},

@@ -3,7 +3,7 @@
 import os
 from importlib.metadata import entry_points
 
-from hf_paged.kernels.switches import is_on
+from hf_paged_kernels.switches import is_on
 
 GROUP, VALUE = "torch.backends", "hf_paged_autoload:install"
 # Each switches it off: ours as every switch of ours, torch's by everything but "1".

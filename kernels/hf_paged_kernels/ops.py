@@ -10,9 +10,9 @@ do not serve, and every other device, runs in torch, which is the op ``<name>_to
 
 import torch
 
-from hf_paged.kernels import torch_sdpa
-from hf_paged.kernels.cpu import loader
-from hf_paged.kernels.triton import dispatch
+from hf_paged_kernels import torch_sdpa
+from hf_paged_kernels.cpu import loader
+from hf_paged_kernels.triton import dispatch
 
 _ROWS = "Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q"
 _OPTIONS = "float scale, int? window=None, float? softcap=None, Tensor? sinks=None"

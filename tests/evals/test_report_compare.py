@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from hf_paged.evals.report import readme
-from hf_paged.evals.report.compare import compare
+from hf_paged_evals.report import readme
+from hf_paged_evals.report.compare import compare
 from support import reports
 
 
@@ -116,4 +116,4 @@ def test_the_table_holds_date_machine_command_and_figures(tmp_path):
 
 def test_the_readme_shows_the_committed_results():
     text = readme.README.read_text(encoding="utf-8")
-    assert readme.replaced(text, readme.tables()) == text, "run python -m hf_paged.evals.report.readme"
+    assert readme.replaced(text, readme.tables()) == text, "run python -m hf_paged_evals.report.readme"

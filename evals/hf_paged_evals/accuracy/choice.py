@@ -3,11 +3,11 @@
 import math
 import random
 
-from hf_paged.evals.suite.data import load_rows
-from hf_paged.evals.suite.models import Models, load_tokenizer
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.statistics import PairedOutcomes
-from hf_paged.evals.suite.task import Figure, Sample, Section, Table
+from hf_paged_evals.suite.data import load_rows
+from hf_paged_evals.suite.models import Models, load_tokenizer
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.statistics import PairedOutcomes
+from hf_paged_evals.suite.task import Figure, Sample, Section, Table
 
 from . import sources
 from .evidence import pages

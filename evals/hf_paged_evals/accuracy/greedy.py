@@ -1,9 +1,9 @@
 """Exact greedy match: do both backends generate the same tokens, and where do they first part?"""
 
-from hf_paged.evals.suite.models import Models, load_tokenizer
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.statistics import proportion
-from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
+from hf_paged_evals.suite.models import Models, load_tokenizer
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.statistics import proportion
+from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
 
 from . import sources
 from .evidence import pages

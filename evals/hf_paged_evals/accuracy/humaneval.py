@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from transformers import StoppingCriteriaList, StopStringCriteria
 
-from hf_paged.evals.suite.models import Models
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.statistics import PairedOutcomes
-from hf_paged.evals.suite.task import Figure, Sample, Section, Table
+from hf_paged_evals.suite.models import Models
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.statistics import PairedOutcomes
+from hf_paged_evals.suite.task import Figure, Sample, Section, Table
 
 from . import sources
 from .evidence import pages

@@ -2,10 +2,10 @@
 
 import torch
 
-from hf_paged.evals.suite.models import Models, load_tokenizer
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.statistics import bootstrap_mean, bootstrap_ratio
-from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
+from hf_paged_evals.suite.models import Models, load_tokenizer
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.statistics import bootstrap_mean, bootstrap_ratio
+from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
 
 from . import sources
 from .evidence import pages

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_paged.evals.suite.models import Models
+from hf_paged_evals.suite.models import Models
 
 from .generation import end_tokens
 

@@ -1,9 +1,9 @@
 """Needle in a haystack over depth and length, both backends on the same haystacks."""
 
-from hf_paged.evals.suite.models import Models, load_tokenizer
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.statistics import PairedOutcomes
-from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
+from hf_paged_evals.suite.models import Models, load_tokenizer
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.statistics import PairedOutcomes
+from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
 
 from . import haystack, sources
 from .evidence import pages

@@ -1,8 +1,8 @@
 """How yes-or-no tasks report: both shares, their paired difference, and who got what right."""
 
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.statistics import PairedOutcomes
-from hf_paged.evals.suite.task import Figure, Table
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.statistics import PairedOutcomes
+from hf_paged_evals.suite.task import Figure, Table
 
 _LEVEL = 0.05
 

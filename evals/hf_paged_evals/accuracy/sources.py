@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_paged.evals.prompts import answers, first_turns
-from hf_paged.evals.suite.data import load_texts
-from hf_paged.evals.suite.options import Options
+from hf_paged_evals.prompts import answers, first_turns
+from hf_paged_evals.suite.data import load_texts
+from hf_paged_evals.suite.options import Options
 
 
 def humaneval_problems() -> list[dict]:

@@ -15,7 +15,7 @@ def write(results: dict, folder: Path) -> None:
     Parameters
     ----------
     results : dict
-        What results.json holds, checked by `hf_paged.evals.suite.results`.
+        What results.json holds, checked by `hf_paged_evals.suite.results`.
     folder : Path
         Exists already. Files of an earlier report are replaced.
     """

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_paged.evals.suite.results import load
+from hf_paged_evals.suite.results import load
 
 from .markdown import table
 from .text import NONE, facts, interval, number

@@ -1,6 +1,6 @@
 """The README's table of results, from committed runs.
 
-python -m hf_paged.evals.report.readme [README.md]
+python -m hf_paged_evals.report.readme [README.md]
 
 Every ``evals/results/*.json`` gives a table: date, machine and command above it, a row for each figure.
 """
@@ -9,14 +9,14 @@ import argparse
 import re
 from pathlib import Path
 
-from hf_paged.evals.suite.results import load
+from hf_paged_evals.suite.results import load
 
 from .markdown import table
 from .text import interval, number
 
 MARKS = "<!-- results -->", "<!-- /results -->"
 RUNS = Path(__file__).resolve().parent.parent / "results"
-README = RUNS.parent.parent / "README.md"
+README = RUNS.parents[2] / "README.md"
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ import time
 import torch
 
 import hf_paged
-from hf_paged.evals.suite.models import Models, name_of
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
-from hf_paged.evals.tiny import VOCAB, tiny_config, tiny_model
+from hf_paged_evals.suite.models import Models, name_of
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
+from hf_paged_evals.tiny import VOCAB, tiny_config, tiny_model
 
 from . import workloads
 from .arrivals import Clock

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 
-from hf_paged.evals.suite.models import Models
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
+from hf_paged_evals.suite.models import Models
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
 
 from . import workloads
 from .arrivals import Clock, poisson

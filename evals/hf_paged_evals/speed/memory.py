@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 
-from hf_paged.evals.suite.models import Models
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
+from hf_paged_evals.suite.models import Models
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
 
 from . import workloads
 from .contenders import label
@@ -58,7 +58,7 @@ class Memory:
             if name not in _LAUNCHER and not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))
         }
         done = subprocess.run(
-            [sys.executable, "-m", "hf_paged.evals.speed.memory_probe"],
+            [sys.executable, "-m", "hf_paged_evals.speed.memory_probe"],
             **{"input": json.dumps(request), "capture_output": True, "text": True, "env": environment},
         )
         if done.returncode:

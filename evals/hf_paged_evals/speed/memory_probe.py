@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 import hf_paged
-from hf_paged.evals.suite.models import Models, quiet
-from hf_paged.evals.suite.options import Options
+from hf_paged_evals.suite.models import Models, quiet
+from hf_paged_evals.suite.options import Options
 
 from .contenders import Lengths, contender
 from .watch import Watch, thinned

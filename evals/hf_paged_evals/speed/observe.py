@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import hf_paged
-from hf_paged.evals.sharing import blocks_without_sharing
+from hf_paged_evals.sharing import blocks_without_sharing
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """The table of the PagedAttention paper, reproduced: waste, and what sharing saves."""
 
-from hf_paged.evals.report.text import NONE
-from hf_paged.evals.suite.models import Models
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.task import Figure, Sample, Section, Table
+from hf_paged_evals.report.text import NONE
+from hf_paged_evals.suite.models import Models
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.task import Figure, Sample, Section, Table
 
 from . import workloads
 from .contenders import Lengths, contender

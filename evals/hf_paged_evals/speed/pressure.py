@@ -6,9 +6,9 @@ import time
 import hf_paged
 from hf_paged.cli.plan.footprint import footprint
 from hf_paged.cli.plan.plan import Plan
-from hf_paged.evals.suite.models import Models
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
+from hf_paged_evals.suite.models import Models
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
 
 from . import workloads
 from .contenders import Lengths, contender

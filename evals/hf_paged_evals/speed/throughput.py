@@ -1,8 +1,8 @@
 """Offline throughput: all prompts are there at once, how long until every answer is?"""
 
-from hf_paged.evals.suite.models import Models
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.task import Figure, Plot, Sample, Section, Table
+from hf_paged_evals.suite.models import Models
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
 
 from . import workloads
 from .contenders import EXTRAS, Lengths, contender, label

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import hf_paged
-from hf_paged.evals.suite.models import Models
+from hf_paged_evals.suite.models import Models
 
 from .contenders import Contender, Lengths
 

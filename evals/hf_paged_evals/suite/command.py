@@ -24,14 +24,14 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["compare"]:
         return _compare(argv[1:])
     if argv[:1] == ["triton"]:
-        from hf_paged.evals.triton.command import main as triton
+        from hf_paged_evals.triton.command import main as triton
 
         return triton(argv[1:])
     return _evaluate(argv)
 
 
 def _compare(argv: list[str]) -> int:
-    from hf_paged.evals.report.compare import compare
+    from hf_paged_evals.report.compare import compare
 
     parser = argparse.ArgumentParser(prog="hf-paged eval compare", description="Two runs side by side.")
     parser.add_argument("first", type=Path, help="a folder that hf-paged eval wrote, or its results.json")
@@ -44,7 +44,7 @@ def _compare(argv: list[str]) -> int:
 def _evaluate(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     try:
-        from hf_paged.evals import report
+        from hf_paged_evals import report
 
         from . import models, registry, results, runner
     except ModuleNotFoundError as error:

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from hf_paged.cli.doctor.machine import gpus, vector_units
-from hf_paged.kernels.cpu import loader
+from hf_paged_kernels.cpu import loader
 
 _PACKAGES = (
     *("hf-paged", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "triton"),

@@ -1,7 +1,7 @@
 """The tasks that ``hf-paged eval`` knows, in the order of the report."""
 
-from hf_paged.evals.accuracy.tasks import TASKS as ACCURACY
-from hf_paged.evals.speed.tasks import TASKS as SPEED
+from hf_paged_evals.accuracy.tasks import TASKS as ACCURACY
+from hf_paged_evals.speed.tasks import TASKS as SPEED
 
 from .task import Task
 

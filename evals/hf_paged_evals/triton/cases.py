@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_paged.kernels.triton.kernel_calls import KernelCall, attention_calls, copy_call, write_call
-from hf_paged.kernels.triton.launch_plan import BY_TOKEN
+from hf_paged_kernels.triton.kernel_calls import KernelCall, attention_calls, copy_call, write_call
+from hf_paged_kernels.triton.launch_plan import BY_TOKEN
 
 from .targets import TARGETS, Target
 

@@ -4,7 +4,7 @@ import contextlib
 
 from triton.runtime import driver
 
-from hf_paged.kernels.triton.kernel_calls import KernelCall
+from hf_paged_kernels.triton.kernel_calls import KernelCall
 
 from .disassembly import Code, read
 from .targets import TARGETS, Target

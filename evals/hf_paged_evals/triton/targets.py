@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
-from hf_paged.kernels.triton.launch_plan import Device
+from hf_paged_kernels.triton.launch_plan import Device
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from hf_paged.execution.step_buffers import StepBuffers
 from hf_paged.generation.cache_handoff import why_not_hand_over
 from hf_paged.generation.engine import Engine
 from hf_paged.generation.generate_call import ROW_WISE, ROW_WISE_CRITERIA, GenerateCall
-from hf_paged.integrations.transformers.upstream_loop import run_upstream_loop
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.models import forward_context, registry
 from hf_paged.reasons import Reason, Why, count
@@ -23,6 +22,7 @@ from hf_paged.sampling.cancellation import Cancellation
 from hf_paged.sampling.row_streamer import RowStreamer
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, Scheduler
+from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
 # The tokenizer is there for stop strings, whose criterion has it already.

@@ -29,18 +29,18 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from hf_paged.attention.mask import paged_mask
 from hf_paged.cache.paged_layers import page_layers
 from hf_paged.errors import PagedError
-from hf_paged.integrations.pipelines.text_generation import iterate
-from hf_paged.integrations.transformers.continuous_batching import (
+from hf_paged.models import forward_context, registration, registry
+from hf_paged.sampling.row_streamer import RowStreamer, by_rows
+from hf_paged_integrations.pipelines.text_generation import iterate
+from hf_paged_integrations.transformers.continuous_batching import (
     attention_forward,
     is_mask_needed,
     leave_config_alone,
     switch_attention,
 )
-from hf_paged.integrations.transformers.generate import scheduled_sample
-from hf_paged.integrations.transformers.model_support import resolve_implementation
-from hf_paged.integrations.transformers.upstream_loop import run_upstream_loop
-from hf_paged.models import forward_context, registration, registry
-from hf_paged.sampling.row_streamer import RowStreamer, by_rows
+from hf_paged_integrations.transformers.generate import scheduled_sample
+from hf_paged_integrations.transformers.model_support import resolve_implementation
+from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
 
 NAME = "paged"
 TESTED_TRANSFORMERS = SpecifierSet(">=5.23,<5.24")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from hf_paged.kernels.cpu.compiler import BuildError, Compiler, run_compiler
-from hf_paged.kernels.cpu.store import cache_folder, has_library, keep_library, lock_library
+from hf_paged_kernels.cpu.compiler import BuildError, Compiler, run_compiler
+from hf_paged_kernels.cpu.store import cache_folder, has_library, keep_library, lock_library
 
 SOURCES = Path(__file__).parent / "src"
 _FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -w".split()

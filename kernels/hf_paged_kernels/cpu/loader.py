@@ -12,10 +12,10 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_paged.kernels.cpu.build import build_kernels, library_path
-from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
-from hf_paged.kernels.cpu.store import has_library, load_library, open_library
-from hf_paged.kernels.switches import is_on
+from hf_paged_kernels.cpu.build import build_kernels, library_path
+from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
+from hf_paged_kernels.cpu.store import has_library, load_library, open_library
+from hf_paged_kernels.switches import is_on
 
 _SWITCH = "HF_PAGED_NATIVE"
 _lock = threading.Lock()

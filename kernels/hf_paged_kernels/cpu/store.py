@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hf_paged.kernels.cpu.compiler import BuildError
+from hf_paged_kernels.cpu.compiler import BuildError
 
 _REMEDY = "set HF_PAGED_CACHE to a folder that does not exist yet, which only you will be able to write"
 _LOCK_SECONDS = 400  # How long a library is waited for that another process compiles: as long as compiling may take.

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import torch
 
-from hf_paged.kernels.switches import is_on
-from hf_paged.kernels.triton.launch_plan import MAX_DIM
+from hf_paged_kernels.switches import is_on
+from hf_paged_kernels.triton.launch_plan import MAX_DIM
 
 _SWITCH = "HF_PAGED_TRITON"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,7 +52,7 @@ def load() -> ModuleType | None:
                 target = triton.runtime.driver.active.get_current_target()
                 if target.backend == "cuda" and target.arch < 80:
                     raise RuntimeError(f"they need compute capability 8.0 or more, this GPU has {target.arch / 10:.1f}")
-                from hf_paged.kernels.triton import launch
+                from hf_paged_kernels.triton import launch
 
                 _launch = launch
             except Exception as error:  # No Triton, no driver, no compiler for its launcher: it raises what it likes.

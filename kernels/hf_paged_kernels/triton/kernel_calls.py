@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_paged.kernels.triton.kernels.copy import copy_kernel
-from hf_paged.kernels.triton.kernels.decode import decode_kernel
-from hf_paged.kernels.triton.kernels.prefill import prefill_kernel
-from hf_paged.kernels.triton.kernels.reduce import reduce_kernel
-from hf_paged.kernels.triton.kernels.write import write_kernel
-from hf_paged.kernels.triton.launch_plan import (
+from hf_paged_kernels.triton.kernels.copy import copy_kernel
+from hf_paged_kernels.triton.kernels.decode import decode_kernel
+from hf_paged_kernels.triton.kernels.prefill import prefill_kernel
+from hf_paged_kernels.triton.kernels.reduce import reduce_kernel
+from hf_paged_kernels.triton.kernels.write import write_kernel
+from hf_paged_kernels.triton.launch_plan import (
     MAX_SPLITS,
     Device,
     Heads,

@@ -8,8 +8,8 @@ import functools
 
 import torch
 
-from hf_paged.kernels.triton.kernel_calls import attention_calls, copy_call, write_call
-from hf_paged.kernels.triton.launch_plan import describe
+from hf_paged_kernels.triton.kernel_calls import attention_calls, copy_call, write_call
+from hf_paged_kernels.triton.launch_plan import describe
 
 
 def _on_their_device(op):

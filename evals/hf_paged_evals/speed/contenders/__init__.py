@@ -2,7 +2,7 @@
 
 import functools
 
-from hf_paged.evals.suite.models import Models
+from hf_paged_evals.suite.models import Models
 
 from .interface import Contender, Lengths
 from .llama_cpp import LlamaCpp

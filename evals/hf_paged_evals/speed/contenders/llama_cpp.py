@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hf_paged.evals.suite.models import SMOLLM2, Models
+from hf_paged_evals.suite.models import SMOLLM2, Models
 
 from .interface import Lengths
 from .local import end_token, up_to

@@ -3,7 +3,7 @@
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from hf_paged.evals.suite.models import Models
+from hf_paged_evals.suite.models import Models
 
 from .interface import Lengths
 

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from hf_paged.evals.suite.models import Models
+from hf_paged_evals.suite.models import Models
 
 from .interface import Lengths
 

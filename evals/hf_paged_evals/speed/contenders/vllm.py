@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import tempfile
 
-from hf_paged.evals.suite.models import Models
+from hf_paged_evals.suite.models import Models
 
 from .interface import Lengths
 

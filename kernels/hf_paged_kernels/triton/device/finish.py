@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hf_paged.kernels.triton.device.softmax import add_sink, inverse
+from hf_paged_kernels.triton.device.softmax import add_sink, inverse
 
 
 @triton.jit

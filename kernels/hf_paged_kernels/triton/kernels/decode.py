@@ -9,10 +9,10 @@ because the pipeliner prefetches a load only if its address is known when an ite
 import triton
 import triton.language as tl
 
-from hf_paged.kernels.triton.device.finish import store_result
-from hf_paged.kernels.triton.device.pages import block_ids, first_slots, load_states, page_offsets
-from hf_paged.kernels.triton.device.rows import product_rows, split_tiles, tile_queries, visible_tokens
-from hf_paged.kernels.triton.device.softmax import LOWEST, capped, rescale
+from hf_paged_kernels.triton.device.finish import store_result
+from hf_paged_kernels.triton.device.pages import block_ids, first_slots, load_states, page_offsets
+from hf_paged_kernels.triton.device.rows import product_rows, split_tiles, tile_queries, visible_tokens
+from hf_paged_kernels.triton.device.softmax import LOWEST, capped, rescale
 
 
 @triton.jit

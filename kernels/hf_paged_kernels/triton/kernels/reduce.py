@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from hf_paged.kernels.triton.device.rows import split_tiles, tile_queries, visible_tokens
-from hf_paged.kernels.triton.device.softmax import LOG2_E, LOWEST, inverse
+from hf_paged_kernels.triton.device.rows import split_tiles, tile_queries, visible_tokens
+from hf_paged_kernels.triton.device.softmax import LOG2_E, LOWEST, inverse
 
 
 @triton.jit
