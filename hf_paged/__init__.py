@@ -11,13 +11,13 @@ import torch
 
 from hf_paged.config import PagedConfig
 from hf_paged.errors import BlockError, OutOfBlocksError, PagedError, UnsupportedError
-from hf_paged.integrations.serving.async_engine import AsyncEngine, EngineClosedError, QueueFullError
-from hf_paged.integrations.serving.streaming import BatchTextIteratorStreamer
-from hf_paged.integrations.transformers.hooks import disable, enable, is_enabled
 from hf_paged.metrics import Stats, stats
 from hf_paged.models import registry
 from hf_paged.sampling.cancellation import Cancellation
 from hf_paged.scheduling.cache_salt import cache_salt
+from hf_paged_integrations.serving.async_engine import AsyncEngine, EngineClosedError, QueueFullError
+from hf_paged_integrations.serving.streaming import BatchTextIteratorStreamer
+from hf_paged_integrations.transformers.hooks import disable, enable, is_enabled
 
 __version__ = "0.1.0"
 __all__ = [

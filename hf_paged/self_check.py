@@ -4,9 +4,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_paged.errors import PagedError
-from hf_paged.integrations.transformers.hooks import enable
 from hf_paged.metrics import Stats, stats
 from hf_paged.models import registry
+from hf_paged_integrations.transformers.hooks import enable
 
 _ROWS, _PROMPT, _PADS, _NEW = 2, 20, 7, 16
 

@@ -13,11 +13,11 @@ from hf_paged.cache.cross_attention import StoredStates, stored_obstacle, stored
 from hf_paged.cache.lazy_tensors import PagedMask, PagedStates
 from hf_paged.errors import UnsupportedError
 from hf_paged.execution.packed_cache import ARGUMENT, NotPackableError, is_packed_mask
-from hf_paged.kernels import ops
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.models import forward_context
 from hf_paged.reasons import Reason, Why
+from hf_paged_kernels import ops
 
 # Every argument that a model of transformers 5.23 hands to its attention function and that the paths
 # below, or the sdpa and eager functions they call, take into account or may ignore as those do.

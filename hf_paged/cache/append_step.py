@@ -10,9 +10,9 @@ from functools import cached_property
 
 import torch
 
-from hf_paged.kernels import ops
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_storage import KVStorage
+from hf_paged_kernels import ops
 
 
 @dataclass(frozen=True)

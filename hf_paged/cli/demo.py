@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 import hf_paged
 from hf_paged.cli.demo_model import load_model, load_tokenizer
-from hf_paged.kernels.cpu import loader
+from hf_paged_kernels.cpu import loader
 
 _CHAT = ["What is the capital of France, and what is it famous for?"]
 _RAGGED = [

@@ -8,8 +8,8 @@ from hf_paged.cli.doctor.report import run_doctor
 from hf_paged.cli.plan.report import DTYPES, run_plan
 from hf_paged.config import PagedConfig
 from hf_paged.errors import PagedError
-from hf_paged.kernels.cpu.build import build_kernels
-from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
+from hf_paged_kernels.cpu.build import build_kernels
+from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _evaluate(argv: list[str]) -> int:
     # Imported here: it needs the packages of the evals extra.
-    from hf_paged.evals.suite.command import main as evaluate
+    from hf_paged_evals.suite.command import main as evaluate
 
     return evaluate(argv)
 

@@ -12,10 +12,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_paged.execution.step_buffers import StepBuffers
-from hf_paged.kernels import ops
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.reasons import Reason, Why
 from hf_paged.scheduling.scheduler import Chunk
+from hf_paged_kernels import ops
 
 ARGUMENT = "hf_paged_step"  # The keyword under which a step travels from the model's call to its attention.
 PACKED_OFFSET = -1  # No mask begins there: by it the mask function knows a packed step, with no state to trace.

@@ -12,11 +12,11 @@ from transformers.utils import logging
 from hf_paged.atomic import after_fork_in_child
 from hf_paged.config import PagedConfig, physical_memory
 from hf_paged.errors import OutOfBlocksError
-from hf_paged.kernels import ops
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.memory.reservation import Reservation, of_this_thread
 from hf_paged.scheduling.prefix_cache import PrefixCounts
+from hf_paged_kernels import ops
 
 logger = logging.get_logger(__name__)
 

@@ -18,15 +18,16 @@ from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from hf_paged.execution.prepacked_linear import PrepackedForward
-from hf_paged.models.snapshot import Snapshot, is_known
+from hf_paged.models.snapshot import PACKAGES, Snapshot, is_known
 
 # Functions of these, and of Python's own library, run where models do; a patch comes from elsewhere.
 _LIBRARIES = {
-    *("torch", "transformers", "peft", "accelerate", "hf_paged", "hf_paged_autoload"),
+    *PACKAGES,
+    "hf_paged_autoload",
     *("huggingface_hub", "numpy", "safetensors", "typing_extensions"),
 }
 # Their hooks leave what a module computes in evaluation alone: they capture outputs, or act in training only.
-_PASSIVE = {"hf_paged", "transformers"}
+_PASSIVE = {"hf_paged", "hf_paged_integrations", "transformers"}
 _PLAIN = {
     *(type(None), bool, int, float, complex, str, bytes, type(...), range, slice),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),

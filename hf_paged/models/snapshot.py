@@ -9,12 +9,20 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_PACKAGES = {"torch", "transformers", "peft", "accelerate", "hf_paged"}
+PACKAGES = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "hf_paged",
+    "hf_paged_integrations",
+    "hf_paged_kernels",
+}
 
 
 def is_known(kind: type) -> bool:
     """Tell whether a class comes from a package that keeps all state of its objects where a look finds it."""
-    return (kind.__module__ or "").partition(".")[0] in _PACKAGES
+    return (kind.__module__ or "").partition(".")[0] in PACKAGES
 
 
 class Snapshot:

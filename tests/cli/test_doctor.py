@@ -15,10 +15,10 @@ import hf_paged
 from hf_paged import PagedConfig, self_check
 from hf_paged.cli import main
 from hf_paged.cli.doctor import machine, report
-from hf_paged.integrations import autoload
-from hf_paged.integrations.transformers import hooks
-from hf_paged.kernels import ops
 from hf_paged.models import forward_context
+from hf_paged_integrations import autoload
+from hf_paged_integrations.transformers import hooks
+from hf_paged_kernels import ops
 
 ROOT = Path(__file__).parent.parent.parent
 

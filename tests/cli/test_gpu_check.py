@@ -5,8 +5,8 @@ import torch
 
 from hf_paged.cli.doctor import gpu_check, report
 from hf_paged.errors import PagedError
-from hf_paged.kernels import ops
-from hf_paged.kernels.triton import dispatch
+from hf_paged_kernels import ops
+from hf_paged_kernels.triton import dispatch
 
 CPU = torch.device("cpu")
 

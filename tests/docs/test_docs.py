@@ -4,10 +4,12 @@ import ast
 import dataclasses
 import html
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -69,6 +71,22 @@ def test_every_link_leads_somewhere(page):
 def test_links_are_found():
     assert sum(len(_LINK.findall(prose(page))) for page in PAGES) > 30
     assert "run-it" in anchors(DOCS / "evaluation.md")
+
+
+def test_the_table_of_packages_has_the_layers_of_the_contract_in_their_order():
+    """`lint-imports` proves the contract; the page on architecture shows it."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    shown = re.findall(r"^\| (`hf_paged[^|]*) \|", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = [re.findall(r"`([\w.]+)`", row) for row in shown]
+    places = []
+    for layer in layers:
+        found = {number for name in layer.split(" | ") for number, row in enumerate(rows) if name in row}
+        assert len(found) >= 1, layer
+        places.append(found)
+    assert all(max(above) < min(below) for above, below in itertools.pairwise(places)), rows
 
 
 def test_every_page_is_in_the_navigation():
@@ -144,7 +162,8 @@ def test_every_error_is_explained():
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    paths = (ROOT, ROOT / "kernels", ROOT / "integrations", ROOT / "evals")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder

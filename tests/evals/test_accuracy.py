@@ -8,17 +8,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_paged.evals.accuracy import humaneval, sources
-from hf_paged.evals.accuracy.batches import BatchInvariance
-from hf_paged.evals.accuracy.choice import MultipleChoice
-from hf_paged.evals.accuracy.greedy import GreedyMatch
-from hf_paged.evals.accuracy.humaneval import HumanEval
-from hf_paged.evals.accuracy.logits import ForcedLogits
-from hf_paged.evals.accuracy.needle import NeedleInHaystack
-from hf_paged.evals.accuracy.perplexity import Perplexity
-from hf_paged.evals.suite.models import Models
-from hf_paged.evals.suite.options import DatasetChoice
-from hf_paged.evals.suite.task import Sample
+from hf_paged_evals.accuracy import humaneval, sources
+from hf_paged_evals.accuracy.batches import BatchInvariance
+from hf_paged_evals.accuracy.choice import MultipleChoice
+from hf_paged_evals.accuracy.greedy import GreedyMatch
+from hf_paged_evals.accuracy.humaneval import HumanEval
+from hf_paged_evals.accuracy.logits import ForcedLogits
+from hf_paged_evals.accuracy.needle import NeedleInHaystack
+from hf_paged_evals.accuracy.perplexity import Perplexity
+from hf_paged_evals.suite.models import Models
+from hf_paged_evals.suite.options import DatasetChoice
+from hf_paged_evals.suite.task import Sample
 from support.tiny_eval import options_for, save_model, save_texts
 
 TASKS = {

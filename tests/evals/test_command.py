@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-import hf_paged.evals
+import hf_paged_evals
 from hf_paged.cli import main
-from hf_paged.evals.suite import results
-from hf_paged.evals.suite.command import _options, _parser
-from hf_paged.evals.suite.registry import TASKS
+from hf_paged_evals.suite import results
+from hf_paged_evals.suite.command import _options, _parser
+from hf_paged_evals.suite.registry import TASKS
 from support.tiny_eval import save_model, save_texts
 
 PERPLEXITY = {"length": 64, "stride": 32, "windows": 24, "chunk": 16, "batch": 2}
@@ -147,9 +147,9 @@ def test_the_list_of_tasks(capsys):
 
 def test_a_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [name for name in sys.modules if name.startswith("hf_paged.evals.report")]:
+    for name in [name for name in sys.modules if name.startswith("hf_paged_evals.report")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(hf_paged.evals, "report", raising=False)
+    monkeypatch.delattr(hf_paged_evals, "report", raising=False)
     assert main.main(["eval", "--list"]) == 1
     assert 'matplotlib is not installed: pip install -c constraints.txt -e ".[evals]"' in capsys.readouterr().err
 

@@ -8,9 +8,9 @@ import matplotlib.colors
 import numpy
 import pytest
 
-from hf_paged.evals import report
-from hf_paged.evals.report import plots
-from hf_paged.evals.report.text import interval, number
+from hf_paged_evals import report
+from hf_paged_evals.report import plots
+from hf_paged_evals.report.text import interval, number
 from support import reports
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from hf_paged.evals.doc_pages import find_page, with_table
-from hf_paged.evals.report import benchmarks_page
-from hf_paged.evals.report.compare import compare
+from hf_paged_evals.doc_pages import find_page, with_table
+from hf_paged_evals.report import benchmarks_page
+from hf_paged_evals.report.compare import compare
 from support import reports
 
 
@@ -117,5 +117,5 @@ def test_the_table_holds_date_machine_command_and_figures(tmp_path):
 
 def test_the_page_shows_the_committed_results():
     text = find_page("benchmarks.md").read_text(encoding="utf-8")
-    command = "run python -m hf_paged.evals.report.benchmarks_page"
+    command = "run python -m hf_paged_evals.report.benchmarks_page"
     assert with_table(text, "results", benchmarks_page.tables()) == text, command

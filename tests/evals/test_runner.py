@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from hf_paged.evals.suite import runner, store
-from hf_paged.evals.suite.options import Options
-from hf_paged.evals.suite.task import Figure, Sample, Section
+from hf_paged_evals.suite import runner, store
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.task import Figure, Sample, Section
 
 
 class Squares:

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from hf_paged.evals.accuracy.humaneval import completions, program
-from hf_paged.evals.accuracy.sandbox import run_program
+from hf_paged_evals.accuracy.humaneval import completions, program
+from hf_paged_evals.accuracy.sandbox import run_program
 
 SECONDS = 5.0
 

@@ -7,15 +7,15 @@ import types
 import pytest
 import torch
 
-from hf_paged.evals.speed.arrivals import Clock, poisson
-from hf_paged.evals.speed.contenders import Lengths
-from hf_paged.evals.speed.contenders.openvino import FOLDER, OpenVINO
-from hf_paged.evals.speed.contenders.vllm import VLLM
-from hf_paged.evals.speed.latency import measures
-from hf_paged.evals.speed.observe import Steps
-from hf_paged.evals.speed.paper_figures import dense_share, rows_beside_paper
-from hf_paged.evals.speed.timing import Spread, prefix_hits, rate, ratio
-from hf_paged.evals.speed.watch import Watch, thinned
+from hf_paged_evals.speed.arrivals import Clock, poisson
+from hf_paged_evals.speed.contenders import Lengths
+from hf_paged_evals.speed.contenders.openvino import FOLDER, OpenVINO
+from hf_paged_evals.speed.contenders.vllm import VLLM
+from hf_paged_evals.speed.latency import measures
+from hf_paged_evals.speed.observe import Steps
+from hf_paged_evals.speed.paper_figures import dense_share, rows_beside_paper
+from hf_paged_evals.speed.timing import Spread, prefix_hits, rate, ratio
+from hf_paged_evals.speed.watch import Watch, thinned
 
 
 def test_arrivals_depend_on_the_seed_alone():

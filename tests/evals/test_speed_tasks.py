@@ -8,19 +8,19 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged.evals import report
-from hf_paged.evals.speed import memory_probe, workloads
-from hf_paged.evals.speed.contenders import Lengths, contender, label
-from hf_paged.evals.speed.context import Context
-from hf_paged.evals.speed.latency import Latency
-from hf_paged.evals.speed.memory import Memory
-from hf_paged.evals.speed.paper import Paper
-from hf_paged.evals.speed.pressure import Pressure
-from hf_paged.evals.speed.tasks import TASKS
-from hf_paged.evals.speed.throughput import Throughput
-from hf_paged.evals.speed.timing import prefix_hits
-from hf_paged.evals.suite import registry, results, runner
-from hf_paged.evals.suite.models import Models
+from hf_paged_evals import report
+from hf_paged_evals.speed import memory_probe, workloads
+from hf_paged_evals.speed.contenders import Lengths, contender, label
+from hf_paged_evals.speed.context import Context
+from hf_paged_evals.speed.latency import Latency
+from hf_paged_evals.speed.memory import Memory
+from hf_paged_evals.speed.paper import Paper
+from hf_paged_evals.speed.pressure import Pressure
+from hf_paged_evals.speed.tasks import TASKS
+from hf_paged_evals.speed.throughput import Throughput
+from hf_paged_evals.speed.timing import prefix_hits
+from hf_paged_evals.suite import registry, results, runner
+from hf_paged_evals.suite.models import Models
 from support import tiny_eval
 
 SMALL = {

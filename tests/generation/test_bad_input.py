@@ -8,7 +8,7 @@ import torch
 from transformers import TextGenerationPipeline
 
 import hf_paged
-from hf_paged.integrations.serving.async_engine import AsyncEngine
+from hf_paged_integrations.serving.async_engine import AsyncEngine
 from support import texts
 from support.packing import LENGTHS, pair
 from support.streams import alone, prompt, tokens_of

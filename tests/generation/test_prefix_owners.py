@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged.integrations.pipelines.prefetch import Prefetch
-from hf_paged.integrations.serving.async_engine import AsyncEngine
 from hf_paged.scheduling.cache_salt import current_salt
+from hf_paged_integrations.pipelines.prefetch import Prefetch
+from hf_paged_integrations.serving.async_engine import AsyncEngine
 from support import zoo
 from support.packing import LENGTHS, compare, pair
 

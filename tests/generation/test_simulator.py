@@ -22,9 +22,7 @@ PART = 60  # Seeds of one test.
 
 def check(seed: int) -> simulator.Run:
     run = simulator.run(seed)
-    assert not run.wrong and not run.leaks, (
-        f"seed {seed}: {run.wrong} {run.leaks}"
-    )
+    assert not run.wrong and not run.leaks, f"seed {seed}: {run.wrong} {run.leaks}"
     return run
 
 

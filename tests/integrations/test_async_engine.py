@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged.integrations.serving.async_engine import AsyncEngine, EngineClosedError, QueueFullError
+from hf_paged_integrations.serving.async_engine import AsyncEngine, EngineClosedError, QueueFullError
 from support import zoo
 from support.packing import LENGTHS, SAMPLE, pair
 from support.streams import LONG, LOOPS, alone, prompt, tokens_of

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 
 import hf_paged
-from hf_paged.integrations.transformers import hooks
+from hf_paged_integrations.transformers import hooks
 from support import zoo
 
 ROOT = Path(__file__).parent.parent.parent
@@ -121,14 +121,14 @@ def test_a_checkout_does_not_shadow_the_package_kernels(tmp_path):
     theirs = run(code)
     assert "site-packages" in theirs and " True " in theirs
     assert theirs == run(code, tmp_path)
-    ours = run("import hf_paged, hf_paged.kernels.ops\nprint(hf_paged.kernels.ops.__file__)")
-    assert Path(ours.strip()).resolve() == ROOT / "kernels" / "ops.py"
+    ours = run("import hf_paged, hf_paged_kernels.ops\nprint(hf_paged_kernels.ops.__file__)")
+    assert Path(ours.strip()).resolve() == ROOT / "kernels" / "hf_paged_kernels" / "ops.py"
 
 
 def test_kernels_import_nothing_of_ours():
     for path in (ROOT / "kernels").rglob("*.py"):
         lines = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
-        assert not any("hf_paged" in line for line in lines), path
+        assert not any("hf_paged" in line.replace("hf_paged_kernels", "") for line in lines), path
 
 
 def test_the_allocator_imports_no_torch():

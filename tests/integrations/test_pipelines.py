@@ -7,7 +7,7 @@ from transformers import GenerationConfig, TextGenerationPipeline, TextStreamer,
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_paged
-from hf_paged.integrations.pipelines import text_generation
+from hf_paged_integrations.pipelines import text_generation
 from support import texts, zoo
 from support.pipes import LENGTHS, pipes
 

@@ -10,8 +10,8 @@ from transformers import TextGenerationPipeline, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_paged
-from hf_paged.integrations.pipelines import text_generation
 from hf_paged.sampling import rng_replay
+from hf_paged_integrations.pipelines import text_generation
 from support import texts
 from support.packing import pair
 from support.pipes import LENGTHS, pipes, rest, settled

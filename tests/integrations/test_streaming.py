@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import hf_paged
-from hf_paged.integrations.serving.streaming import BatchTextIteratorStreamer
+from hf_paged_integrations.serving.streaming import BatchTextIteratorStreamer
 from support import texts, zoo
 from support.packing import LENGTHS, SAMPLE, pair
 from support.pipes import settled

@@ -8,7 +8,7 @@ import torch
 
 import hf_paged
 from hf_paged import PagedConfig
-from hf_paged.integrations.transformers import generate
+from hf_paged_integrations.transformers import generate
 from support import zoo
 from support.packing import LENGTHS
 

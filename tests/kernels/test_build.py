@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from hf_paged.cli import main
-from hf_paged.kernels import ops, torch_sdpa
-from hf_paged.kernels.cpu import build, loader
-from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
+from hf_paged_kernels import ops, torch_sdpa
+from hf_paged_kernels.cpu import build, loader
+from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 from support.op_matrix import make_pages
 
 USE = """
 import torch
-from hf_paged.kernels import ops
-from hf_paged.kernels.cpu import loader
+from hf_paged_kernels import ops
+from hf_paged_kernels.cpu import loader
 caches = [torch.ones(2, 1, 4, 8) for _ in range(2)]
 ops.copy_blocks(*caches, torch.tensor([0]), torch.tensor([1]))
 state = native.state()
@@ -73,7 +73,7 @@ def test_a_changed_source_or_flag_is_compiled_anew(counted_compiler):
 def test_processes_that_start_together_compile_once(counted_compiler):
     compiler, objects, links = counted_compiler
     code = (
-        "from pathlib import Path; from hf_paged.kernels.cpu import build, compiler; "
+        "from pathlib import Path; from hf_paged_kernels.cpu import build, compiler; "
         f"print(build.build_library(compiler.find_compiler(), 'one', [(Path({str(objects[0][0])!r}), [])]))"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]

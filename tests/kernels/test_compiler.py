@@ -5,8 +5,8 @@ import time
 import psutil
 import pytest
 
-from hf_paged.kernels.cpu import compiler
-from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
+from hf_paged_kernels.cpu import compiler
+from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 from support.small_library import build_one, script
 
 VERSION = '[ "$1" = --version ] && exit 0'

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from hf_paged.kernels import ops, torch_sdpa
-from hf_paged.kernels.triton import dispatch, launch_plan
-from hf_paged.kernels.triton.launch_plan import BY_ROW, BY_TILE, BY_TOKEN, Device, Heads
+from hf_paged_kernels import ops, torch_sdpa
+from hf_paged_kernels.triton import dispatch, launch_plan
+from hf_paged_kernels.triton.launch_plan import BY_ROW, BY_TILE, BY_TOKEN, Device, Heads
 
 H100 = Device("sm90", 132)
 LLAMA = Heads(num_kv_heads=8, group=4, key_dim=128, value_dim=128, block_size=16, itemsize=2)

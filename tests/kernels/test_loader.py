@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_paged.kernels import ops, torch_sdpa
-from hf_paged.kernels.cpu import loader
+from hf_paged_kernels import ops, torch_sdpa
+from hf_paged_kernels.cpu import loader
 from support.op_matrix import ISAS, assert_accurate, exact, implementation, make_pages
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,9 +12,9 @@ import torch
 
 import hf_paged
 from hf_paged.cli import main
-from hf_paged.kernels import ops
-from hf_paged.kernels.cpu import compiler, loader
-from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
+from hf_paged_kernels import ops
+from hf_paged_kernels.cpu import compiler, loader
+from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 from support import zoo
 from support.small_library import script
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from hf_paged.kernels import reference
+from hf_paged_kernels import reference
 from support.op_matrix import (
     BATCHES,
     HEADS,

@@ -5,8 +5,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hf_paged.kernels.cpu import build
-from hf_paged.kernels.cpu.compiler import find_compiler
+from hf_paged_kernels.cpu import build
+from hf_paged_kernels.cpu.compiler import find_compiler
 from support.op_matrix import ISAS
 
 FLAGS = "-O1 -std=c++17 -w -fsanitize=address -fno-omit-frame-pointer -pthread".split()

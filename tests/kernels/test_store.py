@@ -14,14 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_paged.kernels.cpu import loader, store
-from hf_paged.kernels.cpu.compiler import BuildError
+from hf_paged_kernels.cpu import loader, store
+from hf_paged_kernels.cpu.compiler import BuildError
 from support.small_library import build_one, plant
 
 USE = """
 import torch
-from hf_paged.kernels import ops
-from hf_paged.kernels.cpu import loader
+from hf_paged_kernels import ops
+from hf_paged_kernels.cpu import loader
 caches = [torch.ones(2, 1, 4, 8) for _ in range(2)]
 ops.copy_blocks(*caches, torch.tensor([0]), torch.tensor([1]))
 print(native.state().available)

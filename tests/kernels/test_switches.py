@@ -6,9 +6,9 @@ import warnings
 import pytest
 
 import hf_paged_autoload
-from hf_paged.integrations import autoload
-from hf_paged.kernels import switches
-from hf_paged.kernels.cpu import loader
+from hf_paged_integrations import autoload
+from hf_paged_kernels import switches
+from hf_paged_kernels.cpu import loader
 
 WORDS = {
     **{word: True for word in ("1", "true", "yes", "on", "True", " ON ", "Y", "")},

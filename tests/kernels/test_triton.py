@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from hf_paged.cli import main
-from hf_paged.evals.triton import command, compile, disassembly, loops
-from hf_paged.evals.triton.cases import Case, few_cases
-from hf_paged.evals.triton.measure import judge, measure
-from hf_paged.evals.triton.targets import TARGETS
-from hf_paged.evals.triton.thresholds import THRESHOLDS
+from hf_paged_evals.triton import command, compile, disassembly, loops
+from hf_paged_evals.triton.cases import Case, few_cases
+from hf_paged_evals.triton.measure import judge, measure
+from hf_paged_evals.triton.targets import TARGETS
+from hf_paged_evals.triton.thresholds import THRESHOLDS
 
 HERE = Path(__file__).parent
 SHARDS = ("dims", "groups or batches", "not (dims or groups or batches)")
@@ -95,13 +95,13 @@ def test_loops_are_found():
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     quick = [(Case("copy"), TARGETS["sm80"]), (Case("write"), TARGETS["gfx942"])]
-    monkeypatch.setattr("hf_paged.evals.triton.cases.few_cases", lambda: quick)
+    monkeypatch.setattr("hf_paged_evals.triton.cases.few_cases", lambda: quick)
     arguments = ["eval", "triton", "--quick", "--jobs", "1", "--json", str(tmp_path / "out.json")]
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
     assert "All 2 kernels pass" in out and "Estimates, not measurements" in out and "SGLang" in out
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
-    monkeypatch.setattr("hf_paged.evals.triton.measure.THRESHOLDS", [dataclasses.replace(THRESHOLDS[0], at_most=-1)])
+    monkeypatch.setattr("hf_paged_evals.triton.measure.THRESHOLDS", [dataclasses.replace(THRESHOLDS[0], at_most=-1)])
     assert command.main(arguments[2:-2]) == 1
     assert "MISSED: spilled 0, must be <= -1" in capsys.readouterr().out
 

@@ -7,13 +7,13 @@ imported. Unused slots hold NaN, every address is checked, every byte counted.
 import pytest
 import torch
 
-from hf_paged.evals.triton import interpreter
+from hf_paged_evals.triton import interpreter
 from support.op_matrix import BATCHES, HEADS, OPTIONS, assert_accurate, exact, hide_before_window, make_pages
 
 interpreter.install()
 
-from hf_paged.kernels import reference  # noqa: E402
-from hf_paged.kernels.triton import kernel_calls, launch, launch_plan  # noqa: E402
+from hf_paged_kernels import reference  # noqa: E402
+from hf_paged_kernels.triton import kernel_calls, launch, launch_plan  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FULL = OPTIONS[-1]

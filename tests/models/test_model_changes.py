@@ -8,8 +8,8 @@ from transformers import DynamicCache
 
 import hf_paged
 from hf_paged import PagedConfig
-from hf_paged.integrations.transformers import generate
 from hf_paged.models import registry
+from hf_paged_integrations.transformers import generate
 from support import zoo
 from support.packing import BLOCK, LENGTHS
 

@@ -7,8 +7,8 @@ import hf_paged
 from hf_paged.attention import paged_attention
 from hf_paged.cache import padding
 from hf_paged.generation import generate_call as call
-from hf_paged.integrations.transformers import generate
 from hf_paged.reasons import Reason
+from hf_paged_integrations.transformers import generate
 from support import zoo
 from support.parity import assert_generates_equal
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+# What must be importable for hf_paged to be, without an installation.
+CHECKOUT = (ROOT, ROOT / "kernels", ROOT / "integrations", ROOT / "evals")
 
 
 def install(folder: Path) -> Path:
@@ -24,7 +26,7 @@ def install(folder: Path) -> Path:
 
 def run(code: str, *folders: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run `code` with `folders` and the checkout importable, those before this."""
-    path = os.pathsep.join(map(str, (*folders, ROOT)))
+    path = os.pathsep.join(map(str, (*folders, *CHECKOUT)))
     kept = {name: value for name, value in os.environ.items() if "AUTOLOAD" not in name}
     return subprocess.run(
         [sys.executable, "-c", code],

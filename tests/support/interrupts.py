@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+_PACKAGES = ("hf_paged.", "hf_paged_integrations.", "hf_paged_kernels.")
+
 
 class Interrupt(KeyboardInterrupt):
     """Raised by `InterruptedAt`."""
@@ -35,7 +37,13 @@ class InterruptedAt:
         sys.settrace(None)
 
     def _trace_call(self, frame, event, argument):
-        return self._trace_line if frame.f_globals.get("__name__", "").startswith("hf_paged.") else None
+        return (
+            self._trace_line
+            if frame.f_globals.get("__name__", "").startswith(
+                ("hf_paged.", "hf_paged_integrations.", "hf_paged_kernels.")
+            )
+            else None
+        )
 
     def _trace_line(self, frame, event, argument):
         if event == "line" and self.fired is None:

@@ -4,8 +4,8 @@ import contextlib
 
 import torch
 
-from hf_paged.kernels import ops, reference, torch_sdpa
-from hf_paged.kernels.cpu import loader
+from hf_paged_kernels import ops, reference, torch_sdpa
+from hf_paged_kernels.cpu import loader
 
 ISAS = loader.isas() if loader.load() else ()
 IMPLEMENTATIONS = ["gather_sdpa", *ISAS]

@@ -5,8 +5,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from hf_paged.kernels.cpu import build
-from hf_paged.kernels.cpu.compiler import find_compiler
+from hf_paged_kernels.cpu import build
+from hf_paged_kernels.cpu.compiler import find_compiler
 
 
 def build_one(folder: Path, number: int = 1) -> Path:

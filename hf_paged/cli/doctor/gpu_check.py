@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_paged.errors import PagedError
-from hf_paged.kernels import ops, reference
+from hf_paged_kernels import ops, reference
 
 _BATCHES = (
     [(1, 1), (16, 1), (17, 1), (700, 1)],

@@ -12,13 +12,13 @@ from hf_paged.cli.doctor.machine import gpu_driver, gpus, vector_units
 from hf_paged.cli.plan.report import size
 from hf_paged.config import DEFAULT_SHARE, PagedConfig
 from hf_paged.errors import PagedError
-from hf_paged.integrations import autoload
-from hf_paged.integrations.transformers.hooks import NAME, TESTED_TRANSFORMERS, enable
-from hf_paged.kernels.cpu import loader
-from hf_paged.kernels.cpu.compiler import BuildError, find_compiler
-from hf_paged.kernels.triton import dispatch
 from hf_paged.memory.limits import memory_limits
 from hf_paged.self_check import check_paged
+from hf_paged_integrations import autoload
+from hf_paged_integrations.transformers.hooks import NAME, TESTED_TRANSFORMERS, enable
+from hf_paged_kernels.cpu import loader
+from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
+from hf_paged_kernels.triton import dispatch
 
 Line = tuple[str, str]  # A label and what there is to say.
 _TESTED = ",".join(sorted(map(str, TESTED_TRANSFORMERS), reverse=True))

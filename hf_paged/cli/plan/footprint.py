@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_paged.cache.layers import PagedLayerMixin
 from hf_paged.cli.demo_model import load_config
 from hf_paged.errors import PagedError
-from hf_paged.integrations.transformers.hooks import NAME
+from hf_paged_integrations.transformers.hooks import NAME
 
 DEMO = "demo"
 

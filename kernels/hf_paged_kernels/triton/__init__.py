@@ -1,0 +1,1 @@
+"""The Triton kernels: plans, launches and device code."""

@@ -1,0 +1,57 @@
+"""The op layer on Triton: the same functions as `ops`, for tensors on a GPU. See there for what they compute.
+
+Nothing here waits for the device or reads a tensor, and shapes alone decide what is launched: a captured graph
+replays with other lengths, tables and slots. Scratch comes from torch's allocator, which knows streams and graphs.
+"""
+
+import functools
+
+import torch
+
+from hf_paged_kernels.triton.kernel_calls import attention_calls, copy_call, write_call
+from hf_paged_kernels.triton.launch_plan import describe
+
+
+def _on_their_device(op):
+    """Triton launches on the current device; the tensors may be on another one."""
+
+    @functools.wraps(op)
+    def call(*arguments, **options):
+        device = arguments[0].device
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
+            return op(*arguments, **options)
+        with torch.cuda.device(device):
+            return op(*arguments, **options)
+
+    return call
+
+
+@_on_their_device
+def write_kv(key, value, key_cache, value_cache, slot_mapping) -> None:
+    """See `ops.write_kv`. A negative slot is not written: a captured graph may be padded."""
+    if len(key):
+        write_call(key, value, key_cache, value_cache, slot_mapping).launch()
+
+
+@_on_their_device
+def copy_blocks(key_cache, value_cache, source, destination) -> None:
+    """See `ops.copy_blocks`."""
+    if len(source):
+        copy_call(key_cache, value_cache, source, destination).launch()
+
+
+@_on_their_device
+def paged_attention(query, key_cache, value_cache, *rows_and_options, **options) -> torch.Tensor:
+    """See `ops.paged_attention`."""
+    out = query.new_empty(*query.shape[:2], value_cache.shape[3])
+    if len(query):
+        device = describe(query.device)
+        for call in attention_calls(device, out, query, key_cache, value_cache, *rows_and_options, **options):
+            call.launch()
+    return out
+
+
+def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *attention) -> torch.Tensor:
+    """See `ops.write_and_attend`."""
+    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    return paged_attention(query, key_cache, value_cache, *attention)
