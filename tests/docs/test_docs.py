@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import types
 from pathlib import Path
 
@@ -75,11 +74,11 @@ def test_links_are_found():
 
 def test_the_table_of_packages_has_the_layers_of_the_contract_in_their_order():
     """`lint-imports` proves the contract; the page on architecture shows it."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
-        "contracts"
-    ]
-    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
-    shown = re.findall(r"^\| (`hf_paged[^|]*) \|", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split('type = "layers"')[1].split("]")[0]
+    layers = re.findall(r'^    "(.+)",$', contract, re.MULTILINE)
+    assert len(layers) > 8
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (`hf_paged[^|]*) \|", page, re.MULTILINE)
     rows = [re.findall(r"`([\w.]+)`", row) for row in shown]
     places = []
     for layer in layers:
