@@ -6,11 +6,11 @@ import sys
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import TransformersKwargs
-from transformers.utils.output_capturing import _active_collector
 
 from hf_paged.cache.append_step import Reads
 from hf_paged.cache.cross_attention import StoredStates, stored_obstacle, stored_reads
 from hf_paged.cache.lazy_tensors import PagedMask, PagedStates
+from hf_paged.compat.transformers import output_collector
 from hf_paged.errors import UnsupportedError
 from hf_paged.execution.packed_cache import ARGUMENT, NotPackableError, is_packed_mask
 from hf_paged.memory.kv_pool import KVPool
@@ -182,13 +182,13 @@ def _general_obstacle(query, dropout, kwargs) -> Why | None:
 
 def _wants_weights(kwargs: dict) -> bool:
     """Whether the caller asked for attention weights; not every model passes the argument down."""
-    return bool(kwargs.get("output_attentions")) or "attentions" in (_active_collector.get() or ())
+    return bool(kwargs.get("output_attentions")) or "attentions" in (output_collector.get() or ())
 
 
 def _says_all_in_arguments() -> bool:
     """Whether the running model supports fused attention, and so hides nothing in its eager function."""
     call = forward_context.current_forward()
-    return call is not None and (call.model._supports_sdpa or call.model._supports_flash_attn)
+    return call is not None and call.supports_fused
 
 
 def _read_pages(query, pool: KVPool, storage: KVStorage, reads: Reads, window, scaling, kwargs) -> torch.Tensor:
@@ -220,7 +220,7 @@ def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[t
     """Attention over dense tensors, by the function the model would use without us."""
     mask = _chosen_by_indexer(module, query, key.shape[2], mask, kwargs)
     call = forward_context.current_forward()
-    fused = call is None or call.model._supports_sdpa
+    fused = call is None or call.supports_sdpa
     extras = (kwargs.get(name) for name in ("softcap", "s_aux", "sinks"))
     wants_eager = not fused or _wants_weights(kwargs) or any(extra is not None for extra in extras)
     if not wants_eager:

@@ -5,10 +5,11 @@ cache's layers (``layer.keys``). Inside a forward they get handles, so that the 
 """
 
 import torch
-from transformers.masking_utils import bidirectional_mask_function
 
 from hf_paged.cache.append_step import Reads
 from hf_paged.cache.lazy_tensors import LazyTensor, PagedMask
+from hf_paged.compat.torch import make_wrapper_subclass
+from hf_paged.compat.transformers import bidirectional_mask_function
 from hf_paged.models import forward_context
 from hf_paged.reasons import Reason, Why
 
@@ -35,7 +36,7 @@ class StoredStates(LazyTensor):
         cache = storage.key_cache if is_key else storage.value_cache
         length = layer.sequences.length(layer.index)
         shape = (layer.sequences.batch_size, cache.shape[1], layer._retained(length), cache.shape[3])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=cache.dtype, device=cache.device)
+        self = make_wrapper_subclass(cls, shape, dtype=cache.dtype, device=cache.device)
         self.layer, self.is_key, self.rows, self.stored_at = layer, is_key, rows, rows.version
         return self
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from hf_paged.cache.append_step import AppendStep
 from hf_paged.cache.batch_state import BatchState
 from hf_paged.cache.group_rows import GroupRows
+from hf_paged.compat.torch import TO_COPY, make_wrapper_subclass, tree_map_only, writes_to_input
 from hf_paged.reasons import Reason, Why, count
 
 
@@ -36,7 +36,7 @@ class LazyTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable and args and isinstance(args[0], LazyTensor) and not args[0].keeps_changes:
+        if writes_to_input(func) and args and isinstance(args[0], LazyTensor) and not args[0].keeps_changes:
             raise RuntimeError(
                 f"{func} would change a paged tensor in place, and the change would be lost: "
                 "clone it first, or use another attn_implementation"
@@ -89,9 +89,7 @@ class PagedStates(LazyTensor):
     @staticmethod
     def __new__(cls, view: PageView, fresh: torch.Tensor, is_key: bool, visible: int) -> "PagedStates":
         batch, heads, _, dim = fresh.shape
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, (batch, heads, visible, dim), dtype=fresh.dtype, device=fresh.device
-        )
+        self = make_wrapper_subclass(cls, (batch, heads, visible, dim), dtype=fresh.dtype, device=fresh.device)
         self.pages, self.fresh, self.is_key = view, fresh, is_key
         self.made = None
         return self
@@ -158,7 +156,7 @@ class PagedMask(LazyTensor):
         offset: int,
         visible_lens: list[int] | None = None,
     ) -> "PagedMask":
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self = make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self._make, self.pattern, self.obstacle, self.offset = functools.cache(make), pattern, obstacle, offset
         self.visible_lens = visible_lens
         return self
@@ -169,7 +167,7 @@ class PagedMask(LazyTensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
+        if func is TO_COPY and kwargs.get("dtype") in (None, args[0].dtype):
             return args[0]._on(kwargs.get("device") or args[0].device)
         return super().__torch_dispatch__(func, types, args, kwargs)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_paged.compat.transformers import supports_flash_attention, supports_sdpa
 from hf_paged.models import registration
 
 _HOOKS = "_hf_paged_hooks"
@@ -59,6 +60,9 @@ class Forward:
         self._model, self.inputs = weakref.ref(model), inputs
         self._frame = id(frame), frame.f_code
         self.times_off = registration.times_off()  # When it began.
+        # Asked by every layer.
+        self.supports_sdpa = supports_sdpa(model)
+        self.supports_fused = self.supports_sdpa or supports_flash_attention(model)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hf_paged.cache.layers import PagedLayerMixin
 from hf_paged.cli.demo_model import load_config
+from hf_paged.compat.transformers import has_model_for
 from hf_paged.errors import PagedError
 from hf_paged_integrations.transformers.hooks import NAME
 
@@ -166,7 +167,7 @@ def _run_without_weights(config: PreTrainedConfig, dtype: torch.dtype):
     config = copy.deepcopy(config)
     config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = None  # Or some look for pads in the ids.
     auto = AutoModelForCausalLM
-    if type(config) not in auto._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
+    if not has_model_for(auto, config) and has_model_for(AutoModelForImageTextToText, config):
         auto = AutoModelForImageTextToText
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # Advice about weights and speed does not concern a model without weights.

@@ -3,12 +3,14 @@
 import functools
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged.atomic import Undo, atomically
 from hf_paged.cache.layers import PagedLayerMixin
 from hf_paged.cache.padding import Padding, is_binary
+from hf_paged.compat.torch import forward_pre_hooks
+from hf_paged.compat.transformers import is_callers_cache, replaced_loop_method, supports_logits_to_keep
 from hf_paged.errors import OutOfBlocksError, UnsupportedError
 from hf_paged.execution.packed_cache import NotPackableError, pack, run_step
 from hf_paged.execution.step_buffers import StepBuffers
@@ -143,13 +145,11 @@ def _why_not_this_model(model, device: torch.device) -> Why | None:
         return Reason.AUTOCAST
     if model.config.is_encoder_decoder:
         return Reason.ENCODER_DECODER
-    for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
-        # Asked of the model itself: PEFT gives one to the instance, for the time of a call.
-        if getattr(getattr(model, method), "__func__", None) is not getattr(GenerationMixin, method):
-            return Reason.OWN_METHOD.of(method)
-    if not model._supports_logits_to_keep():
+    if (method := replaced_loop_method(model)) is not None:
+        return Reason.OWN_METHOD.of(method)
+    if not supports_logits_to_keep(model):
         return Reason.EVERY_LOGIT
-    if any(_is_of_peft(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+    if any(_is_of_peft(hook) for module in model.modules() for hook in forward_pre_hooks(module).values()):
         return Reason.ROW_ADAPTERS
     text = model.config.get_text_config(decoder=True)
     ropes = [getattr(text, "rope_parameters", None) or {}]
@@ -201,7 +201,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> Why | None:
 
 def _outlives_call(cache: DynamicCache, config) -> bool:
     """Whether the caller will see what the call leaves in its cache."""
-    return bool(config.return_dict_in_generate or getattr(cache, "_is_user_defined", False))
+    return bool(config.return_dict_in_generate or is_callers_cache(cache))
 
 
 def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> bool:
