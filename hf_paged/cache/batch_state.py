@@ -1,23 +1,94 @@
-"""BatchState: the rows of one cache, shared by all its paged layers.
+"""BatchState: the rows of one cache, shared by all its paged layers; GroupRows: the same rows in one KV cache group.
 
 transformers' cache is a list of layers, each told on its own to append, crop or reorder. Their tokens lie
-at the same slots, so the tables are kept here, once an attention group; the first layer to be told does
+at the same slots, so the tables are kept here, once per group; the first layer to be told does
 the work and its siblings find it done.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from hf_paged.atomic import atomically
-from hf_paged.cache.append_step import AppendStep
+from hf_paged.cache.append_step import AppendStep, Reads
 from hf_paged.cache.duplicate_rows import agree
-from hf_paged.cache.group_rows import GroupRows
 from hf_paged.cache.padding import Padding
-from hf_paged.memory.block_table import BlockTable
-from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
-from hf_paged.memory.reservation import keeping, of_this_thread
+from hf_paged.memory.block_table import BlockTable, make_writable
+from hf_paged.memory.kv_pool import KVCacheGroup, KVCacheSpec, KVPool
+from hf_paged.memory.reservation import Reservation, keeping, of_this_thread
+
+
+class GroupRows:
+    """The block tables of one attention group, one per row, and how far each layer of it has come.
+
+    Blocks are taken and freed in atomic sections. Their content is copied outside, by the next user of the
+    rows: `copy_shared`.
+    """
+
+    def __init__(self, pool: KVCacheGroup, batch_size: int):
+        self.pool = pool
+        self.tables = [BlockTable(pool.blocks) for _ in range(batch_size)]
+        self.lengths: dict[int, int] = {}  # layer index -> positions it has seen
+        self.step: AppendStep | None = None
+        self.stored_reads: tuple[tuple, Reads] | None = None  # Of cross-attention: what it is for, and it.
+        self.version = 0  # Changes so far; a handle from before the last one is stale.
+        self._copies: list[tuple[int, int]] = []  # (source, destination) of shared blocks, not copied yet.
+        self._held = BlockTable(pool.blocks)  # Their sources.
+
+    @property
+    def owned(self) -> list[BlockTable]:
+        """Every table that owns blocks for these rows."""
+        return [*self.tables, self._held]
+
+    def make_room(self, writes: dict[int, int], last: list[int], promised: Sequence[Reservation]) -> None:
+        """Private blocks for the tokens from `writes` to `last` of the rows that store some. In a section.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the blocks do not fit in memory; nothing is changed.
+        """
+        tables = [self.tables[row] for row in writes]
+        ranges = [(token, last[row]) for row, token in writes.items()]
+        copies = make_writable(tables, ranges, lambda count: self.pool.allocate(count, promised))
+        self._held.blocks += [source for source, _ in copies]
+        self._copies += copies
+
+    @property
+    def is_settled(self) -> bool:
+        """Tell whether every block holds what its row has stored."""
+        return not self._copies
+
+    def copy_shared(self) -> None:
+        """Copy shared blocks that a row is about to write to. Outside a section, under the pool's lock."""
+        self.pool.copy_blocks(self._copies)
+
+    def let_go(self) -> None:
+        """Note that `copy_shared` has come to its end. In a section."""
+        self._copies = []
+        self._held.release()
+
+    def change(self) -> None:
+        """Note that the tables are about to change: a handle on them is stale."""
+        self.step = None
+        self.version += 1
+
+    def select(self, rows: list[int], promised: Sequence[Reservation]) -> None:
+        """Make row ``i`` what row ``rows[i]`` is now. In a section."""
+        self.change()
+        with keeping(self.pool, promised):
+            old, self.tables = self.tables, [self.tables[row].fork() for row in rows]
+            for table in old:
+                table.release()
+
+    @property
+    def length(self) -> int:
+        return max([0, *self.lengths.values()])
+
+    @property
+    def window(self) -> int | None:
+        return self.pool.key.window
 
 
 class BatchState:
@@ -229,7 +300,7 @@ class BatchState:
             else:
                 table.start_at(max(0, total - reach))
 
-    def truncate(self, layer: int, window: int | None, removed: int) -> None:
+    def truncate(self, layer: int, removed: int) -> None:
         """Forget the last `removed` positions of one layer; blocks go with the last layer that forgets them."""
         rows, promised = self.group_rows(layer), of_this_thread()
         self._settle(rows)
@@ -245,8 +316,8 @@ class BatchState:
                 for table, last, first in zip(rows.tables, kept, seen):
                     if last < table.num_tokens:
                         table.truncate(last)
-                    if window is not None:
-                        table.evict_before(first - (window - 1))
+                    if rows.window is not None:
+                        table.evict_before(first - (rows.window - 1))
 
         self._change(truncate)
         self.padding.truncate(max(group.length for group in self.groups.values()))

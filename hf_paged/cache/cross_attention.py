@@ -20,7 +20,7 @@ class StoredStates(LazyTensor):
 
     Attributes
     ----------
-    layer : PagedLayerMixin
+    layer : PagedLayer
     is_key : bool
     rows : GroupRows
         Where the layer is stored.

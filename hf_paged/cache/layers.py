@@ -1,9 +1,10 @@
-"""PagedLayerMixin: how one layer of transformers' cache keeps its states in pages."""
+"""Paged layers: they stand in transformers' own `DynamicCache` and keep their states in pages."""
 
 import copy
 from collections.abc import Callable
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_paged.cache.batch_state import BatchState
 from hf_paged.cache.cross_attention import StoredStates, is_read_by_model
@@ -14,17 +15,27 @@ from hf_paged.models import forward_context, registry
 from hf_paged.reasons import Reason, Why, count
 
 
-class PagedLayerMixin:
-    """What full and sliding paged layers share.
+class PagedLayer(DynamicLayer):
+    """A layer whose keys and values lie in pages.
 
     A layer is paged until something asks for what pages cannot do (gradients through the cache, states
     of another dtype, an assignment to its keys); then it becomes the upstream layer it derives from, for
     good. Blocks belong to `sequences`.
+
+    Parameters
+    ----------
+    sequences : BatchState
+        Rows of the cache this layer belongs to.
+    index : int
+        Its position in the cache.
+    **upstream
+        Arguments of the upstream layer.
     """
 
     window: int | None = None
 
-    def _init_paged(self, sequences: BatchState, index: int) -> None:
+    def __init__(self, sequences: BatchState, index: int, **upstream):
+        super().__init__(**upstream)
         self.sequences, self.index = sequences, index
         self.epoch = 0  # Reorderings this layer has been told of.
         self._stored_kind: tuple | None = None  # Dtype, device and sizes of states that went into its pages.
@@ -262,6 +273,22 @@ class PagedLayerMixin:
         self._stored_kind = None
         super().reset()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        self._take_all_edits()
+        if self.is_paged and self._is_cropped_by(tokens_to_remove):
+            self._crop_pages(-tokens_to_remove)
+        else:
+            super().crop(tokens_to_remove)  # Where the layer is paged, it does nothing, or raises and says why.
+
+    def _is_cropped_by(self, tokens_to_remove: int) -> bool:
+        """Tell whether a crop changes what is stored."""
+        return tokens_to_remove < 0
+
+    def _crop_pages(self, removed: int) -> None:
+        self.sequences.store_held()
+        self.sequences.truncate(self.index, removed)
+        self._crop_handed_out(removed)
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(lambda rows: rows.index_select(0, beam_idx.to(rows.device)), super().reorder_cache, beam_idx)
 
@@ -315,6 +342,82 @@ class PagedLayerMixin:
         for which, states in self._handed_out.items():
             end = max(0, states.shape[2] - removed)
             self._handed_out[which] = states[:, :, max(0, end - kept) : end]
+
+
+class PagedSlidingWindowLayer(PagedLayer, DynamicSlidingWindowLayer):
+    """A sliding-window layer in pages: blocks that left the window are freed, unless the past is recorded.
+
+    Parameters
+    ----------
+    sequences : BatchState
+        Rows of the cache this layer belongs to.
+    index : int
+        Its position in the cache.
+    sliding_window : int
+        Tokens that a query sees, itself included.
+    """
+
+    def __init__(self, sequences: BatchState, index: int, sliding_window: int):
+        super().__init__(sequences, index, sliding_window=sliding_window)
+        self.window = sliding_window
+        self._recorded = 0  # Positions seen since the last crop.
+
+    @property
+    def cumulative_length(self) -> int:
+        return self.sequences.length(self.index) if self.is_paged else self.__dict__["_cumulative_length"]
+
+    @cumulative_length.setter
+    def cumulative_length(self, length: int) -> None:
+        self._cumulative_length = length
+
+    @property
+    def is_paged(self) -> bool:
+        return self.__dict__.get("is_dense") is False and super().is_paged
+
+    def become_dense(self, reason: Why) -> None:
+        length = self.get_seq_length()
+        super().become_dense(reason)
+        self.cumulative_length = length
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_cumulative_length": self.get_seq_length()}
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        if not self.is_dense:
+            self.sequences.record_past = True
+
+    def _is_cropped_by(self, tokens_to_remove: int) -> bool:
+        # A crop of no tokens frees the past that was recorded.
+        return tokens_to_remove <= 0 and (self.record_past or self.get_seq_length() < self.window)
+
+    def _crop_pages(self, removed: int) -> None:
+        self._recorded = 0
+        super()._crop_pages(removed)
+
+    def _visible(self, length: int) -> int:
+        return min(length, self.window - 1)
+
+    def _advance(self, positions: int) -> None:
+        self._recorded += positions
+
+    def _retained(self, length: int) -> int:
+        return min(length, self.window - 1 + (self._recorded if self.record_past else 0))
+
+
+@torch.compiler.disable
+def page_layers(cache: DynamicCache) -> None:
+    """Replace the attention layers of a new, empty cache by paged ones that share their `BatchState`.
+
+    Linear-attention, indexer and dummy layers stay upstream's own.
+    """
+    sequences = BatchState(born_in_forward=forward_context.running_forward() is not None)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = PagedLayer(sequences, index)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = PagedSlidingWindowLayer(sequences, index, layer.sliding_window)
+    sequences.num_layers = sum(isinstance(layer, PagedLayer) for layer in cache.layers)
 
 
 def _kind(key: torch.Tensor, value: torch.Tensor) -> tuple | None:

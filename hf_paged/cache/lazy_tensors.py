@@ -15,8 +15,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from hf_paged.cache.append_step import AppendStep
-from hf_paged.cache.batch_state import BatchState
-from hf_paged.cache.group_rows import GroupRows
+from hf_paged.cache.batch_state import BatchState, GroupRows
 from hf_paged.reasons import Reason, Why, count
 
 
@@ -55,7 +54,7 @@ class PageView:
     step: AppendStep
     layer: int
     version: int
-    owner: Any  # The PagedLayerMixin that was updated.
+    owner: Any  # The PagedLayer that was updated.
 
     def check(self) -> None:
         """Refuse to be read after the cache has changed."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import DynamicCache
 
-from hf_paged.cache.group_rows import GroupRows
+from hf_paged.cache.batch_state import GroupRows
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.reasons import Reason, Why
 from hf_paged.scheduling.request import Request

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hf_paged import atomic
 from hf_paged.cache import batch_state
-from hf_paged.cache.group_rows import GroupRows
+from hf_paged.cache.batch_state import GroupRows
 from hf_paged.generation import engine
 from hf_paged.memory import reservation
 from hf_paged.memory.kv_pool import KVCacheGroup

@@ -418,7 +418,7 @@ class Run:
                     copies.append((sequences.__deepcopy__({}), rows))
                 if chance.random() < 0.2 and len(rows[0]) > 2:
                     for layer in range(2):
-                        sequences.truncate(layer, None, 1)
+                        sequences.truncate(layer, 1)
                     rows = [row[:-1] for row in rows]
             for cache, expected in [(sequences, rows), *copies]:
                 for layer in range(2):

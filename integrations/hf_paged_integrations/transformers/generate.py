@@ -7,7 +7,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged.atomic import Undo, atomically
-from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.cache.padding import Padding, is_binary
 from hf_paged.errors import OutOfBlocksError, UnsupportedError
 from hf_paged.execution.packed_cache import NotPackableError, pack, run_step
@@ -179,7 +179,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> Why | None:
     cache = kwargs.get("past_key_values")
     if type(cache) is not DynamicCache or not kwargs.get("use_cache"):
         return Reason.OTHER_CACHE
-    if not all(isinstance(layer, PagedLayerMixin) and not layer.is_dense for layer in cache.layers) or not cache.layers:
+    if not all(isinstance(layer, PagedLayer) and not layer.is_dense for layer in cache.layers) or not cache.layers:
         return Reason.UNPAGED_LAYERS
     if cache.get_seq_length():
         return Reason.FILLED_CACHE
@@ -312,7 +312,7 @@ def _try_alone(model, ids: torch.Tensor) -> tuple[torch.Tensor, KVPool | None]:
             alone = functools.partial(model, input_ids=ids, past_key_values=cache, use_cache=True)
             output = _forward(model, alone)
         pools = registry.pools_under(model)
-        stored = [layer for layer in cache.layers if isinstance(layer, PagedLayerMixin) and layer.is_paged]
+        stored = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:
             return output.logits[0, -1], None
         if pools[0].groups.keys() == stored[0].sequences.groups.keys():

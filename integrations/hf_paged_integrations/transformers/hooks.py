@@ -27,7 +27,7 @@ from transformers import (
 from transformers.generation.continuous_batching import ContinuousBatchingManager, input_outputs
 
 from hf_paged.attention.mask import paged_mask
-from hf_paged.cache.paged_layers import page_layers
+from hf_paged.cache.layers import page_layers
 from hf_paged.errors import PagedError
 from hf_paged.models import forward_context, registration, registry
 from hf_paged.sampling.row_streamer import RowStreamer, by_rows

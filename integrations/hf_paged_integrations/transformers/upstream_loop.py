@@ -3,7 +3,7 @@
 import torch
 
 from hf_paged.cache.duplicate_rows import same_rows
-from hf_paged.cache.paged_layers import PagedLayer, PagedSlidingWindowLayer
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.memory.kv_pool import KVCacheGroup
 from hf_paged.memory.reservation import reserve
 from hf_paged.models import registry
@@ -29,9 +29,7 @@ def _cache_of(kwargs: dict):
 
 def _needs(pool, ids: torch.Tensor, mask: torch.Tensor | None, max_length: int, cache) -> dict[KVCacheGroup, int]:
     """Blocks that a call's rows hold at most, by attention group, besides those that its cache has already."""
-    layers = [
-        layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PagedLayer | PagedSlidingWindowLayer)
-    ]
+    layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PagedLayer)]
     if not layers or layers[0].is_dense:
         return {}
     held = layers[0].sequences.groups
