@@ -87,7 +87,7 @@ def paged_attention_forward(
     view = key.pages
     view.check()
     storage, window = view.rows.pool.layers[view.layer], attention_mask.pattern.window
-    return _read_pages(query, view.sequences.pool, storage, view.step.reads, window, scaling, kwargs), None
+    return _read_pages(query, view.batch.pool, storage, view.step.reads, window, scaling, kwargs), None
 
 
 def _attend_packed(step, module, query, key, value, mask, dropout, scaling, kwargs) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _attend_stored(module, query, key, value, mask, dropout, scaling, kwargs):
         return _dense(module, query, key, value, mask, dropout, scaling, kwargs)
     key.check()
     storage, reads = key.rows.pool.layers[key.layer.index], stored_reads(key.layer, query.shape[2], mask)
-    return _read_pages(query, key.layer.sequences.pool, storage, reads, None, scaling, kwargs), None
+    return _read_pages(query, key.layer.batch.pool, storage, reads, None, scaling, kwargs), None
 
 
 def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:

@@ -30,11 +30,11 @@ class StoredStates(LazyTensor):
 
     @staticmethod
     def __new__(cls, layer, is_key: bool) -> "StoredStates":
-        rows = layer.sequences.group_rows(layer.index)
+        rows = layer.batch.group_rows(layer.index)
         storage = rows.pool.layers[layer.index]
         cache = storage.key_cache if is_key else storage.value_cache
-        length = layer.sequences.length(layer.index)
-        shape = (layer.sequences.batch_size, cache.shape[1], layer._retained(length), cache.shape[3])
+        length = layer.batch.length(layer.index)
+        shape = (layer.batch.batch_size, cache.shape[1], layer._retained(length), cache.shape[3])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=cache.dtype, device=cache.device)
         self.layer, self.is_key, self.rows, self.stored_at = layer, is_key, rows, rows.version
         return self
@@ -60,8 +60,8 @@ def stored_obstacle(module, query, key, value, mask, kwargs) -> Why | None:
     """Why attention cannot read stored keys and values in place; None if it can."""
     if not (isinstance(key, StoredStates) and isinstance(value, StoredStates) and key.layer is value.layer):
         return Reason.TWO_SOURCES
-    sequences = key.layer.sequences
-    if query.shape[0] != key.shape[0] or key.layer.window is not None or sequences.padding.valid is not None:
+    batch = key.layer.batch
+    if query.shape[0] != key.shape[0] or key.layer.window is not None or batch.padding.valid is not None:
         return Reason.PARTLY_STORED
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -80,8 +80,8 @@ def stored_reads(layer, queries: int, mask: PagedMask | None) -> Reads:
 
     The op is causal: a query sees what comes before it, so each query is a row of its own that comes last.
     """
-    rows, sequences = layer.sequences.group_rows(layer.index), layer.sequences
-    lens = [sequences.length(layer.index)] * len(rows.tables) if mask is None else mask.visible_lens
+    rows, batch = layer.batch.group_rows(layer.index), layer.batch
+    lens = [batch.length(layer.index)] * len(rows.tables) if mask is None else mask.visible_lens
     state = (rows.version, queries, tuple(lens))
     if rows.stored_reads is None or rows.stored_reads[0] != state:
         # One for all layers of a forward, and for all forwards between two reorderings.

@@ -20,11 +20,11 @@ class PagedLayer(DynamicLayer):
 
     A layer is paged until something asks for what pages cannot do (gradients through the cache, states
     of another dtype, an assignment to its keys); then it becomes the upstream layer it derives from, for
-    good. Blocks belong to `sequences`.
+    good. Blocks belong to `batch`.
 
     Parameters
     ----------
-    sequences : BatchState
+    batch : BatchState
         Rows of the cache this layer belongs to.
     index : int
         Its position in the cache.
@@ -34,9 +34,9 @@ class PagedLayer(DynamicLayer):
 
     window: int | None = None
 
-    def __init__(self, sequences: BatchState, index: int, **upstream):
+    def __init__(self, batch: BatchState, index: int, **upstream):
         super().__init__(**upstream)
-        self.sequences, self.index = sequences, index
+        self.batch, self.index = batch, index
         self.epoch = 0  # Reorderings this layer has been told of.
         self._stored_kind: tuple | None = None  # Dtype, device and sizes of states that went into its pages.
         self.is_dense = False
@@ -47,12 +47,12 @@ class PagedLayer(DynamicLayer):
     @property
     def is_paged(self) -> bool:
         """Whether this layer's states are in pages (or held for them)."""
-        return not self.is_dense and self.sequences.length(self.index) > 0
+        return not self.is_dense and self.batch.length(self.index) > 0
 
     @property
     def _is_stored(self) -> bool:
         """Tell whether states went into the pages (or are held for them), even if all of them were cropped since."""
-        return self.is_paged or any(self.index in rows.lengths for rows in self.sequences.groups.values())
+        return self.is_paged or any(self.index in rows.lengths for rows in self.batch.groups.values())
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -75,7 +75,7 @@ class PagedLayer(DynamicLayer):
             return self.__dict__.get("_dense", (None, None))[which]
         if not self.is_paged:
             return self._gather(which, Reason.CACHE_READ)
-        if self.sequences.held(self.index) is None and is_read_by_model():
+        if self.batch.held(self.index) is None and is_read_by_model():
             self.take_edits()
             return self._dense[which] if self.is_dense else StoredStates(self, which == 0)
         if which not in self._handed_out:
@@ -88,7 +88,7 @@ class PagedLayer(DynamicLayer):
         Compares bits: `_version` misses edits through ``.data`` or NumPy, and a tensor that was edited in one
         expression (``layer.values[:, :, -1] += 3``) is gone before the layer is used again.
         """
-        if not self._handed_out or self.sequences.held(self.index) is not None:
+        if not self._handed_out or self.batch.held(self.index) is not None:
             return  # What is held is what was handed out.
         for which, states in self._handed_out.items():
             if not same_bits(states, self._gather(which, Reason.CACHE_READ)):
@@ -97,10 +97,10 @@ class PagedLayer(DynamicLayer):
 
     def _take_all_edits(self) -> None:
         """Take over the edits of all layers, before the first of them changes what their pages have in common."""
-        if self.sequences is None or self._was_compared:
+        if self.batch is None or self._was_compared:
             self._was_compared = False
             return
-        for layer in tuple(self.sequences.read_layers):
+        for layer in tuple(self.batch.read_layers):
             layer.take_edits()
             layer._was_compared = layer is not self
 
@@ -114,13 +114,13 @@ class PagedLayer(DynamicLayer):
             self.is_dense = True
 
     def _gather(self, which: int, reason: Why) -> torch.Tensor:
-        held, end = self.sequences.held(self.index), self.sequences.length(self.index)
+        held, end = self.batch.held(self.index), self.batch.length(self.index)
         if held is not None:
             return held[which][:, :, end - self._retained(end) :]
         if end > 0:
-            count(self.sequences.pool.gathers, reason, "keys or values are gathered")
+            count(self.batch.pool.gathers, reason, "keys or values are gathered")
         with torch.inference_mode(False), torch.no_grad():  # A reader may edit them, in whatever mode.
-            return self.sequences.gather(self.index, which == 0, end - self._retained(end), end)
+            return self.batch.gather(self.index, which == 0, end - self._retained(end), end)
 
     def _retained(self, length: int) -> int:
         """How many of the positions seen upstream's layer would still hold."""
@@ -132,7 +132,7 @@ class PagedLayer(DynamicLayer):
         if self._is_stored:
             handed_out = self._forget_handed_out()
             dense = tuple(handed_out[which] if which in handed_out else self._gather(which, reason) for which in (0, 1))
-            self.sequences.drop_layer(self.index)
+            self.batch.drop_layer(self.index)
         self.is_dense, self._dense, self.is_initialized = True, dense, dense[0] is not None
 
     def __deepcopy__(self, memo):
@@ -140,14 +140,14 @@ class PagedLayer(DynamicLayer):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         for name, value in self.__dict__.items():
-            # The states of a paged layer are copied by copying the tables of its `sequences`.
+            # The states of a paged layer are copied by copying the tables of its `batch`.
             twin.__dict__[name] = {} if name == "_handed_out" else copy.deepcopy(value, memo)
         return twin
 
     def __getstate__(self):
         """Pickled layers are dense: blocks mean nothing in another process."""
         keys, values = self.keys, self.values
-        return {**self.__dict__, "is_dense": True, "_dense": (keys, values), "_handed_out": {}, "sequences": None}
+        return {**self.__dict__, "is_dense": True, "_dense": (keys, values), "_handed_out": {}, "batch": None}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self.is_dense:
@@ -184,58 +184,58 @@ class PagedLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        sequences, start = self.sequences, self.sequences.length(self.index)
+        batch, start = self.batch, self.batch.length(self.index)
         if start == 0:
             self._join(key_states)
-            if sequences.deferred:
+            if batch.deferred:
                 # Contiguous, as upstream's layers return them: some models rely on it.
                 states = key_states.contiguous(), value_states.contiguous()
-                sequences.hold(self.index, self.window, *states)
+                batch.hold(self.index, self.window, *states)
                 self._advance(key_states.shape[2])
                 return states
-        elif sequences.deferred:
-            sequences.store_held()
+        elif batch.deferred:
+            batch.store_held()
         visible = self._visible(start) + key_states.shape[2]
-        rows, step = sequences.append(self.index, self.window, key_states, value_states)
+        rows, step = batch.append(self.index, self.window, key_states, value_states)
         self._stored_kind = _kind(key_states, value_states)
         self._advance(key_states.shape[2])
-        view = PageView(sequences, rows, step, self.index, rows.version, self)
+        view = PageView(batch, rows, step, self.index, rows.version, self)
         return PagedStates(view, key_states, True, visible), PagedStates(view, value_states, False, visible)
 
     def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> Why | None:
         """Why these states cannot go into pages."""
-        if self.sequences.pool is None and forward_context.running_forward() is None:
+        if self.batch.pool is None and forward_context.running_forward() is None:
             return Reason.NO_MODEL
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             return Reason.CACHE_GRADIENTS
-        has_begun = self.sequences.length(self.index) > 0
+        has_begun = self.batch.length(self.index) > 0
         if has_begun and self._stored_kind is not None and self._stored_kind == _kind(key, value):
             return None
         if key.is_meta or key.shape[:3] != value.shape[:3] or key.dtype != value.dtype:
             return Reason.UNLIKE_STATES
-        if not has_begun and not self.sequences.admits(key.shape[2]):
+        if not has_begun and not self.batch.admits(key.shape[2]):
             return Reason.UNLIKE_SIBLINGS
-        held = self.sequences.held(self.index)
+        held = self.batch.held(self.index)
         if held is not None:
             return None if held[0].dtype == key.dtype and held[0].device == key.device else Reason.CHANGED_DTYPE
         expected = KVCacheSpec(self.window, key.dtype, key.device)
-        for group_key, rows in self.sequences.groups.items():
+        for group_key, rows in self.batch.groups.items():
             if self.index in rows.lengths and group_key != expected:
                 return Reason.CHANGED_PLACE
-        pool = self.sequences.pool
+        pool = self.batch.pool
         group = pool.groups.get(expected) if pool is not None else None
         storage = group.layers.get(self.index) if group is not None else None
         return None if storage is None or storage.accepts(key, value) else Reason.CHANGED_SHAPE
 
     def _join(self, key: torch.Tensor) -> None:
         """Enter the cache's common rows with the first states; the first layer ties them to the model."""
-        sequences, call = self.sequences, forward_context.current_forward()
-        self.epoch = sequences.epoch
-        if sequences.pool is None:
-            sequences.bind(registry.pool_of(call.model))
-        if sequences.batch_size is None:
-            sequences.batch_size = key.shape[0]
-            sequences.twins = self._find_twins(key)
+        batch, call = self.batch, forward_context.current_forward()
+        self.epoch = batch.epoch
+        if batch.pool is None:
+            batch.bind(registry.pool_of(call.model))
+        if batch.batch_size is None:
+            batch.batch_size = key.shape[0]
+            batch.twins = self._find_twins(key)
 
     def _find_twins(self, key: torch.Tensor) -> list[int] | None:
         if key.shape[2] == 1:
@@ -244,7 +244,7 @@ class PagedLayer(DynamicLayer):
         ids = None if call is None else call.inputs.get("input_ids", call.inputs.get(0))
         if not isinstance(ids, torch.Tensor) or ids.shape != (key.shape[0], key.shape[2]):
             ids = key[:, 0, :, 0]  # Not made from tokens, or from an encoder's: told apart by the states.
-        return same_rows(ids, self.sequences.padding.valid_in(0, ids.shape[1]))
+        return same_rows(ids, self.batch.padding.valid_in(0, ids.shape[1]))
 
     def _visible(self, length: int) -> int:
         """How many earlier positions the next forward may see."""
@@ -254,22 +254,22 @@ class PagedLayer(DynamicLayer):
         """Note that `positions` more were seen."""
 
     def get_seq_length(self) -> int:
-        return super().get_seq_length() if self.is_dense else self.sequences.length(self.index)
+        return super().get_seq_length() if self.is_dense else self.batch.length(self.index)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         self.take_edits()
         sizes = super().get_mask_sizes(query_length)
         if not self.is_dense and not torch.compiler.is_compiling():
             if self.is_paged:
-                self.sequences.store_held()
-            forward_context.request_mask(self.sequences, self.index, (query_length, *sizes))
+                self.batch.store_held()
+            forward_context.request_mask(self.batch, self.index, (query_length, *sizes))
         return sizes
 
     def reset(self) -> None:
         if not self.is_dense:
-            self.sequences.drop_layer(self.index)
+            self.batch.drop_layer(self.index)
         self._forget_handed_out()
-        self.is_dense, self._dense = self.sequences is None, (None, None)
+        self.is_dense, self._dense = self.batch is None, (None, None)
         self._stored_kind = None
         super().reset()
 
@@ -285,8 +285,8 @@ class PagedLayer(DynamicLayer):
         return tokens_to_remove < 0
 
     def _crop_pages(self, removed: int) -> None:
-        self.sequences.store_held()
-        self.sequences.truncate(self.index, removed)
+        self.batch.store_held()
+        self.batch.truncate(self.index, removed)
         self._crop_handed_out(removed)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -305,15 +305,15 @@ class PagedLayer(DynamicLayer):
         """
         self._take_all_edits()
         if self.is_paged:
-            rows = choose(torch.arange(self.sequences.batch_size_at(self.epoch + 1)).view(-1, 1, 1, 1))
+            rows = choose(torch.arange(self.batch.batch_size_at(self.epoch + 1)).view(-1, 1, 1, 1))
             if rows.dim() != 4 or len(rows) == 0:
                 self.become_dense(Reason.ODD_SELECTION)
         if not self.is_paged:
             upstream(argument)
             return
-        self.sequences.store_held()
+        self.batch.store_held()
         self.epoch += 1
-        self.sequences.select(self.epoch, rows.flatten())
+        self.batch.select(self.epoch, rows.flatten())
         # A slice of a dense tensor is a view of it, anything else a copy.
         for which, states in self._forget_handed_out().items():
             if isinstance(argument, slice):
@@ -321,12 +321,12 @@ class PagedLayer(DynamicLayer):
 
     def _hand_out(self, which: int, states: torch.Tensor) -> None:
         self._handed_out[which] = states
-        self.sequences.read_layers.add(self)
+        self.batch.read_layers.add(self)
 
     def _forget_handed_out(self) -> dict[int, torch.Tensor]:
         handed_out, self._handed_out = self._handed_out, {}
         if handed_out:
-            self.sequences.read_layers.discard(self)
+            self.batch.read_layers.discard(self)
         return handed_out
 
     def note_edit(self, which: int, states: torch.Tensor) -> None:
@@ -338,7 +338,7 @@ class PagedLayer(DynamicLayer):
 
     def _crop_handed_out(self, removed: int) -> None:
         """After a crop a dense layer holds a part of the tensors that it held before."""
-        kept = self._retained(self.sequences.length(self.index))
+        kept = self._retained(self.batch.length(self.index))
         for which, states in self._handed_out.items():
             end = max(0, states.shape[2] - removed)
             self._handed_out[which] = states[:, :, max(0, end - kept) : end]
@@ -349,7 +349,7 @@ class PagedSlidingWindowLayer(PagedLayer, DynamicSlidingWindowLayer):
 
     Parameters
     ----------
-    sequences : BatchState
+    batch : BatchState
         Rows of the cache this layer belongs to.
     index : int
         Its position in the cache.
@@ -357,14 +357,14 @@ class PagedSlidingWindowLayer(PagedLayer, DynamicSlidingWindowLayer):
         Tokens that a query sees, itself included.
     """
 
-    def __init__(self, sequences: BatchState, index: int, sliding_window: int):
-        super().__init__(sequences, index, sliding_window=sliding_window)
+    def __init__(self, batch: BatchState, index: int, sliding_window: int):
+        super().__init__(batch, index, sliding_window=sliding_window)
         self.window = sliding_window
         self._recorded = 0  # Positions seen since the last crop.
 
     @property
     def cumulative_length(self) -> int:
-        return self.sequences.length(self.index) if self.is_paged else self.__dict__["_cumulative_length"]
+        return self.batch.length(self.index) if self.is_paged else self.__dict__["_cumulative_length"]
 
     @cumulative_length.setter
     def cumulative_length(self, length: int) -> None:
@@ -385,7 +385,7 @@ class PagedSlidingWindowLayer(PagedLayer, DynamicSlidingWindowLayer):
     def activate_past_recording(self) -> None:
         super().activate_past_recording()
         if not self.is_dense:
-            self.sequences.record_past = True
+            self.batch.record_past = True
 
     def _is_cropped_by(self, tokens_to_remove: int) -> bool:
         # A crop of no tokens frees the past that was recorded.
@@ -411,13 +411,13 @@ def page_layers(cache: DynamicCache) -> None:
 
     Linear-attention, indexer and dummy layers stay upstream's own.
     """
-    sequences = BatchState(born_in_forward=forward_context.running_forward() is not None)
+    batch = BatchState(born_in_forward=forward_context.running_forward() is not None)
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[index] = PagedLayer(sequences, index)
+            cache.layers[index] = PagedLayer(batch, index)
         elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = PagedSlidingWindowLayer(sequences, index, layer.sliding_window)
-    sequences.num_layers = sum(isinstance(layer, PagedLayer) for layer in cache.layers)
+            cache.layers[index] = PagedSlidingWindowLayer(batch, index, layer.sliding_window)
+    batch.num_layers = sum(isinstance(layer, PagedLayer) for layer in cache.layers)
 
 
 def _kind(key: torch.Tensor, value: torch.Tensor) -> tuple | None:

@@ -49,7 +49,7 @@ class LazyTensor(torch.Tensor):
 class PageView:
     """The pages of one layer as one `update` left them."""
 
-    sequences: BatchState
+    batch: BatchState
     rows: GroupRows
     step: AppendStep
     layer: int
@@ -109,9 +109,9 @@ class PagedStates(LazyTensor):
         if self.pages.step.start == 0:  # Nothing came before: the fresh states are all there is.
             return self.fresh.clone(memory_format=torch.contiguous_format)
         self.pages.check()
-        sequences, step = self.pages.sequences, self.pages.step
-        count(sequences.pool.gathers, reason, "keys or values are gathered")
-        return sequences.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
+        batch, step = self.pages.batch, self.pages.step
+        count(batch.pool.gathers, reason, "keys or values are gathered")
+        return batch.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
 
     def take_edits(self) -> bool:
         """Tell whether the model wrote into parts of the dense tensor (``keys[:, :, 0] = 0``); the cache follows."""

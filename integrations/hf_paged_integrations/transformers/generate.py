@@ -315,7 +315,7 @@ def _try_alone(model, ids: torch.Tensor) -> tuple[torch.Tensor, KVPool | None]:
         stored = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:
             return output.logits[0, -1], None
-        if pools[0].groups.keys() == stored[0].sequences.groups.keys():
+        if pools[0].groups.keys() == stored[0].batch.groups.keys():
             break
         registry.renew_pools(model, even_good=True)
     return output.logits[0, -1], pools[0]

@@ -32,7 +32,7 @@ def _needs(pool, ids: torch.Tensor, mask: torch.Tensor | None, max_length: int, 
     layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PagedLayer)]
     if not layers or layers[0].is_dense:
         return {}
-    held = layers[0].sequences.groups
+    held = layers[0].batch.groups
     has_mask = mask is not None and mask.dim() == 2 and len(mask) == len(ids)
     valid = mask.bool() if has_mask else torch.ones_like(ids, dtype=torch.bool)
     prompts, new = valid.sum(1).tolist(), max(0, max_length - ids.shape[1])
