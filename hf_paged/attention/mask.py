@@ -86,10 +86,10 @@ def paged_mask(
     if q_offset != batch.length(layer):
         return make(may_skip)
     obstacle = batch.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
-    if batch.deferred:
+    if batch.is_deferring:
         return make(may_skip)
     pattern = causal_pattern(mask_function)
-    if pattern is not None and pattern.window is not None and not batch.padding.left:
+    if pattern is not None and pattern.window is not None and not batch.padding.is_left:
         obstacle = obstacle or Reason.PADDED_WINDOW
     shape = (batch_size, 1, q_length, kv_length)
     return PagedMask(shape, torch.bool if fused else dtype, device, make, pattern, obstacle, kv_offset)

@@ -9,7 +9,6 @@ from transformers.masking_utils import bidirectional_mask_function
 
 from hf_paged.cache.append_step import Reads
 from hf_paged.cache.lazy_tensors import LazyTensor, PagedMask
-from hf_paged.models import forward_context
 from hf_paged.reasons import Reason, Why
 
 
@@ -31,10 +30,10 @@ class StoredStates(LazyTensor):
     @staticmethod
     def __new__(cls, layer, is_key: bool) -> "StoredStates":
         rows = layer.batch.group_rows(layer.index)
-        storage = rows.pool.layers[layer.index]
+        storage = rows.group.layers[layer.index]
         cache = storage.key_cache if is_key else storage.value_cache
         length = layer.batch.length(layer.index)
-        shape = (layer.batch.batch_size, cache.shape[1], layer._retained(length), cache.shape[3])
+        shape = (layer.batch.batch_size, cache.shape[1], layer.num_retained(length), cache.shape[3])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=cache.dtype, device=cache.device)
         self.layer, self.is_key, self.rows, self.stored_at = layer, is_key, rows, rows.version
         return self
@@ -90,7 +89,7 @@ def stored_reads(layer, queries: int, mask: PagedMask | None) -> Reads:
 
 
 def _make_reads(rows, queries: int, lens: list[int]) -> Reads:
-    device = rows.pool.key.device
+    device = rows.group.key.device
     width = max(len(table.blocks) for table in rows.tables)
     tables = torch.tensor([table.blocks + [0] * (width - len(table.blocks)) for table in rows.tables], device=device)
     lens = torch.tensor(lens, dtype=torch.long, device=device)
@@ -115,8 +114,3 @@ def visible_lens(mask_function, columns: torch.Tensor | None, positions: int) ->
     if bool((columns[:, 1:] & ~columns[:, :-1]).any()):
         return None
     return columns.sum(1).tolist()
-
-
-def is_read_by_model() -> bool:
-    """Tell whether a model's forward reads a layer: it gets a handle on the pages, any other reader a tensor."""
-    return not torch.compiler.is_compiling() and forward_context.running_forward() is not None

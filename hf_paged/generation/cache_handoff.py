@@ -13,7 +13,7 @@ from hf_paged.scheduling.request import Request
 def why_not_hand_over(cache: DynamicCache, pool: KVPool) -> Why | None:
     """Why an empty cache cannot take over what is stored in `pool`; None if it can."""
     batch = cache.layers[0].batch
-    if batch.pool not in (None, pool):
+    if batch.is_bound and batch.pool is not pool:
         return Reason.OTHER_POOL
     windows = {index: key.window for key, group in pool.groups.items() for index in group.layers}
     if windows != {index: layer.window for index, layer in enumerate(cache.layers)}:

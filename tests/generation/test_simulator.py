@@ -66,7 +66,7 @@ MUTATIONS = {
     "the sources of copies are never let go": ("none", [(Scheduler, "_let_go", lambda self: None)]),
     "a model that changes keeps its blocks": ("weights", [(PrefixCache, "suspend", lambda self: None)]),
     "a shared block is not copied": ("none", [(KVCacheGroup, "copy_blocks", lambda self, copies: None)]),
-    "a shared block of a cache is not copied": ("none", [(GroupRows, "copy_shared", lambda self: None)]),
+    "a shared block of a cache is not copied": ("none", [(GroupRows, "copy_shared_blocks", lambda self: None)]),
     "the rows of a call that failed run on": ("copy", [(engine.Engine, "_fail", tell_only)]),
     "an aborted step's rows keep blocks that were not copied": (
         "interrupted copy",

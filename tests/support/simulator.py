@@ -411,7 +411,7 @@ class Run:
             copies = []
             for _ in range(planned.new_tokens):
                 chosen = [chance.randrange(len(rows)) for _ in rows]
-                batch.select(batch.epoch + 1, torch.tensor(chosen))
+                batch.select_rows(batch.epoch + 1, torch.tensor(chosen))
                 rows = [rows[row] + [chance.randrange(2, VOCAB)] for row in chosen]
                 self._append(batch, rows, len(rows[0]) - 1)
                 if chance.random() < 0.3:

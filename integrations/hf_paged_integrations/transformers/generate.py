@@ -188,7 +188,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> Why | None:
     mask = kwargs.get("attention_mask")
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if mask is not None:
-        if mask.shape != ids.shape or not Padding(mask.bool()).left or not bool(mask[:, -1].all()):
+        if mask.shape != ids.shape or not Padding(mask.bool()).is_left or not bool(mask[:, -1].all()):
             return Reason.PADDING_NOT_LEFT
         if not is_binary(mask):
             return Reason.MASK_VALUES
