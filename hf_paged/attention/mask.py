@@ -83,14 +83,14 @@ def paged_mask(
             return make(may_skip)
         shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if fused else dtype
         return PagedMask(shape, dtype, device, make, None, Reason.NOT_CAUSAL, kv_offset, lens)
-    sequences, layer = request
-    if q_offset != sequences.length(layer):
+    batch, layer = request
+    if q_offset != batch.length(layer):
         return make(may_skip)
-    obstacle = sequences.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
-    if sequences.deferred:
+    obstacle = batch.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
+    if batch.is_deferring:
         return make(may_skip)
     pattern = causal_pattern(mask_function)
-    if pattern is not None and pattern.window is not None and not sequences.padding.left:
+    if pattern is not None and pattern.window is not None and not batch.padding.is_left:
         obstacle = obstacle or Reason.PADDED_WINDOW
     shape = (batch_size, 1, q_length, kv_length)
     return PagedMask(shape, torch.bool if fused else dtype, device, make, pattern, obstacle, kv_offset)

@@ -86,8 +86,8 @@ def paged_attention_forward(
         return _dense(module, query, key.fresh, value.fresh, attention_mask, dropout, scaling, kwargs)
     view = key.pages
     view.check()
-    storage, window = view.rows.pool.layers[view.layer], attention_mask.pattern.window
-    return _read_pages(query, view.sequences.pool, storage, view.step.reads, window, scaling, kwargs), None
+    storage, window = view.rows.group.layers[view.layer], attention_mask.pattern.window
+    return _read_pages(query, view.batch.pool, storage, view.step.reads, window, scaling, kwargs), None
 
 
 def _attend_packed(step, module, query, key, value, mask, dropout, scaling, kwargs) -> torch.Tensor:
@@ -109,8 +109,8 @@ def _attend_stored(module, query, key, value, mask, dropout, scaling, kwargs):
         key, value = (x.dense(obstacle) if isinstance(x, StoredStates) else x for x in (key, value))
         return _dense(module, query, key, value, mask, dropout, scaling, kwargs)
     key.check()
-    storage, reads = key.rows.pool.layers[key.layer.index], stored_reads(key.layer, query.shape[2], mask)
-    return _read_pages(query, key.layer.sequences.pool, storage, reads, None, scaling, kwargs), None
+    storage, reads = key.rows.group.layers[key.layer.index], stored_reads(key.layer, query.shape[2], mask)
+    return _read_pages(query, key.layer.batch.pool, storage, reads, None, scaling, kwargs), None
 
 
 def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
@@ -224,7 +224,7 @@ def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[t
     extras = (kwargs.get(name) for name in ("softcap", "s_aux", "sinks"))
     wants_eager = not fused or _wants_weights(kwargs) or any(extra is not None for extra in extras)
     if not wants_eager:
-        mask = mask.sdpa() if isinstance(mask, PagedMask) else mask
+        mask = mask.for_sdpa() if isinstance(mask, PagedMask) else mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     eager = _eager_function(module)
     mask = _additive(module, query, key, mask, kwargs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers.generation import logits_process, stopping_criteria
 
-from hf_paged.cache.duplicate_rows import same_rows
+from hf_paged.cache.duplicate_rows import first_equal_rows
 from hf_paged.compat.transformers import pad_token
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
@@ -104,7 +104,7 @@ class GenerateCall:
         )
         self.requests = [Request(tokens, pools) for tokens in prompts]
         self._row_of = {request: row for row, request in enumerate(self.requests)}
-        self._lead(same_rows(input_ids, valid))
+        self._lead(first_equal_rows(input_ids, valid))
         batch, self._width = input_ids.shape
         room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
         with torch.inference_mode(False):  # Another thread may write to it.

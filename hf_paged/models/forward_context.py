@@ -76,7 +76,7 @@ class Forward:
 class MaskRequest:
     """A paged layer was asked for its mask sizes: the mask function that comes next belongs to it."""
 
-    sequences: weakref.ref  # Of the `BatchState` that the layer belongs to.
+    batch: weakref.ref  # Of the `BatchState` that the layer belongs to.
     layer: int
     sizes: tuple[int, int, int]  # query length, kv length, kv offset
 
@@ -111,9 +111,9 @@ def argument(name: str) -> Any:
     return next((call.inputs[name] for call in reversed(_thread.calls) if call.inputs.get(name) is not None), None)
 
 
-def request_mask(sequences: Any, layer: int, sizes: tuple[int, int, int]) -> None:
+def request_mask(batch: Any, layer: int, sizes: tuple[int, int, int]) -> None:
     """Announce to the mask function, on this thread, which cache its next mask is for."""
-    _thread.mask_request = MaskRequest(weakref.ref(sequences), layer, sizes)
+    _thread.mask_request = MaskRequest(weakref.ref(batch), layer, sizes)
 
 
 def take_mask_request(sizes: tuple[int, int, int]) -> tuple[Any, int] | None:
@@ -121,8 +121,8 @@ def take_mask_request(sizes: tuple[int, int, int]) -> tuple[Any, int] | None:
     request, _thread.mask_request = _thread.mask_request, None
     if request is None or request.sizes != sizes:
         return None
-    sequences = request.sequences()
-    return None if sequences is None else (sequences, request.layer)
+    batch = request.batch()
+    return None if batch is None else (batch, request.layer)
 
 
 def track(model: PreTrainedModel) -> None:

@@ -52,7 +52,7 @@ def test_cross_attention_is_stored_once_for_all_beams(monkeypatch):
     inputs = zoo.prompts([11])
     output = model.generate(**inputs, num_beams=4, max_new_tokens=6, min_new_tokens=6, return_dict_in_generate=True)
     assert written.count(11) == model.config.decoder_layers, "keys and values of the encoder were written again"
-    cross = output.past_key_values.cross_attention_cache.layers[0].sequences
+    cross = output.past_key_values.cross_attention_cache.layers[0].batch
     tables = [table.blocks for rows in cross.groups.values() for table in rows.tables]
     assert len(tables) == 4 and len({tuple(blocks) for blocks in tables}) == 1, tables
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import logging
 
-from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.cli.demo_model import load_config
 from hf_paged.compat.transformers import has_model_for
 from hf_paged.errors import PagedError
@@ -127,7 +127,7 @@ def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
             f'{kind} cannot be planned: with attn_implementation="{NAME}" and without weights it does not run '
             f"({type(error).__name__}: {_line(error)}); if it does with its weights, hf_paged.stats(model) measures it"
         ) from error
-    paged, others = [layer for layer in cache.layers if isinstance(layer, PagedLayerMixin)], Counter()
+    paged, others = [layer for layer in cache.layers if isinstance(layer, PagedLayer)], Counter()
     groups: dict[int | None, list[LayerStates]] = {}
     state_bytes = 0
     for layer in cache.layers:
@@ -136,7 +136,7 @@ def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
             state_bytes += sum(state.nbytes for state in states if state is not None)
         if getattr(layer, "keys", None) is None:
             continue
-        if not isinstance(layer, PagedLayerMixin):
+        if not isinstance(layer, PagedLayer):
             others[type(layer).__name__] += 1
             continue
         if layer.keys.shape[2] != 1:

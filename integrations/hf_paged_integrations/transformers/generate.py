@@ -7,7 +7,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged.atomic import Undo, atomically
-from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.cache.padding import Padding, is_binary
 from hf_paged.compat.torch import forward_pre_hooks
 from hf_paged.compat.transformers import is_callers_cache, replaced_loop_method, supports_logits_to_keep
@@ -179,7 +179,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> Why | None:
     cache = kwargs.get("past_key_values")
     if type(cache) is not DynamicCache or not kwargs.get("use_cache"):
         return Reason.OTHER_CACHE
-    if not all(isinstance(layer, PagedLayerMixin) and not layer.is_dense for layer in cache.layers) or not cache.layers:
+    if not all(isinstance(layer, PagedLayer) and not layer.is_dense for layer in cache.layers) or not cache.layers:
         return Reason.UNPAGED_LAYERS
     if cache.get_seq_length():
         return Reason.FILLED_CACHE
@@ -188,7 +188,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> Why | None:
     mask = kwargs.get("attention_mask")
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if mask is not None:
-        if mask.shape != ids.shape or not Padding(mask.bool()).left or not bool(mask[:, -1].all()):
+        if mask.shape != ids.shape or not Padding(mask.bool()).is_left or not bool(mask[:, -1].all()):
             return Reason.PADDING_NOT_LEFT
         if not is_binary(mask):
             return Reason.MASK_VALUES
@@ -312,10 +312,10 @@ def _try_alone(model, ids: torch.Tensor) -> tuple[torch.Tensor, KVPool | None]:
             alone = functools.partial(model, input_ids=ids, past_key_values=cache, use_cache=True)
             output = _forward(model, alone)
         pools = registry.pools_under(model)
-        stored = [layer for layer in cache.layers if isinstance(layer, PagedLayerMixin) and layer.is_paged]
+        stored = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:
             return output.logits[0, -1], None
-        if pools[0].groups.keys() == stored[0].sequences.groups.keys():
+        if pools[0].groups.keys() == stored[0].batch.groups.keys():
             break
         registry.renew_pools(model, even_good=True)
     return output.logits[0, -1], pools[0]

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_paged.attention.mask import paged_mask
-from hf_paged.cache.paged_layers import page_layers
+from hf_paged.cache.layers import page_layers
 from hf_paged.compat import transformers as upstream
 from hf_paged.errors import PagedError
 from hf_paged.models import forward_context, registration, registry
