@@ -1,4 +1,4 @@
-"""Compiling the kernels: once, by whoever comes first, and never in the way of a machine without a compiler."""
+"""Compiling the kernels: once, by the process that comes first, and never missed without a compiler."""
 
 import os
 import stat
