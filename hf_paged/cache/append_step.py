@@ -5,24 +5,14 @@ and an attention function that finds it by other means than its keys can write a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from hf_paged.execution.attention_metadata import AttentionMetadata
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged_kernels import ops
-
-
-@dataclass(frozen=True)
-class Reads:
-    """Arguments of `ops.paged_attention` that describe the rows."""
-
-    block_tables: torch.Tensor  # [batch, max_blocks] int64
-    context_lens: torch.Tensor  # [batch] int64
-    cu_seqlens_q: torch.Tensor  # [batch + 1] int64
-    query_index: torch.Tensor | None  # [num_queries] int64 into [batch * positions]; None: all, in order
 
 
 class AppendStep:
@@ -60,6 +50,7 @@ class AppendStep:
         self.tables, self.start, self.end = tables, start, end
         self.first, self.last, self.writes, self.twins = first, last, writes, twins
         self.valid, self.device = valid, device
+        self._metadata: dict[int | None, AttentionMetadata] = {}  # By the window of the mask.
 
     def write(self, storage: KVStorage, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store one layer's new states, ``[batch, num_kv_heads, positions, head_dim]``."""
@@ -97,9 +88,18 @@ class AppendStep:
         padded = ~self.valid.all(1)
         return any(inner or (pads and past) for inner, pads, past in zip(leading.tolist(), padded.tolist(), self.first))
 
+    def metadata(self, window: int | None) -> AttentionMetadata:
+        """Describe the rows to attention, for a mask of that window. Only valid without inner padding."""
+        if window not in self._metadata:
+            block_tables, context_lens, cu_seqlens_q, query_index = self._rows
+            self._metadata[window] = AttentionMetadata(
+                self._slot_mapping, block_tables, context_lens, cu_seqlens_q, window, query_index
+            )
+        return self._metadata[window]
+
     @cached_property
-    def reads(self) -> Reads:
-        """How attention reads the rows. Only valid without inner padding."""
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Block tables, context lengths, starts and index of the queries, as `AttentionMetadata` has them."""
         positions, batch = self.end - self.start, len(self.tables)
         width = max((len(table.blocks) for table in self.tables), default=0)
         block_tables = [table.blocks + [0] * (width - len(table.blocks)) for table in self.tables]
@@ -109,7 +109,7 @@ class AppendStep:
             query_index = self.valid.flatten().nonzero().flatten().to(self.device)
             counts = self.valid.sum(1).cpu()
         cu_seqlens_q = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-        return Reads(
+        return (
             torch.tensor(block_tables, dtype=torch.long, device=self.device).view(batch, width),
             torch.tensor(context_lens, dtype=torch.long, device=self.device),
             cu_seqlens_q.to(self.device),

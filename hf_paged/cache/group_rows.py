@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from hf_paged.cache.append_step import AppendStep, Reads
+from hf_paged.cache.append_step import AppendStep
+from hf_paged.execution.attention_metadata import AttentionMetadata
 from hf_paged.memory.block_table import BlockTable, make_writable
 from hf_paged.memory.kv_pool import KVCacheGroup
 from hf_paged.memory.reservation import Reservation, keeping
@@ -20,7 +21,9 @@ class GroupRows:
         self.tables = [BlockTable(pool.blocks) for _ in range(batch_size)]
         self.lengths: dict[int, int] = {}  # layer index -> positions it has seen
         self.step: AppendStep | None = None
-        self.stored_reads: tuple[tuple, Reads] | None = None  # Of cross-attention: what it is for, and it.
+        self.stored_metadata: tuple[tuple, AttentionMetadata] | None = (
+            None  # Of cross-attention: what it is for, and it.
+        )
         self.version = 0  # Changes so far; a handle from before the last one is stale.
         self._copies: list[tuple[int, int]] = []  # (source, destination) of shared blocks, not copied yet.
         self._held = BlockTable(pool.blocks)  # Their sources.
