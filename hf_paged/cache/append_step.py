@@ -1,24 +1,15 @@
 """AppendStep: what one forward writes and reads in one attention group, computed once for all its layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
+from hf_paged.execution.attention_metadata import AttentionMetadata
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged_kernels import ops
-
-
-@dataclass(frozen=True)
-class Reads:
-    """Arguments of `ops.paged_attention` that describe the rows."""
-
-    block_tables: torch.Tensor  # [batch, max_blocks] int64
-    context_lens: torch.Tensor  # [batch] int64
-    cu_seqlens_q: torch.Tensor  # [batch + 1] int64
-    query_index: torch.Tensor | None  # [num_queries] int64 into [batch * positions]; None: all, in order
 
 
 def padded_block_tables(tables: Sequence[BlockTable], device: torch.device) -> torch.Tensor:
@@ -60,6 +51,8 @@ class AppendStep:
     duplicate_of: list[int] | None
     valid: torch.Tensor | None
     device: torch.device
+    # By the window of the mask.
+    _metadata: dict[int | None, AttentionMetadata] = field(default_factory=dict, init=False, repr=False)
 
     def write(self, storage: KVStorage, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store one layer's new states, ``[batch, num_kv_heads, positions, head_dim]``."""
@@ -99,9 +92,18 @@ class AppendStep:
         is_padded = (~self.valid.all(1)).tolist()
         return any(new or (pads and past > 0) for new, pads, past in zip(after_new, is_padded, self.first))
 
+    def metadata(self, window: int | None) -> AttentionMetadata:
+        """Describe the rows to attention, for a mask of that window. Only valid without inner padding."""
+        if window not in self._metadata:
+            block_tables, context_lens, cu_seqlens_q, query_index = self._rows
+            self._metadata[window] = AttentionMetadata(
+                self._slot_mapping, block_tables, context_lens, cu_seqlens_q, window, query_index
+            )
+        return self._metadata[window]
+
     @cached_property
-    def reads(self) -> Reads:
-        """How attention reads the rows. Only valid without inner padding."""
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Block tables, context lengths, starts and index of the queries, as `AttentionMetadata` has them."""
         positions, batch = self.end - self.start, len(self.tables)
         context_lens = [last - table.base for last, table in zip(self.last, self.tables)]
         query_index, counts = None, torch.full((batch,), positions)
@@ -109,7 +111,7 @@ class AppendStep:
             query_index = self.valid.flatten().nonzero().flatten().to(self.device)
             counts = self.valid.sum(1).cpu()
         cu_seqlens_q = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-        return Reads(
+        return (
             padded_block_tables(self.tables, self.device),
             torch.tensor(context_lens, dtype=torch.long, device=self.device),
             cu_seqlens_q.to(self.device),

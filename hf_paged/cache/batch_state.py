@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 
 from hf_paged.atomic import atomically
-from hf_paged.cache.append_step import AppendStep, Reads
+from hf_paged.cache.append_step import AppendStep
 from hf_paged.cache.duplicate_rows import have_equal_states
 from hf_paged.cache.padding import Padding
+from hf_paged.execution.attention_metadata import AttentionMetadata
 from hf_paged.memory.block_table import BlockTable, make_writable
 from hf_paged.memory.kv_pool import KVCacheGroup, KVCacheSpec, KVPool
 from hf_paged.memory.reservation import Reservation, keeping, of_this_thread
@@ -55,7 +56,7 @@ class GroupRows:
         self.step: AppendStep | None = None
         self.version = 0
         # How cross-attention reads these rows, and the state of the rows for which that holds.
-        self.stored_reads: tuple[tuple, Reads] | None = None
+        self.stored_metadata: tuple[tuple, AttentionMetadata] | None = None
         self._copies: list[tuple[int, int]] = []  # (source, destination) of shared blocks, not copied yet.
         self._copy_sources = BlockTable(group.blocks)
 

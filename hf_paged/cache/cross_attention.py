@@ -6,10 +6,10 @@ cache's layers (``layer.keys``). Inside a forward they get handles, so that the 
 
 import torch
 
-from hf_paged.cache.append_step import Reads
 from hf_paged.cache.lazy_tensors import LazyTensor, PagedMask
 from hf_paged.compat.torch import make_wrapper_subclass
 from hf_paged.compat.transformers import bidirectional_mask_function
+from hf_paged.execution.attention_metadata import AttentionMetadata
 from hf_paged.reasons import Reason, Why
 
 
@@ -75,7 +75,7 @@ def stored_obstacle(module, query, key, value, mask, kwargs) -> Why | None:
     return Reason.POSITION_BIAS if bias is not None and bool(bias.any()) else None
 
 
-def stored_reads(layer, queries: int, mask: PagedMask | None) -> Reads:
+def stored_metadata(layer, queries: int, mask: PagedMask | None) -> AttentionMetadata:
     """How `queries` tokens of every row read all that the layer holds.
 
     The op is causal: a query sees what comes before it, so each query is a row of its own that comes last.
@@ -83,19 +83,24 @@ def stored_reads(layer, queries: int, mask: PagedMask | None) -> Reads:
     rows, batch = layer.batch.group_rows(layer.index), layer.batch
     lens = [batch.length(layer.index)] * len(rows.tables) if mask is None else mask.visible_lens
     state = (rows.version, queries, tuple(lens))
-    if rows.stored_reads is None or rows.stored_reads[0] != state:
+    if rows.stored_metadata is None or rows.stored_metadata[0] != state:
         # One for all layers of a forward, and for all forwards between two reorderings.
-        rows.stored_reads = (state, _make_reads(rows, queries, lens))
-    return rows.stored_reads[1]
+        rows.stored_metadata = (state, _make_metadata(rows, queries, lens))
+    return rows.stored_metadata[1]
 
 
-def _make_reads(rows, queries: int, lens: list[int]) -> Reads:
+def _make_metadata(rows, queries: int, lens: list[int]) -> AttentionMetadata:
     device = rows.group.key.device
     width = max(len(table.blocks) for table in rows.tables)
     tables = torch.tensor([table.blocks + [0] * (width - len(table.blocks)) for table in rows.tables], device=device)
-    lens = torch.tensor(lens, dtype=torch.long, device=device)
-    starts = torch.arange(len(lens) * queries + 1, device=device)
-    return Reads(tables.repeat_interleave(queries, 0), lens.repeat_interleave(queries), starts, None)
+    context_lens = torch.tensor(lens, dtype=torch.long, device=device)
+    return AttentionMetadata(
+        context_lens.new_empty(0),  # Nothing is stored.
+        tables.repeat_interleave(queries, 0),
+        context_lens.repeat_interleave(queries),
+        torch.arange(len(lens) * queries + 1, device=device),
+        window=None,
+    )
 
 
 def visible_lens(mask_function, columns: torch.Tensor | None, positions: int) -> list[int] | None:

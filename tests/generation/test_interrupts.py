@@ -119,7 +119,7 @@ def test_a_time_limit_arrives_wherever_it_rings(place, beside, alarm, monkeypatc
     company = threading.Thread(target=lambda: results.append(paged.generate(**other, **ENDLESS)))
     owner, name = {
         "choose": (sampler, "likeliest"),
-        "forward": (packed_cache.StepInputs, "attend"),
+        "forward": (packed_cache.PackedForward, "attend"),
         "copy": (kv_pool.KVCacheGroup, "copy_blocks"),
     }[place]
     if beside:

@@ -86,7 +86,7 @@ class FakeModel:
         self.fails_for_good = False
         self.num_forwards, self.num_failures = 0, 0
 
-    def __call__(self, input_ids, position_ids, past_key_values, logits_to_keep, hf_paged_step, **_):
+    def __call__(self, input_ids, position_ids, past_key_values, logits_to_keep, hf_paged_forward, **_):
         self.num_forwards += 1
         is_due = self.fails_at is not None and self.num_forwards >= self.fails_at
         if is_due and (self.fails_for_good or not self.num_failures):
@@ -103,7 +103,9 @@ class FakeModel:
             module = SimpleNamespace(layer_idx=index)
             mask = packed_mask(None, states.device)
             self.weights = self.weights_at.get(self.num_forwards, self.weights)  # In the middle of the forward.
-            outputs.append(hf_paged_step.attend(module, torch.zeros_like(states), key, value, mask, 1.0, {})[0, :, 0])
+            outputs.append(
+                hf_paged_forward.attend(module, torch.zeros_like(states), key, value, mask, 1.0, {})[0, :, 0]
+            )
         assert self.weights_at or torch.equal(*outputs), "two layers with the same states differ"
         return SimpleNamespace(logits=self._logits(sum(outputs) / 2, position_ids[0], logits_to_keep))
 

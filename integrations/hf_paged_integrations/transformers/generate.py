@@ -12,8 +12,10 @@ from hf_paged.cache.padding import Padding, is_binary
 from hf_paged.compat.torch import forward_pre_hooks
 from hf_paged.compat.transformers import is_callers_cache, replaced_loop_method, supports_logits_to_keep
 from hf_paged.errors import OutOfBlocksError, UnsupportedError
-from hf_paged.execution.packed_cache import NotPackableError, pack, run_step
+from hf_paged.execution.model_runner import run_step
+from hf_paged.execution.packed_cache import NotPackableError
 from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.execution.step_inputs import prepare_inputs
 from hf_paged.generation.cache_handoff import why_not_hand_over
 from hf_paged.generation.engine import Engine
 from hf_paged.generation.generate_call import ROW_WISE, ROW_WISE_CRITERIA, GenerateCall
@@ -344,9 +346,8 @@ def _try_step(model, engine: Engine, pool: KVPool, token: int) -> torch.Tensor:
             for group in scheduler.groups:
                 group.ensure()
         with torch.inference_mode(False), torch.no_grad():
-            windows, storages = zip(*((group.window, group.layers) for group in scheduler.groups))
-            step = pack(chunks, windows, storages, StepBuffers(engine.keys[0].device))
-            return _forward(model, lambda: run_step(model, step))[1]
+            inputs = prepare_inputs(chunks, scheduler.groups, StepBuffers(engine.keys[0].device))
+            return _forward(model, lambda: run_step(model, inputs))[1]
     finally:
         undo.now()
 
