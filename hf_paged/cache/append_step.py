@@ -12,7 +12,6 @@ import torch
 
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_storage import KVStorage
-from hf_paged_kernels import ops
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class AppendStep:
         tokens = [states.transpose(1, 2).flatten(0, 1) for states in (key, value)]  # [batch * positions, heads, dim]
         if self._sources is not None:
             tokens = [states.index_select(0, self._sources) for states in tokens]
-        ops.write_kv(*tokens, storage.key_cache, storage.value_cache, self._slot_mapping)
+        storage.write(*tokens, self._slot_mapping)
 
     @cached_property
     def _slot_mapping(self) -> torch.Tensor:

@@ -15,7 +15,6 @@ from hf_paged.execution.step_buffers import StepBuffers
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.reasons import Reason, Why
 from hf_paged.scheduling.scheduler import Chunk
-from hf_paged_kernels import ops
 
 ARGUMENT = "hf_paged_step"  # The keyword under which a step travels from the model's call to its attention.
 PACKED_OFFSET = -1  # No mask begins there: by it the mask function knows a packed step, with no state to trace.
@@ -88,16 +87,14 @@ class StepInputs:
         if fresh[0] is not key or fresh[1] is not value:
             raise NotPackableError(Reason.EARLY_COMPUTATION)
         storage, group = self.layers[index]
-        if key.dtype != storage.dtype or key.device != storage.device:
+        if key.dtype != storage.states_dtype or key.device != storage.device:
             raise NotPackableError(Reason.CHANGED_PLACE)
         if not is_packed_mask(mask) or not (torch.compiler.is_compiling() or mask.shape[3] == (group.window or 0)):
             raise NotPackableError(Reason.OTHER_PATTERN)
         sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
         self.page_reads += 1
-        out = ops.write_and_attend(
+        out = storage.write_and_attend(
             *(states[0].transpose(0, 1) for states in (query, key, value)),  # [total, heads, head_dim]
-            storage.key_cache,
-            storage.value_cache,
             group.slot_mapping,
             group.block_tables,
             group.context_lens,

@@ -175,8 +175,8 @@ used = getattr(psutil.Process().memory_info(), sys.argv[2])
 resource.setrlimit(getattr(resource, sys.argv[1]), (used + 2**30, resource.RLIM_INFINITY))
 got = [paged.generate(**inputs, max_new_tokens=12, num_beams=beams) for beams in (1, 2)]
 (group,) = registry.pools_under(paged)[0].groups.values()
-reserved = sum(layer.key_cache.nbytes + layer.value_cache.nbytes for layer in group.layers.values())
-budget = group.budget_blocks * sum(layer.block_bytes for layer in group.layers.values())
+reserved = sum(page.nbytes for layer in group.layers.values() for page in layer.pages)
+budget = group.budget_blocks * sum(layer.kv_format.block_bytes(layer.shape) for layer in group.layers.values())
 stats = hf_paged.stats(paged)
 print(all(map(torch.equal, expected, got)), stats.page_reads > 0, budget, reserved)
 """
