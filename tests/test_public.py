@@ -11,6 +11,7 @@ import hf_paged
 from hf_paged import PagedConfig
 from hf_paged.memory.kv_format import BlockShape, NativeFormat
 from hf_paged.memory.kv_storage import KVStorage
+from hf_paged.memory.sizing import budget_bytes
 from support import zoo
 
 
@@ -47,13 +48,13 @@ def test_wrong_budgets_are_refused(budget):
 
 @pytest.mark.parametrize("budget, expected", [(1024, 1024), ("1.5KiB", 1536), ("2 MB", 2 * 10**6), ("1gib", 2**30)])
 def test_budgets_are_understood(budget, expected):
-    assert PagedConfig(memory_budget=budget).budget_bytes(torch.device("cpu")) == expected
+    assert budget_bytes(PagedConfig(memory_budget=budget), torch.device("cpu")) == expected
 
 
 def test_the_default_budget_is_modest():
     import psutil
 
-    assert PagedConfig().budget_bytes(torch.device("cpu")) <= psutil.virtual_memory().total / 4
+    assert budget_bytes(PagedConfig(), torch.device("cpu")) <= psutil.virtual_memory().total / 4
 
 
 def test_configure_wants_a_config():

@@ -10,13 +10,13 @@ import torch
 from transformers.utils import logging
 
 from hf_paged.atomic import after_fork_in_child
-from hf_paged.config import PagedConfig, physical_memory
+from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.kv_format import BlockShape, KVFormat, make_kv_format
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.memory.reservation import Reservation, of_this_thread
-from hf_paged.scheduling.prefix_cache import PrefixCounts
+from hf_paged.memory.sizing import budget_bytes, physical_memory
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +38,7 @@ class KVCacheGroup:
 
     def __init__(self, key: KVCacheSpec, config: PagedConfig, kv_format: KVFormat, bytes_per_block: int):
         self.key, self.kv_format = key, kv_format
-        self.budget_blocks = max(1, config.budget_bytes(key.device) // bytes_per_block)
+        self.budget_blocks = max(1, budget_bytes(config, key.device) // bytes_per_block)
         # Address space past the budget: a call that cannot wait may exceed it rather than fail.
         self.capacity = max(self.budget_blocks, physical_memory(key.device) // bytes_per_block)
         cache_blocks = int(self.budget_blocks * config.prefix_cache_share)
@@ -99,6 +99,22 @@ class KVCacheGroup:
         self.ensure()
         for storage in self.layers.values():
             storage.copy_blocks(source, destination)
+
+
+@dataclass
+class PrefixCounts:
+    """Hits of the prefix cache on a pool so far.
+
+    Attributes
+    ----------
+    lookups : int
+        Rows that were looked up when they started to run, preempted ones again.
+    hit_tokens : int
+        Tokens of these rows that were found, and not computed.
+    """
+
+    lookups: int = 0
+    hit_tokens: int = 0
 
 
 def block_shape(key: torch.Tensor, value: torch.Tensor, block_size: int) -> BlockShape:

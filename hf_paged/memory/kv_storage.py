@@ -71,6 +71,11 @@ class KVStorage:
         """Size of one head of the keys or values."""
         return self.shape.key_dim if is_key else self.shape.value_dim
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, keys and values."""
+        return self.kv_format.block_bytes(self.shape)
+
     def accepts(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Tell whether states ``[batch, num_kv_heads, tokens, head_dim]`` can be stored here."""
         return all(
