@@ -17,7 +17,6 @@ from hf_paged.memory.kv_pool import KVPool
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.models import forward_context
 from hf_paged.reasons import Reason, Why
-from hf_paged_kernels import ops
 
 # Every argument that a model of transformers 5.23 hands to its attention function and that the paths
 # below, or the sdpa and eager functions they call, take into account or may ignore as those do.
@@ -197,10 +196,8 @@ def _read_pages(query, pool: KVPool, storage: KVStorage, metadata: AttentionMeta
     if metadata.query_index is not None:
         tokens = tokens.index_select(0, metadata.query_index)
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
-    out = ops.paged_attention(
+    out = storage.attend(
         tokens,
-        storage.key_cache,
-        storage.value_cache,
         metadata.block_tables,
         metadata.context_lens,
         metadata.cu_seqlens_q,

@@ -9,7 +9,6 @@ import torch
 from hf_paged.execution.attention_metadata import AttentionMetadata
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_storage import KVStorage
-from hf_paged_kernels import ops
 
 
 def padded_block_tables(tables: Sequence[BlockTable], device: torch.device) -> torch.Tensor:
@@ -60,7 +59,7 @@ class AppendStep:
         key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key, value))
         if self._sources is not None:
             key, value = (states.index_select(0, self._sources) for states in (key, value))
-        ops.write_kv(key, value, storage.key_cache, storage.value_cache, self._slot_mapping)
+        storage.write(key, value, self._slot_mapping)
 
     @cached_property
     def _slot_mapping(self) -> torch.Tensor:

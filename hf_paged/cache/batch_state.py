@@ -440,8 +440,7 @@ class BatchState:
         rows = self.group_rows(layer)
         self._finish_copies(rows)
         storage = rows.group.layers[layer]
-        cache = storage.key_cache if is_key else storage.value_cache
-        dense = cache.new_zeros(self.batch_size, cache.shape[1], end - start, cache.shape[3])
+        dense = storage.new_states(is_key, self.batch_size, end - start)
         first, last = (self.padding.tokens_before(at, self.batch_size) for at in (start, end))
         valid = self.padding.valid_in(start, end)
         for row, table in enumerate(rows.tables):
@@ -451,13 +450,13 @@ class BatchState:
                 raise RuntimeError("positions that left the sliding window are read: they are not stored any more")
             size = table.pool.block_size
             blocks = table.blocks[(first[row] - table.base) // size : -(-(last[row] - table.base) // size)]
-            index = torch.tensor(blocks, dtype=torch.long, device=cache.device)
-            tokens = cache[index].transpose(0, 1).flatten(1, 2)  # [num_kv_heads, tokens, head_dim]
+            index = torch.tensor(blocks, dtype=torch.long, device=storage.device)
+            tokens = storage.gather(is_key, index).transpose(0, 1).flatten(1, 2)  # [num_kv_heads, tokens, head_dim]
             tokens = tokens[:, first[row] % size :][:, : last[row] - first[row]]
             if valid is None:
                 dense[row] = tokens
             else:
-                dense[row][:, valid[row].to(cache.device)] = tokens
+                dense[row][:, valid[row].to(storage.device)] = tokens
         return dense
 
     def drop_layer(self, layer: int) -> None:

@@ -32,10 +32,9 @@ class StoredStates(LazyTensor):
     def __new__(cls, layer, is_key: bool) -> "StoredStates":
         rows = layer.batch.group_rows(layer.index)
         storage = rows.group.layers[layer.index]
-        cache = storage.key_cache if is_key else storage.value_cache
         length = layer.batch.length(layer.index)
-        shape = (layer.batch.batch_size, cache.shape[1], layer.num_retained(length), cache.shape[3])
-        self = make_wrapper_subclass(cls, shape, dtype=cache.dtype, device=cache.device)
+        shape = (layer.batch.batch_size, storage.num_kv_heads, layer.num_retained(length), storage.head_dim(is_key))
+        self = make_wrapper_subclass(cls, shape, dtype=storage.states_dtype, device=storage.device)
         self.layer, self.is_key, self.rows, self.stored_at = layer, is_key, rows, rows.version
         return self
 

@@ -44,5 +44,5 @@ def hand_over(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequenc
         rows.tables = [table.fork()]
         for index, storage in group.layers.items():
             rows.lengths[index] = request.num_stored
-            cache.layers[index].lazy_initialization(storage.key_cache, storage.value_cache)
+            cache.layers[index].lazy_initialization(*(storage.new_states(is_key, 1, 0) for is_key in (True, False)))
             cache.layers[index].epoch = batch.epoch

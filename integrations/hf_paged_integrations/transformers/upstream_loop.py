@@ -6,6 +6,7 @@ from hf_paged.cache.duplicate_rows import first_equal_rows
 from hf_paged.cache.layers import PagedLayer
 from hf_paged.memory.kv_pool import KVCacheGroup
 from hf_paged.memory.reservation import reserve
+from hf_paged.memory.sizing import row_blocks
 from hf_paged.models import registry
 
 
@@ -41,16 +42,10 @@ def _needs(pool, ids: torch.Tensor, mask: torch.Tensor | None, max_length: int, 
     for key, group in pool.groups.items():
         if any(layer.window == key.window for layer in layers):
             size, window = group.blocks.block_size, key.window
-            count = sum(_row_blocks(prompt, new, size, window) for prompt in prompts)
+            count = sum(row_blocks(prompt + new, size, window) for prompt in prompts)
             if window is None and duplicate_of is not None:  # Full blocks of a prompt are stored once for equal rows.
                 count -= sum(prompt // size for row, prompt in enumerate(prompts) if duplicate_of[row] != row)
             if key in held:
                 count -= sum(len(table.blocks) for table in held[key].tables)
             needs[group] = max(0, count)
     return needs
-
-
-def _row_blocks(prompt: int, new: int, block_size: int, window: int | None) -> int:
-    blocks = -(-(prompt + new) // block_size)
-    # A window may begin and end inside a block.
-    return blocks if window is None else min(blocks, -(-window // block_size) + 1)
