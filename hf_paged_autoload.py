@@ -11,7 +11,7 @@ import sys
 import types
 import warnings
 
-# As in hf_paged/kernels/switches.py, which cannot be imported without hf_paged.
+# As in hf_paged_kernels/switches.py, which cannot be imported without hf_paged.
 _SWITCH, _OFF = "HF_PAGED_AUTOLOAD", ("0", "false", "no", "off", "f", "n")
 _MODULE, _CLASS, _CHECK = "transformers.modeling_utils", "PreTrainedModel", "get_correct_attn_implementation"
 

@@ -5,9 +5,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 
 def main() -> int:
-    """Run `hf_paged.cli.main`; where the package cannot be imported, say what to install."""
+    """Run `hf_paged.cli.main.main`; where the package cannot be imported, say what to install."""
     try:
-        from hf_paged.cli import main as run
+        from hf_paged.cli.main import main as run
     except Exception as error:
         print(f'hf-paged: attn_implementation="paged" cannot work here: {_sentence(error)}', file=sys.stderr)
         for line in _unmet_requirements():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
-from hf_paged.smollm2 import load_model, load_tokenizer
+from hf_paged.cli.demo_model import load_model, load_tokenizer
 
 
 def model_path(name: str) -> str:

@@ -9,15 +9,15 @@ Importing the package registers the implementation:
 
 import torch
 
-from . import binding
-from .cancellation import Cancellation
-from .config import PagedConfig
-from .errors import BlockError, OutOfBlocksError, PagedError, UnsupportedError
-from .integrations.hooks import disable, enable, is_enabled
-from .integrations.serve import AsyncEngine, EngineClosedError, QueueFullError
-from .integrations.streaming import BatchTextIteratorStreamer
-from .salt import cache_salt
-from .stats import Stats, stats
+from hf_paged.config import PagedConfig
+from hf_paged.errors import BlockError, OutOfBlocksError, PagedError, UnsupportedError
+from hf_paged.metrics import Stats, stats
+from hf_paged.models import registry
+from hf_paged.sampling.cancellation import Cancellation
+from hf_paged.scheduling.cache_salt import cache_salt
+from hf_paged_integrations.serving.async_engine import AsyncEngine, EngineClosedError, QueueFullError
+from hf_paged_integrations.serving.streaming import BatchTextIteratorStreamer
+from hf_paged_integrations.transformers.hooks import disable, enable, is_enabled
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,8 +61,8 @@ def configure(model: torch.nn.Module, config: PagedConfig) -> None:
         raise TypeError(
             f"configure takes a PagedConfig, got {type(config).__name__}: hf_paged.PagedConfig(block_size=16)"
         )
-    binding.set_config(model, config)
-    binding.forget_pools(model)
+    registry.set_config(model, config)
+    registry.forget_pools(model)
 
 
 def release(model: torch.nn.Module) -> None:
@@ -70,7 +70,7 @@ def release(model: torch.nn.Module) -> None:
 
     Caches that are alive stay good: they keep the old pool until they die. The next cache makes a new one.
     """
-    binding.forget_pools(model)
+    registry.forget_pools(model)
 
 
 enable()

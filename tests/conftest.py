@@ -1,58 +1,18 @@
 """Fixtures of every test: unused slots hold NaN, and the pool is whole when a test ends."""
 
 import os
-import weakref
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # A process a core: more threads would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 
 import hf_paged
-from hf_paged import engine
-from hf_paged.kv_pool import GroupPool, KVPool
+from hf_paged.generation import engine
+from support.pools import poison_new_slots, pools
 
-_pools: "weakref.WeakSet[KVPool]" = weakref.WeakSet()
-
-
-def _poison_new_slots() -> None:
-    """Fill slots with NaN whenever they are handed out, so that a read past the context shows."""
-    group_init, layer, init = GroupPool.__init__, GroupPool.layer, KVPool.__init__
-
-    def poisoned_init(self, *args):
-        group_init(self, *args)
-        allocate = self.blocks.allocate
-
-        def poisoned_allocate(num_blocks):
-            blocks = allocate(num_blocks)
-            with torch.no_grad():
-                for storage in self.layers.values():
-                    storage.ensure(self.blocks.high_water)
-                    for cache in (storage.key_cache, storage.value_cache):
-                        cache[torch.tensor(blocks, dtype=torch.long)] = float("nan")
-            return blocks
-
-        self.blocks.allocate = poisoned_allocate
-
-    def poisoned_layer(self, index, key, value):
-        is_new = index not in self.layers
-        storage = layer(self, index, key, value)
-        if is_new:
-            storage.ensure(self.blocks.high_water)
-            for cache in (storage.key_cache, storage.value_cache):
-                cache[: self.blocks.high_water] = float("nan")
-        return storage
-
-    def tracked_init(self, config):
-        init(self, config)
-        _pools.add(self)
-
-    GroupPool.__init__, GroupPool.layer, KVPool.__init__ = poisoned_init, poisoned_layer, tracked_init
-
-
-_poison_new_slots()
+poison_new_slots()
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +20,7 @@ def whole_pool():
     """free + cached + used == total after every test, and nothing is left in use. No gc.collect() here."""
     hf_paged.enable()
     yield
-    for pool in list(_pools):
+    for pool in list(pools):
         pool.check_integrity()
         used = {key: group.blocks.used_blocks for key, group in pool.groups.items()}
         assert not any(used.values()), f"blocks left behind: {used}"
@@ -75,7 +35,7 @@ def block_size(request):
 @pytest.fixture
 def models(request, block_size):
     """(dense, paged) pair named by the test's parameter, at the block size of the run."""
-    import zoo
+    from support import zoo
 
     dense, paged = zoo.pair(request.param)
     config = hf_paged.PagedConfig() if block_size is None else hf_paged.PagedConfig(block_size=block_size)

@@ -4,13 +4,13 @@ import logging
 
 import pytest
 import torch
-import zoo
-from packing import LENGTHS
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import hf_paged
 from hf_paged import reasons
 from hf_paged.reasons import Reason
+from support import zoo
+from support.packing import LENGTHS
 
 
 @pytest.fixture

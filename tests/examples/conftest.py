@@ -6,6 +6,7 @@ import warnings
 import pytest
 
 
+@pytest.hookimpl(trylast=True)  # After `-m`: what it leaves out needs no warning.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the tests marked ``needs_module(name)`` whose module is missing."""
     for item in list(items):

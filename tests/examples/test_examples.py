@@ -27,6 +27,7 @@ def marks_of(name: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.needs_module(NEEDED_MODULES[name])] if name in NEEDED_MODULES else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "line"), [pytest.param(*run, id=run[0], marks=marks_of(run[0])) for run in RUNS]
 )

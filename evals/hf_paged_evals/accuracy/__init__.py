@@ -1,0 +1,1 @@
+"""Tasks that compare answers: dense against paged."""

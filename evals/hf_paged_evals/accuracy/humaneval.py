@@ -1,0 +1,108 @@
+"""HumanEval pass@1: do the programs that both backends write pass the problems' tests?"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+from hf_paged_evals.suite.models import Models
+from hf_paged_evals.suite.options import Options
+from hf_paged_evals.suite.statistics import PairedOutcomes
+from hf_paged_evals.suite.task import Figure, Sample, Section, Table
+
+from . import sources
+from .evidence import pages
+from .generation import generate
+from .outcomes import describe
+from .sandbox import run_program
+
+# Where a function is over: what follows is not part of the answer.
+_STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\nassert", "\n```"]
+_PROGRAMS = 2  # That run at the same time.
+
+
+class HumanEval:
+    """Greedy completions of the prompts, run against each problem's tests."""
+
+    name = "humaneval"
+    title = "HumanEval pass@1"
+    settings = {"problems": 164, "new_tokens": 256, "batch": 16, "baseline_batch": 8, "seconds": 10.0}
+    quick = {"problems": 6, "new_tokens": 48}
+    is_timed = False
+
+    def samples(self, options: Options) -> list[Sample]:
+        settings = options.settings_of(self)
+        problems = sources.humaneval_problems()[: sources.cut(options, settings["problems"])]
+        return [
+            Sample(f"problems {number}", {**settings, "problems": some})
+            for number, some in enumerate(sources.batches(problems, settings["batch"]))
+        ]
+
+    def run(self, sample: Sample, models: Models) -> dict:
+        given, tokenizer = sample.payload, models.tokenizer
+        problems = given["problems"]
+        # Without its last line break: tokens of code hold a line break and the indentation after it.
+        prompts = [tokenizer(problem["prompt"].rstrip())["input_ids"] for problem in problems]
+        stops = StoppingCriteriaList([StopStringCriteria(tokenizer, _STOPS)])
+        options = {"max_new_tokens": given["new_tokens"], "stopping_criteria": stops}
+        baseline = generate(models.baseline, tokenizer, prompts, given["baseline_batch"], **options)
+        with models.counting() as counts:
+            backend = generate(models.backend, tokenizer, prompts, given["batch"], **options)
+        rows = [
+            {"problem": problem["task_id"], "baseline": first, "backend": second}
+            for problem, first, second in zip(
+                problems, completions(tokenizer, prompts, baseline), completions(tokenizer, prompts, backend)
+            )
+        ]
+        with ThreadPoolExecutor(_PROGRAMS) as pool:
+            for who in ("baseline", "backend"):
+                programs = [program(problem, row[who]) for problem, row in zip(problems, rows)]
+                failures = pool.map(run_program, programs, [given["seconds"]] * len(rows))
+                for row, failure in zip(rows, failures):
+                    row[f"{who}_failure"] = failure
+        return {"rows": rows, "pages": vars(counts)}
+
+    def summarise(self, records: list[dict], options: Options) -> Section:
+        rows = [row for record in records for row in record["rows"]]
+        passed = {who: [row[f"{who}_failure"] is None for row in rows] for who in ("baseline", "backend")}
+        outcomes = PairedOutcomes.count(passed["baseline"], passed["backend"])
+        words, figures, table, flags = describe("pass@1", outcomes, options)
+        reads, evidence, unread = pages(records, options)
+        same = sum(row["baseline"] == row["backend"] for row in rows)
+        differing = [
+            [row["problem"], *(row[f"{who}_failure"] or "passed" for who in ("baseline", "backend"))]
+            for row in rows
+            if row["baseline"] != row["backend"]
+        ]
+        equal = Figure("programs equal", 100 * same / len(rows), "%", better="higher")
+        tables = [table, evidence]
+        if differing:
+            columns = ["Problem", options.baseline_name, options.backend_name]
+            tables.insert(1, Table("Problems with two different programs", columns, differing))
+        return Section(
+            self.name,
+            self.title,
+            f"{words} {same} of {len(rows)} programs are the same text.",
+            figures=[*figures, equal, reads],
+            tables=tables,
+            notes=[
+                "Each program runs in a process of its own without network, with limits on time and memory.",
+                "The interval of the difference is Bonett and Price's: it has a width where all samples agree.",
+            ],
+            flags=[*flags, *unread],
+        )
+
+
+def completions(tokenizer, prompts: list[list[int]], rows: list[list[int]]) -> list[str]:
+    """What was added to each prompt, up to where the function is over."""
+    texts = []
+    for prompt, row in zip(prompts, rows):
+        # Decoded with its prompt: alone, some tokenizers drop a leading space.
+        before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + row))
+        text = whole[len(before) :]
+        texts.append(text[: min((at for at in map(text.find, _STOPS) if at >= 0), default=len(text))])
+    return texts
+
+
+def program(problem: dict, completion: str) -> str:
+    """The problem's prompt, a completion, and the tests that it must pass."""
+    return f"{problem['prompt'].rstrip()}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"

@@ -1,0 +1,27 @@
+"""The report of a run, from its results.json alone: Markdown, and one HTML page that needs nothing else."""
+
+from pathlib import Path
+
+from . import html, markdown, plots
+
+__all__ = ["write"]
+
+
+def write(results: dict, folder: Path) -> None:
+    """Write ``report.md``, ``report.html`` and ``plots/*.svg``.
+
+    The Markdown refers to the plots; the page holds them.
+
+    Parameters
+    ----------
+    results : dict
+        What results.json holds, checked by `hf_paged_evals.suite.results`.
+    folder : Path
+        Exists already. Files of an earlier report are replaced.
+    """
+    drawn = {name: plots.draw(plot) for name, plot in plots.by_name(results).items()}
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, svg in drawn.items():
+        (folder / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    (folder / "report.md").write_text(markdown.render(results), encoding="utf-8")
+    (folder / "report.html").write_text(html.render(results, drawn), encoding="utf-8")

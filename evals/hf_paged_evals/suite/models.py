@@ -1,0 +1,150 @@
+"""The two contenders of a run: one model twice, with the same weights and different attention."""
+
+import contextlib
+import copy
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import hf_paged
+from hf_paged import PagedError
+from hf_paged.cli import demo_model
+from hf_paged.generation.engine import Engine
+from hf_paged.models import registry
+
+from .kv_rounding import round_kv
+from .options import Options
+
+SMOLLM2 = "smollm2"
+
+
+@dataclass
+class Counts:
+    """What the backend's pool did during a sample; JSON-able by ``vars``."""
+
+    page_reads: int = 0
+    packed_calls: int = 0
+    preemptions: int = 0
+    gathers: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+
+class Models:
+    """Tokenizer and models of a run, each loaded when it is first asked for.
+
+    Parameters
+    ----------
+    options : Options
+
+    Attributes
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        Pads on the left.
+    baseline, backend : PreTrainedModel
+        Share their weights. The backend is paged as the options say.
+    exact : PreTrainedModel
+        The baseline in float64: the judge of near-ties and of both contenders' errors.
+    """
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.device = PartialState().device  # Of this process, as the runner set it up.
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.options)
+
+    @functools.cached_property
+    def baseline(self) -> PreTrainedModel:
+        return load_model(self.options, self.options.baseline).to(self.device)
+
+    @functools.cached_property
+    def backend(self) -> PreTrainedModel:
+        model = _twin(self.baseline)
+        model.set_attn_implementation(self.options.backend)
+        if self.options.backend == "paged":
+            hf_paged.configure(model, self.options.paged_config())
+        if self.options.kv_dtype is not None:
+            round_kv(model, self.options.kv_dtype)
+        return model
+
+    @functools.cached_property
+    def exact(self) -> PreTrainedModel:
+        model = copy.deepcopy(self.baseline).double()
+        model.set_experts_implementation("eager")  # The grouped products of experts know no float64.
+        return model
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[Counts]:
+        """Count what the backend's pool does within; nothing may release the pool meanwhile."""
+        before, counts = _counts(self.backend), Counts()
+        yield counts
+        after = _counts(self.backend)
+        for name, value in vars(after).items():
+            earlier = getattr(before, name)
+            setattr(
+                counts, name, dict(Counter(value) - Counter(earlier)) if isinstance(value, dict) else value - earlier
+            )
+
+
+def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
+    """The tokenizer alone: what making samples needs.
+
+    Raises
+    ------
+    PagedError
+        If there is no such model here.
+    """
+    return _tokenizer(options.model)
+
+
+@functools.lru_cache(maxsize=1)  # Every task makes its samples with it, and a GGUF file takes seconds to read.
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    if model == SMOLLM2:
+        return demo_model.load_tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    except OSError as error:
+        raise PagedError(f"transformers cannot load a tokenizer of {model!r}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(options: Options, implementation: str) -> PreTrainedModel:
+    """The model of a run, on the CPU."""
+    dtype = getattr(torch, options.dtype)
+    if options.model == SMOLLM2:
+        return demo_model.load_model(implementation, dtype)
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=implementation).eval()
+
+
+def name_of(options: Options) -> str:
+    """The model as a report names it."""
+    return "SmolLM2-135M-Instruct" if options.model == SMOLLM2 else Path(options.model).name
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that shares its tensors."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _counts(model: PreTrainedModel) -> Counts:
+    stats = hf_paged.stats(model)
+    engines = [user for pool in registry.pools_under(model) for user in pool.caches if isinstance(user, Engine)]
+    preemptions = sum(engine.scheduler.num_preemptions for engine in engines)
+    return Counts(stats.page_reads, stats.packed_calls, preemptions, stats.gathers, stats.fallbacks)
+
+
+def quiet() -> None:
+    """Leave the terminal to the progress bars."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

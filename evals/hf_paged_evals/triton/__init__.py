@@ -1,0 +1,1 @@
+"""Measurements of the Triton kernels, without a GPU."""

@@ -1,0 +1,102 @@
+"""What is compiled: every op over head sizes, block sizes, dtypes, groups and options."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_paged_kernels.triton.kernel_calls import KernelCall, attention_calls, copy_call, write_call
+from hf_paged_kernels.triton.launch_plan import BY_TOKEN
+
+from .targets import TARGETS, Target
+
+HEAD_DIMS, BLOCK_SIZES = (64, 80, 96, 128, 256), (16, 32, 64, 128)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ROWS, _CONTEXT = 64, 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compiled kernel.
+
+    Attributes
+    ----------
+    kernel : str
+        ``decode`` (a query a row), ``rows`` (decode of rows with a few queries), ``prefill``, ``reduce``,
+        ``write`` or ``copy``.
+    dtype : str
+    dims : tuple of int
+        Key and value head size.
+    block_size, group, num_kv_heads : int
+    is_full : bool
+        With window, softcap and sinks.
+    """
+
+    kernel: str
+    dtype: str = "bf16"
+    dims: tuple[int, int] = (128, 128)
+    block_size: int = 16
+    group: int = 4
+    num_kv_heads: int = 8
+    is_full: bool = False
+
+    def __str__(self) -> str:
+        dims = str(self.dims[0]) if self.dims[0] == self.dims[1] else f"{self.dims[0]}/{self.dims[1]}"
+        options = ", window+softcap+sinks" if self.is_full else ""
+        return f"{self.kernel} {self.dtype} head {dims} block {self.block_size} GQA {self.group}{options}"
+
+    def call(self, target: Target) -> KernelCall:
+        """The launch of this kernel on a target."""
+        dtype, heads = DTYPES[self.dtype], self.num_kv_heads
+        # The pool that launches are compiled for is made of addresses alone: no byte of it is read.
+        caches = [torch.empty(1, heads, self.block_size, dim, dtype=dtype) for dim in self.dims]
+        numbers = torch.zeros(_ROWS, dtype=torch.long)
+        if self.kernel == "write":
+            return write_call(*(torch.empty(_ROWS, heads, dim, dtype=dtype) for dim in self.dims), *caches, numbers)
+        if self.kernel == "copy":
+            return copy_call(*caches, numbers, numbers)
+        num_rows = 1 if self.kernel == "reduce" else _ROWS
+        num_tokens = num_rows if self.kernel in ("decode", "reduce") else 32 * num_rows
+        query = torch.empty(num_tokens, heads * self.group, self.dims[0], dtype=dtype)
+        out = query.new_empty(*query.shape[:2], self.dims[1])
+        tables = torch.zeros(num_rows, _CONTEXT // self.block_size, dtype=torch.long)
+        starts = torch.zeros(num_rows + 1, dtype=torch.long)
+        full = {"window": 1000, "softcap": 30.0, "sinks": torch.empty(heads * self.group, dtype=dtype)}
+        arguments = (out, query, *caches, tables, numbers[:num_rows], starts, 0.1)
+        calls = attention_calls(target.device, *arguments, **(full if self.is_full else {}))
+        return next(call for call in calls if self._is(call))
+
+    def _is(self, call: KernelCall) -> bool:
+        if self.kernel == "rows":
+            return call.kernel.__name__ == "decode_kernel" and call.options["MAPPING"] != BY_TOKEN
+        return call.kernel.__name__ == f"{self.kernel}_kernel"
+
+
+def all_cases() -> list[Case]:
+    """Every head size in every dtype, every block size, groups and options; not their whole product."""
+    attention, movers = ("decode", "prefill"), ("reduce", "write", "copy")
+    cases = [Case(kernel, dtype, (dim, dim)) for kernel in attention for dtype in DTYPES for dim in HEAD_DIMS]
+    cases += [Case(kernel, block_size=size) for kernel in attention for size in BLOCK_SIZES[1:]]
+    cases += [Case(kernel, group=group) for kernel in attention for group in (1, 8)]
+    cases += [Case(kernel, is_full=True) for kernel in (*attention, "rows")]
+    cases += [Case(kernel, dims=(192, 128), group=1) for kernel in attention]
+    cases += [Case("rows"), Case("decode", group=24), Case("prefill", group=48)]
+    cases += [Case(kernel, dtype, (dim, dim)) for kernel in movers for dtype in ("bf16", "fp32") for dim in (80, 128)]
+    return cases
+
+
+def few_cases() -> list[tuple[Case, Target]]:
+    """What the tests compile: each kernel once, and the bounds that matter most."""
+    sm80, sm90, sm100, gfx942 = TARGETS.values()
+    return [
+        (Case("decode"), sm80),
+        (Case("decode"), sm90),
+        (Case("decode"), sm100),
+        (Case("decode"), gfx942),
+        (Case("rows", is_full=True), sm90),
+        (Case("prefill"), sm90),
+        (Case("prefill"), sm80),
+        (Case("prefill", dims=(80, 80)), sm100),
+        (Case("reduce"), sm100),
+        (Case("write"), sm80),
+        (Case("copy"), gfx942),
+    ]

@@ -1,0 +1,1 @@
+"""The attention function and the mask function of "paged" models."""

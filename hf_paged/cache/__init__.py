@@ -1,0 +1,1 @@
+"""Paged layers inside transformers' own `DynamicCache`."""

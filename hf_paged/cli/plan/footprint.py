@@ -1,0 +1,182 @@
+"""Footprint: what a model caches for each token, learned from its config alone."""
+
+import copy
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub import is_offline_mode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.utils import logging
+
+from hf_paged.cache.layers import PagedLayer
+from hf_paged.cli.demo_model import load_config
+from hf_paged.compat.transformers import has_model_for
+from hf_paged.errors import PagedError
+from hf_paged_integrations.transformers.hooks import NAME
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """What one layer stores of one token."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def elements(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+    def __str__(self):
+        return f"{self.num_kv_heads} x ({self.key_dim} + {self.value_dim})"
+
+
+@dataclass(frozen=True)
+class GroupFootprint:
+    """The layers of one attention group: those with the same window."""
+
+    window: int | None
+    layers: tuple[LayerStates, ...]
+
+    @property
+    def elements(self) -> int:
+        """Numbers stored for one token, in all layers."""
+        return sum(layer.elements for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model's cache, token by token.
+
+    Attributes
+    ----------
+    groups : tuple of GroupFootprint
+        The attention groups that lie in pages; full attention first.
+    num_paged_layers : int
+        Layers of the cache that are paged, those that never store anything included: the pool divides
+        its budget by this count.
+    num_parameters : int
+        Of the whole model; weights tied to each other count once.
+    state_bytes : int
+        Bytes that recurrent layers keep for each row, however long it is.
+    other_layers : dict of str to int
+        Layers whose keys and values stay in transformers' own cache, by class name.
+    """
+
+    model_type: str
+    dtype: torch.dtype
+    groups: tuple[GroupFootprint, ...]
+    num_paged_layers: int
+    num_parameters: int
+    state_bytes: int
+    other_layers: dict[str, int]
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a hub model, of a local folder, or of the demo model (``"demo"``).
+
+    Raises
+    ------
+    PagedError
+        If there is none, in one sentence.
+    """
+    if name == DEMO:
+        return load_config()
+    try:
+        # Not asked for: by default transformers would offer to run the code of the folder.
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # Each kind of broken config raises an exception of its own.
+        if os.path.isdir(name):
+            raise PagedError(f"the folder {name} holds no config that transformers can read: {_line(error)}") from error
+        reason = "HF_HUB_OFFLINE is set, and the hub's local cache lacks it" if is_offline_mode() else _line(error)
+        raise PagedError(
+            f"no config found for {name}: it is no local folder, and not to be had from the hub ({reason}). "
+            f"Check the name, or name a folder with a config.json, or the demo model: hf-paged plan {DEMO}"
+        ) from error
+
+
+def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
+    """Build the model without weights, run one token through it, and look at the cache it leaves.
+
+    Config fields mean different things in different families; what a layer really stores does not.
+
+    Raises
+    ------
+    PagedError
+        If the model cannot be built as "paged", cannot run without weights, or has nothing to page.
+    """
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise PagedError(
+            f"{kind} is an encoder-decoder: its cross-attention depends on the source, which plan does not know; "
+            "measure with hf_paged.stats(model)"
+        )
+    try:
+        model, cache = _run_without_weights(config, dtype)
+    except PagedError as error:
+        raise PagedError(
+            f'{kind} cannot be planned, for it is refused with attn_implementation="{NAME}": {error}'
+        ) from error
+    except Exception as error:  # Any code of any model may stumble over tensors without content.
+        raise PagedError(
+            f'{kind} cannot be planned: with attn_implementation="{NAME}" and without weights it does not run '
+            f"({type(error).__name__}: {_line(error)}); if it does with its weights, hf_paged.stats(model) measures it"
+        ) from error
+    paged, others = [layer for layer in cache.layers if isinstance(layer, PagedLayer)], Counter()
+    groups: dict[int | None, list[LayerStates]] = {}
+    state_bytes = 0
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            state_bytes += sum(state.nbytes for state in states if state is not None)
+        if getattr(layer, "keys", None) is None:
+            continue
+        if not isinstance(layer, PagedLayer):
+            others[type(layer).__name__] += 1
+            continue
+        if layer.keys.shape[2] != 1:
+            raise PagedError(f"{kind} cannot be planned: it caches {layer.keys.shape[2]} positions for one token")
+        shape = LayerStates(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        groups.setdefault(layer.window, []).append(shape)
+    if not groups:
+        raise PagedError(f"{kind} has nothing to plan: no layer of its cache lies in pages")
+    ordered = sorted(groups.items(), key=lambda item: -1 if item[0] is None else item[0])
+    return Footprint(
+        kind,
+        dtype,
+        tuple(GroupFootprint(window, tuple(layers)) for window, layers in ordered),
+        len(paged),
+        sum(parameter.numel() for parameter in model.parameters()),
+        state_bytes,
+        dict(others),
+    )
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+
+
+def _run_without_weights(config: PreTrainedConfig, dtype: torch.dtype):
+    """The model on the meta device, and its cache after one token."""
+    config = copy.deepcopy(config)
+    config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = None  # Or some look for pads in the ids.
+    auto = AutoModelForCausalLM
+    if not has_model_for(auto, config) and has_model_for(AutoModelForImageTextToText, config):
+        auto = AutoModelForImageTextToText
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # Advice about weights and speed does not concern a model without weights.
+    try:
+        with torch.device("meta"), torch.no_grad():
+            # The other ways to run experts sort tokens by expert, which a tensor without content cannot do.
+            model = auto.from_config(config, attn_implementation=NAME, dtype=dtype, experts_implementation="batched_mm")
+            cache = DynamicCache(config=model.config)
+            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, cache

@@ -1,0 +1,187 @@
+"""Plan: the blocks and bytes that a batch will need, and what would make them fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from hf_paged.cli.plan.footprint import Footprint, GroupFootprint, LayerStates
+from hf_paged.memory.kv_format import BlockShape, make_kv_format
+from hf_paged.memory.sizing import DEFAULT_SHARE, row_blocks
+
+BLOCK_SIZES = (16, 32, 64, 128)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The KV cache of `batch` rows of `context` tokens each, in blocks and in bytes.
+
+    Rows share nothing and are equally long: the worst that this batch and context can need.
+
+    Parameters
+    ----------
+    footprint : Footprint
+    batch : int
+        Rows.
+    context : int
+        Tokens stored in each row, prompt and generated.
+    block_size : int
+        Tokens a block holds.
+    dtype : torch.dtype
+        Of keys and values.
+    """
+
+    footprint: Footprint
+    batch: int
+    context: int
+    block_size: int
+    dtype: torch.dtype
+
+    def row_blocks(self, group: GroupFootprint) -> int:
+        """The most blocks a row owns while it grows to `context` tokens, one at a time."""
+        return row_blocks(self.context, self.block_size, group.window)
+
+    def blocks(self, group: GroupFootprint) -> int:
+        return self.batch * self.row_blocks(group)
+
+    def block_bytes(self, group: GroupFootprint) -> int:
+        """Bytes of one block in all layers of the group."""
+        return sum(map(self._layer_block_bytes, group.layers))
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(self.blocks(group) * self.block_bytes(group) for group in self.footprint.groups)
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the same rows take in transformers' own dense cache, which keeps ``window - 1`` tokens."""
+        per_row = 0
+        for group in self.footprint.groups:
+            kept = self.context if group.window is None else min(self.context, group.window - 1)
+            per_row += kept * group.elements
+        return self.batch * per_row * self.dtype.itemsize
+
+    def empty_bytes(self, slots_a_row: float) -> float:
+        """Bytes of the slots that hold no token if each row leaves `slots_a_row` of its last block empty."""
+        elements = sum(group.elements for group in self.footprint.groups)
+        return self.batch * slots_a_row * elements * self.dtype.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.footprint.num_parameters * self.dtype.itemsize
+
+    @property
+    def budget_needed(self) -> int:
+        """The smallest memory_budget whose blocks suffice in every group.
+
+        The pool divides its budget by layers before it knows the contexts, so a group of many windowed
+        layers holds a share it does not need, and this may be more than `kv_bytes`.
+        """
+        return max(self.blocks(group) * self._share_unit(group) for group in self.footprint.groups)
+
+    def fits(self, budget: int) -> bool:
+        """Whether a pool of `budget` bytes holds the batch without growing."""
+        return all(self.blocks(group) <= self._budget_blocks(group, budget) for group in self.footprint.groups)
+
+    def _share_unit(self, group: GroupFootprint) -> int:
+        """Bytes of budget for which the pool gives this group one block: as if all paged layers were like its first."""
+        return self._layer_block_bytes(group.layers[0]) * self.footprint.num_paged_layers
+
+    def _layer_block_bytes(self, layer: LayerStates) -> int:
+        shape = BlockShape(layer.num_kv_heads, self.block_size, layer.key_dim, layer.value_dim)
+        return make_kv_format(self.dtype).block_bytes(shape)
+
+    def _budget_blocks(self, group: GroupFootprint, budget: int) -> int:
+        return max(1, budget // self._share_unit(group))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What this machine has for the blocks.
+
+    Attributes
+    ----------
+    available : int
+        Bytes available now.
+    physical : int
+        Bytes there are at all.
+    stated : int or None
+        The memory_budget that was asked for, in bytes; None: the default share of what is available.
+    """
+
+    available: int
+    physical: int
+    stated: int | None
+
+    def left(self, plan: Plan) -> int:
+        """Bytes left once the weights are loaded."""
+        return max(0, self.available - plan.weight_bytes)
+
+    def budget(self, plan: Plan) -> int:
+        """The budget of a pool that is made when the first token arrives, after the weights."""
+        return self.stated if self.stated is not None else int(self.left(plan) * DEFAULT_SHARE)
+
+    def can_grow(self, plan: Plan) -> bool:
+        """Whether a pool too small for the plan grows to it: its storage reserves what the machine has."""
+        return plan.fits(max(self.budget(plan), self.physical)) and plan.kv_bytes <= self.left(plan)
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether the pool holds the plan without growing, and the machine holds the pool."""
+        return plan.fits(self.budget(plan)) and plan.kv_bytes <= self.left(plan)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change that may make a plan fit, alone.
+
+    Attributes
+    ----------
+    change : str
+        What to set, as an argument reads.
+    plan : Plan
+        The plan with that change.
+    fits : bool
+        Whether it fits then.
+    """
+
+    change: str
+    plan: Plan
+    fits: bool
+
+
+def remedies(plan: Plan, memory: Memory) -> list[Remedy]:
+    """What would make a plan fit that does not: cheapest for the user first."""
+    found = []
+    if plan.dtype.itemsize > 2:
+        found.append(_tried("dtype=torch.bfloat16", replace(plan, dtype=torch.bfloat16), memory.fits))
+    sizes = [size for size in (8, *BLOCK_SIZES) if size < plan.block_size]
+    if sizes:
+        smaller = min((replace(plan, block_size=size) for size in sizes), key=lambda each: each.budget_needed)
+        if smaller.budget_needed < plan.budget_needed:
+            found.append(_tried(f"block_size={smaller.block_size}", smaller, memory.fits))
+    mebibytes = -(-plan.budget_needed // MIB)
+    found.append(_tried(f'memory_budget="{mebibytes}MiB"', plan, replace(memory, stated=mebibytes * MIB).fits))
+    rows = _largest(plan.batch, lambda batch: memory.fits(replace(plan, batch=batch)))
+    if rows:
+        found.append(_tried(f"a batch of at most {rows:,}", replace(plan, batch=rows), memory.fits))
+    tokens = _largest(plan.context, lambda context: memory.fits(replace(plan, context=context)))
+    if tokens:
+        found.append(_tried(f"a context of at most {tokens:,}", replace(plan, context=tokens), memory.fits))
+    return found
+
+
+def _tried(change: str, plan: Plan, fits: Callable[[Plan], bool]) -> Remedy:
+    return Remedy(change, plan, fits(plan))
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number below `limit` that fits, 0 if none does. More never fits where less does not."""
+    fitting, too_large = 0, limit
+    while too_large - fitting > 1:
+        middle = (fitting + too_large) // 2
+        if fits(middle):
+            fitting = middle
+        else:
+            too_large = middle
+    return fitting

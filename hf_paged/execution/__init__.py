@@ -1,0 +1,1 @@
+"""One step on the model: its inputs, its cache, its forward."""

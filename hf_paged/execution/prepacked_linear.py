@@ -1,0 +1,134 @@
+"""Prepacked weights: a second copy of the linear layers' weights, in the layout of oneDNN's matrix kernels.
+
+torch keeps weights as they were loaded, and for every product of a few rows oneDNN lays them out anew. A step of few
+tokens spends up to half of its products on that.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hf_paged.compat.torch import (
+    children_of,
+    prepack_linear_weight,
+    prepackable_dtypes,
+    prepacked_linear,
+    version_of,
+)
+from hf_paged.config import PagedConfig
+
+# Kernels for other numbers of rows read this layout as well: a step's number is not known before.
+_ROWS = 32
+# What the copies stand for. A class that somebody patches later has another.
+_FORWARD = torch.nn.Linear.forward
+
+
+@dataclass(frozen=True)
+class _Copy:
+    weight: torch.Tensor  # Opaque to all but oneDNN.
+    origin: tuple[int, int]  # Address and version of the weight that was copied.
+
+
+class PrepackedLinears:
+    """Copies of the weights of linear layers on the CPU, made at first use.
+
+    A weight that was written to or replaced is copied again; an edit through ``.data`` leaves no trace and is not
+    seen. Steps that ``torch.compile`` traces multiply with the weights themselves.
+    """
+
+    def __init__(self):
+        self._copies = WeakIdKeyDictionary()  # torch.nn.Parameter -> _Copy
+        # torch.nn.Linear -> PrepackedForward, which stay the same for torch.compile's sake.
+        self._forwards = weakref.WeakKeyDictionary()
+        self.thread: int | None = None
+
+    @contextlib.contextmanager
+    def used_by(self, model: torch.nn.Module) -> Iterator[None]:
+        """While entered, and in this thread alone, the linear layers of `model` multiply with the copies.
+
+        For that time they have a ``forward`` of their own: a function mode, which sees every call of torch, would cost
+        a decode step a tenth of its time. Layers that have a ``forward`` of somebody's own keep it.
+        """
+        forwards = {
+            module: self._forwards.setdefault(module, PrepackedForward(self, module))
+            for module in _plain_linears(model)
+        }
+        self.thread = threading.get_ident()
+        try:
+            for module, forward in forwards.items():
+                module.__dict__["forward"] = forward
+            yield
+        finally:
+            self.thread = None
+            for module, forward in forwards.items():
+                if module.__dict__.get("forward") is forward:
+                    del module.__dict__["forward"]
+
+    def copy_of(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The prepacked `weight`; None if it cannot be."""
+        copy = self._copies.get(weight)
+        if copy is not None and copy.origin == (weight.data_ptr(), version_of(weight)):
+            return copy.weight
+        if not _can_prepack(weight):
+            return None
+        packed = prepack_linear_weight(weight.detach(), _ROWS)
+        self._copies[weight] = _Copy(packed, (weight.data_ptr(), version_of(weight)))
+        return packed
+
+
+class PrepackedForward:
+    """``torch.nn.Linear.forward`` of one module, with the copies if the thread is the one that uses them."""
+
+    __slots__ = ("_linears", "_module")
+
+    def __init__(self, linears: PrepackedLinears, module: torch.nn.Linear):
+        self._linears, self._module = linears, weakref.ref(module)
+
+    def __reduce__(self):
+        # A copy of the module, made by another thread meanwhile, multiplies in torch's own way.
+        return getattr, (self._module(), "forward")
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        module = self._module()
+        if torch.compiler.is_compiling() or threading.get_ident() != self._linears.thread:
+            return functional.linear(input, module.weight, module.bias)
+        weight, bias, copy = module.weight, module.bias, None
+        if input.dtype == weight.dtype and input.numel() > 0:
+            copy = self._linears.copy_of(weight)
+        if copy is None:
+            return functional.linear(input, weight, bias)
+        return prepacked_linear(input, copy, bias)
+
+
+def linears_of(config: PagedConfig) -> Callable[[torch.nn.Module], contextlib.AbstractContextManager]:
+    """What a packed step of a model enters to run its linear layers as `config` says."""
+    return PrepackedLinears().used_by if config.prepack_weights else contextlib.nullcontext
+
+
+def _plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Linear layers of `model` that multiply in torch's own way."""
+    found, left = [], [model]
+    while left:
+        module = left.pop()
+        left.extend(child for child in children_of(module).values() if child is not None)
+        if isinstance(module, torch.nn.Linear) and type(module).forward is _FORWARD:
+            # An interrupt may have left a forward of ours behind.
+            if isinstance(vars(module).get("forward"), PrepackedForward | None):
+                found.append(module)
+    return found
+
+
+def _can_prepack(weight: torch.Tensor) -> bool:
+    return (
+        type(weight) is torch.nn.Parameter  # Not a quantised one, which is a subclass.
+        and weight.device.type == "cpu"
+        and weight.dtype in prepackable_dtypes()
+        and weight.is_contiguous()
+        and not weight.is_inference()
+    )

@@ -1,0 +1,1 @@
+"""Calls of `generate` that run together: the engine, its calls, and the cache that a call leaves."""

@@ -1,0 +1,313 @@
+"""Call: one `generate` call as its caller's thread sees it: rows in, logits to tokens, tokens out."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers.generation import logits_process, stopping_criteria
+
+from hf_paged.cache.duplicate_rows import first_equal_rows
+from hf_paged.compat.transformers import pad_token
+from hf_paged.errors import OutOfBlocksError
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.sampling.cancellation import Cancellation
+from hf_paged.sampling.categorical import draw, likeliest
+from hf_paged.sampling.rng_replay import ReplayedNoise, draws_freely
+from hf_paged.sampling.row_streamer import RowStreamer
+from hf_paged.sampling.sampler import Sampler
+from hf_paged.sampling.stopping import StoppingRules
+from hf_paged.scheduling.request import Request
+
+# Processors of transformers that treat each row by itself. The first kind never looks at the tokens so far.
+TOKEN_FREE = {
+    getattr(logits_process, name)
+    for name in (
+        *("TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper"),
+        *("TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "InfNanRemoveLogitsProcessor"),
+        *("LogitNormalization", "SuppressTokensLogitsProcessor"),
+    )
+}
+ROW_WISE = TOKEN_FREE | {
+    getattr(logits_process, name)
+    for name in (
+        *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "RepetitionPenaltyLogitsProcessor"),
+        *("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"),
+        *("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty"),
+        *("SuppressTokensAtBeginLogitsProcessor",),
+    )
+}
+# These cost so little that whoever drives the engine may apply them for other calls.
+_QUICK = ROW_WISE - {
+    getattr(logits_process, name)
+    for name in ("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor")
+}
+ROW_WISE_CRITERIA = StoppingRules.KINDS | {stopping_criteria.StopStringCriteria}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Next tokens of some rows of a call, not noted yet.
+
+    Attributes
+    ----------
+    tokens : torch.Tensor
+        ``[rows]`` int64
+    scores, logits : torch.Tensor or None
+        ``[rows, vocab]`` float32; None where the call has no use for them.
+    """
+
+    tokens: torch.Tensor
+    scores: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class GenerateCall:
+    """The rows of one call, its processors and criteria, and its share of the random numbers.
+
+    A row's next token takes two halves. `choose` computes it, in the caller's thread or, if the call is quick, in that
+    of the call that drives the engine; it changes nothing that a second try would not change alike. `accept` notes it,
+    in the caller's thread or, if the call is quick, in an atomic section. Processors see a row's tokens so far as in
+    dense ``generate``: pads on the left, then the prompt, then what was generated.
+
+    Parameters
+    ----------
+    input_ids : torch.Tensor
+        ``[batch, positions]`` int64, left-padded.
+    valid : torch.Tensor or None
+        ``[batch, positions]`` bool, False at padding; None: no padding.
+    processors, criteria, generation_config, streamer
+        As ``GenerationMixin._sample`` gets them.
+    pools : list of BlockPool
+        One per attention group.
+    cache : DynamicCache or None
+        A cache of the caller's, empty so far: it gets the blocks of the call's only row when that is finished.
+    """
+
+    def __init__(
+        self, input_ids, valid, processors, criteria, generation_config, streamer, pools: list[BlockPool], cache=None
+    ):
+        self.input_ids, self.streamer, self.cache = input_ids, streamer, cache
+        self._processors, self._criteria = processors, criteria
+        self._endings = StoppingRules(criteria) if StoppingRules.KINDS.issuperset(map(type, criteria)) else None
+        self._do_sample, self._pad = generation_config.do_sample, pad_token(generation_config)
+        # What `generate` returns besides the tokens of a lone row, a tensor ``[1, vocab]`` a step.
+        returns = generation_config.return_dict_in_generate
+        self.logits = () if returns and generation_config.output_logits else None
+        self.scores = () if returns and generation_config.output_scores else None
+        self._noise: ReplayedNoise | None = None
+        self._draws_freely = draws_freely()
+        prompts = (
+            input_ids.tolist()
+            if valid is None
+            else [ids[keep].tolist() for ids, keep in zip(input_ids.cpu(), valid.cpu())]
+        )
+        self.requests = [Request(tokens, pools) for tokens in prompts]
+        self._row_of = {request: row for row, request in enumerate(self.requests)}
+        self._lead(first_equal_rows(input_ids, valid))
+        batch, self._width = input_ids.shape
+        room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
+        with torch.inference_mode(False):  # Another thread may write to it.
+            self._ids = torch.cat([input_ids, self._pads(room)], dim=1)
+        self._counts = [0] * batch  # Tokens generated, by row.
+        self._open = set(range(batch))
+        self.failures: list[OutOfBlocksError] = []
+
+        self._row_streamer = streamer if isinstance(streamer, RowStreamer) else None
+        # Whether another call's thread may choose for this one: nothing of the caller's runs, nothing is slow.
+        self.is_quick = (
+            streamer is self._row_streamer and _QUICK.issuperset(map(type, processors)) and self._endings is not None
+        )
+        self.recipe = self._own_recipe()
+        self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
+
+    def _own_recipe(self) -> Sampler | None:
+        """How the driver may choose tokens for this call, together with others; None if only it itself can."""
+        is_plain = TOKEN_FREE.issuperset(map(type, self._processors)) and self.logits is None and self.scores is None
+        if not (self.is_quick and is_plain and (self._draws_freely or not self._do_sample)):
+            return None
+        return Sampler.of(self._processors, self._do_sample, self.input_ids.device)
+
+    def _lead(self, twins: list[int] | None) -> None:
+        """Let rows with the same prompt follow the first of them."""
+        self.leaders = []
+        for row, request in enumerate(self.requests):
+            leader = row if twins is None else twins[row]
+            if leader == row:
+                self.leaders.append(request)
+            else:
+                self.requests[leader].followers.append(request)
+
+    def _pads(self, count: int) -> torch.Tensor:
+        fill = 0 if self._pad is None else int(self._pad)
+        return self.input_ids.new_full((len(self.input_ids), count), fill)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every row is finished or has failed."""
+        return not self._open
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the call shall end with the tokens it has."""
+        is_closed = self._row_streamer is not None and self._row_streamer.is_closed
+        return is_closed or any(cancellation.is_cancelled for cancellation in self._cancellations)
+
+    def cancel(self) -> None:
+        """End all rows."""
+        self._open.clear()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token was sampled: the call cannot start anew in another loop."""
+        return any(self._counts)
+
+    def fail(self, request: Request, error: OutOfBlocksError) -> None:
+        """Note that a row, and those that follow it, cannot go on."""
+        for lost in (request, *request.followers):
+            self._open.discard(self._row_of[lost])
+            self.failures.append(error)
+
+    def by_place(self, requests: Iterable[Request]) -> list[Request]:
+        """Some rows in the order in which the batch has them."""
+        return sorted(requests, key=self._row_of.__getitem__)
+
+    def choose(self, requests: list[Request], logits: torch.Tensor) -> Choice:
+        """Choose the next token of some rows.
+
+        Parameters
+        ----------
+        requests : list of Request
+            In the order of the batch. Not changed.
+        logits : torch.Tensor
+            ``[len(requests), vocab]``, not changed.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            rows = [self._row_of[request] for request in requests]
+            logits = logits.to(device=self.input_ids.device, dtype=torch.float32, copy=True)
+            scores = self._process(rows, logits)
+            tokens = self._draw(rows, scores) if self._do_sample else likeliest(scores)
+            return Choice(tokens, scores, logits)
+
+    def accept(self, requests: list[Request], choice: Choice) -> list[tuple[Request, int | None]]:
+        """Note the next tokens of some rows: tell the streamer, judge which rows end.
+
+        Parameters
+        ----------
+        requests : list of Request
+            Those that were chosen for. Not changed: the engine hands them their tokens.
+
+        Returns
+        -------
+        list of (Request, token)
+            None for a row that is finished.
+        """
+        rows, tokens = [self._row_of[request] for request in requests], choice.tokens
+        if self.logits is not None:
+            self.logits += (choice.logits,)
+        if self.scores is not None:
+            self.scores += (choice.scores,)
+        with torch.inference_mode(False), torch.no_grad():
+            if self.streamer is not self._row_streamer:
+                self.streamer.put(tokens.cpu())
+            self._append(rows, tokens)
+            chosen = tokens.tolist()
+            finished = self._finished(rows, chosen, choice.scores)
+        if self._row_streamer is not None:
+            self._row_streamer.tell(rows, chosen, [row for row, over in zip(rows, finished) if over])
+        self._open -= {row for row, is_over in zip(rows, finished) if is_over}
+        if self._noise is not None and self._open:
+            self._noise.forget_before(min(self._counts[row] for row in self._open))
+        return [(request, None if over else token) for request, token, over in zip(requests, chosen, finished)]
+
+    def _steps(self, rows: list[int]) -> dict[int, list[int]]:
+        """Indices into `rows`, by logical step."""
+        steps: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            steps.setdefault(self._counts[row], []).append(index)
+        return steps
+
+    def _process(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if not self._processors:
+            return logits
+        if all(type(processor) in TOKEN_FREE for processor in self._processors):
+            return self._processors(self._ids[rows, : self._width], logits)
+        scores = torch.empty_like(logits)
+        for step, indices in self._steps(rows).items():
+            chosen = [rows[index] for index in indices]
+            scores[indices] = self._processors_of(chosen)(self._ids[chosen, : self._width + step], logits[indices])
+        return scores
+
+    def _processors_of(self, rows: list[int]):
+        """The processors as they treat a few rows: one of them holds a number for each row of the batch."""
+        parts = logits_process.LogitsProcessorList()
+        for processor in self._processors:
+            ignored = getattr(processor, "prompt_ignore_length", None)
+            if isinstance(ignored, torch.Tensor) and len(rows) < len(ignored):
+                processor = copy.copy(processor)
+                processor.prompt_ignore_length = ignored[rows]
+            parts.append(processor)
+        return parts
+
+    def _draw(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
+        probabilities = scores.softmax(dim=-1)
+        if self._draws_freely:
+            return draw(probabilities)
+        if not bool((probabilities.max() < float("inf")) & (probabilities.min() >= 0)):
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        if self._noise is None:
+            self._noise = ReplayedNoise(len(self.input_ids), scores.shape[1])
+        tokens = scores.new_empty(len(rows), dtype=torch.long)
+        for step, indices in self._steps(rows).items():
+            noise = self._noise.rows(step, [rows[index] for index in indices])
+            tokens[indices] = likeliest(probabilities[indices] / noise)
+        return tokens
+
+    def _append(self, rows: list[int], tokens: torch.Tensor) -> None:
+        at = [self._width + self._counts[row] for row in rows]
+        if max(at) >= self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, self._pads(self._ids.shape[1])], dim=1)
+        self._ids[rows, at] = tokens
+        for row in rows:
+            self._counts[row] += 1
+
+    def _finished(self, rows: list[int], tokens: list[int], scores: torch.Tensor | None) -> list[bool]:
+        if self._endings is not None:
+            finished = self._endings.over(tokens, [self._width + self._counts[row] for row in rows])
+        else:
+            finished = self._judged(rows, scores)
+        if self._row_streamer is not None:
+            finished = [over or self._row_streamer.is_gone(row) for over, row in zip(finished, rows)]
+        return finished
+
+    def _judged(self, rows: list[int], scores: torch.Tensor | None) -> list[bool]:
+        """Which rows end, as the criteria say of rows at one logical step."""
+        finished = [False] * len(rows)
+        for step, indices in self._steps(rows).items():
+            chosen = [rows[index] for index in indices]
+            over = self._criteria(
+                self._ids[chosen, : self._width + step], None if scores is None else (scores[indices],)
+            )
+            for index, is_over in zip(indices, over.tolist()):
+                finished[index] = is_over
+        return finished
+
+    def close(self) -> torch.Tensor:
+        """End the call and return its tokens as dense ``generate`` does, ``[batch, positions + longest]``.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the pool could not hold some rows; the tokens of all rows are in its `sequences`.
+        """
+        longest = max(self._counts)
+        if self._noise is not None:
+            self._noise.close(longest)
+        if self.streamer is not None and not (self.failures and self._row_streamer):
+            self.streamer.end()  # One that knows rows is told of the error instead.
+        sequences = self._ids[:, : self._width + longest].clone()
+        if self.failures:
+            error = max(self.failures, key=lambda error: error.needed)
+            error.sequences = sequences
+            raise error
+        return sequences

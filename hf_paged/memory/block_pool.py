@@ -1,0 +1,230 @@
+"""BlockPool: which blocks are free, cached or used, and by how many block tables. No tensors here."""
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
+
+from hf_paged.errors import BlockError, OutOfBlocksError
+
+
+class BlockPool:
+    """Ids of fixed-size blocks with reference counts (Kwon et al., SOSP 2023).
+
+    A block is in one of three states, and ``free + cached + used == total`` always holds:
+
+    * free: nobody owns it, its content is meaningless;
+    * used: one or more block tables own it (the reference count);
+    * cached: nobody owns it, but somebody asked to `keep` its content. It is evicted, least recently
+      used first, when an allocation finds no free block, or none but fresh ones while more than
+      `cache_blocks` are cached.
+
+    A fresh block was never handed out: the memory behind it is not taken from the system yet.
+
+    The pool is not locked: its owner calls it under a lock. `give_back` alone is safe from any thread
+    and from a finalizer.
+
+    Parameters
+    ----------
+    num_blocks : int
+        Blocks to manage, ids ``0 .. num_blocks - 1``.
+    block_size : int
+        Tokens a block holds.
+    cache_blocks : int or None
+        Cached blocks for which fresh ones are taken; None: as many as there are.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, cache_blocks: int | None = None):
+        self.block_size = block_size
+        self.total_blocks = num_blocks
+        self.cache_blocks = num_blocks if cache_blocks is None else cache_blocks
+        self.num_evictions = 0  # Cached blocks that an allocation took.
+        # Blocks are numbered as they are first handed out: a large pool costs nothing until it is used,
+        # and the memory that is touched stays compact.
+        self._ref_counts: list[int] = []
+        self._free: list[int] = []
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._kept: dict[int, Callable[[int], None]] = {}  # Used or cached -> who is told when it is evicted.
+        self._holds: Counter[int] = Counter()  # Owners of used blocks that `hold` added.
+        self._returned: deque[list[int]] = deque()
+        self.reserved = 0  # Blocks, free or cached, that are promised to calls under way.
+
+    @property
+    def free_blocks(self) -> int:
+        self._drain()
+        return len(self._free) + self.total_blocks - len(self._ref_counts)
+
+    @property
+    def cached_blocks(self) -> int:
+        self._drain()
+        return len(self._cached)
+
+    @property
+    def used_blocks(self) -> int:
+        return self.total_blocks - self.free_blocks - len(self._cached)
+
+    @property
+    def spare_blocks(self) -> int:
+        """Blocks that an allocation can get: free or cached, and promised to nobody."""
+        return max(0, self.free_blocks + len(self._cached) - self.reserved)
+
+    @property
+    def high_water(self) -> int:
+        """One past the highest id ever handed out."""
+        return len(self._ref_counts)
+
+    def ref_count(self, block: int) -> int:
+        """How many block tables own `block`; 0 if it is free or cached."""
+        return self._ref_counts[block]
+
+    def grow(self, num_blocks: int) -> None:
+        """Add `num_blocks` free blocks."""
+        self.total_blocks += num_blocks
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Take `num_blocks` blocks, each with one owner: all of them or none.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If fewer are free or evictable and not reserved. The pool is left as it was.
+        """
+        available = self.spare_blocks
+        if num_blocks > available:
+            raise OutOfBlocksError(num_blocks, available, self.total_blocks)
+        blocks = []
+        for _ in range(num_blocks):
+            if self._free:  # The last one freed is the likeliest to be in a CPU cache.
+                block = self._free.pop()
+            elif len(self._ref_counts) < self.total_blocks and len(self._cached) <= self.cache_blocks:
+                block = len(self._ref_counts)
+                self._ref_counts.append(0)
+            else:
+                block, _ = self._cached.popitem(last=False)
+                self._kept.pop(block)(block)
+                self.num_evictions += 1
+            self._ref_counts[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add an owner to each of `blocks`.
+
+        Raises
+        ------
+        BlockError
+            If one of them has no owner. The pool is left as it was.
+        """
+        blocks = list(blocks)
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                raise BlockError(f"block {block} is not in use: it cannot be shared")
+        for block in blocks:
+            self._ref_counts[block] += 1
+
+    def hold(self, block: int) -> None:
+        """Let one owner of a block only keep it from being handed out: `is_shared` does not count it any more."""
+        self._holds[block] += 1
+
+    def let_go(self, block: int) -> None:
+        """Undo `hold`, and free the block."""
+        self._holds[block] -= 1
+        self._holds += Counter()  # Without those that are zero.
+        self.free([block])
+
+    def is_shared(self, block: int, but: int = 0) -> bool:
+        """Tell whether several rows own `block`, `but` of them not counted: who writes to it must copy it first."""
+        return self._ref_counts[block] - self._holds[block] - but > 1
+
+    def free(self, blocks: Iterable[int]) -> None:
+        """Take an owner from each of `blocks`; those without any become free or, if they are kept, cached.
+
+        Of blocks that become cached the first counts as the least recently used.
+
+        Raises
+        ------
+        BlockError
+            If one of them is not in use (a double free). Blocks before it in the order are freed.
+        """
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                raise BlockError(f"block {block} is freed twice")
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                if block in self._kept:
+                    self._cached[block] = None
+                else:
+                    self._free.append(block)
+
+    def keep(self, block: int, on_eviction: Callable[[int], None]) -> None:
+        """Let a used block become cached, not free, when its last owner frees it.
+
+        Parameters
+        ----------
+        on_eviction : callable
+            Called with `block` when its content is about to be lost, by `allocate` or `evict`. It must not
+            call the pool.
+
+        Raises
+        ------
+        BlockError
+            If the block is not in use, or kept already.
+        """
+        if self._ref_counts[block] == 0 or block in self._kept:
+            raise BlockError(f"block {block} is not in use, or kept already: it cannot be kept")
+        self._kept[block] = on_eviction
+
+    def is_kept(self, block: int) -> bool:
+        """Whether somebody asked to keep the content of `block`."""
+        return block in self._kept
+
+    def evict(self, block: int) -> None:
+        """Undo `keep`: who asked for it is told, and a cached block becomes free."""
+        self._kept.pop(block)(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
+    def revive(self, block: int) -> None:
+        """Take a cached block back into use with one owner, its content untouched.
+
+        Raises
+        ------
+        BlockError
+            If the block is not cached.
+        """
+        if block not in self._cached:
+            raise BlockError(f"block {block} is not cached: it cannot be revived")
+        del self._cached[block]
+        self._ref_counts[block] = 1
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Free `blocks` at the next call on the pool.
+
+        A finalizer can run at any point, even inside another method of this pool; so it only queues.
+        """
+        self._returned.append(blocks)
+
+    def check_integrity(self, tables: Iterable[Iterable[int]]) -> None:
+        """Check that counts add up and that `tables`, the ids of every live table, own what is used.
+
+        Raises
+        ------
+        AssertionError
+            With the broken invariant.
+        """
+        self._drain()
+        owners = [0] * len(self._ref_counts)
+        for blocks in tables:
+            for block in blocks:
+                owners[block] += 1
+        free, cached = set(self._free), set(self._cached)
+        used = {block for block, count in enumerate(self._ref_counts) if count > 0}
+        unnumbered = self.total_blocks - len(self._ref_counts)
+        assert len(free) == len(self._free), "a block is in the free list twice"
+        assert not (free & cached or free & used or cached & used), "a block is in two states"
+        assert cached <= self._kept.keys() <= cached | used, "a block is cached for nobody, or kept for nothing"
+        assert len(free) + unnumbered + len(cached) + len(used) == self.total_blocks, "free + cached + used != total"
+        assert owners == self._ref_counts, "reference counts differ from the owners in the block tables"
+
+    def _drain(self) -> None:
+        while self._returned:
+            self.free(self._returned.popleft())

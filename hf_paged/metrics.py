@@ -1,0 +1,107 @@
+"""What a model's pool holds and did."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
+from hf_paged.models import registry
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts of a model's pool, summed over its attention groups.
+
+    Attributes
+    ----------
+    total_blocks, used_blocks, cached_blocks, free_blocks : int
+        ``free + cached + used == total``. All zero before the first token.
+    block_size : int
+        Tokens a block holds.
+    tokens_stored : int
+        Filled slots of the used blocks; a slot that several rows share counts once.
+    waste : float
+        Share of the used slots that hold no token: ``1 - tokens_stored / (used_blocks * block_size)``.
+    page_reads : int
+        Attention calls that read keys and values through block tables.
+    gathers : dict of str to int
+        Times that keys or values were copied out of the pages into a dense tensor, by reason.
+    packed_calls : int
+        Calls of `generate` whose rows ran on the engine, packed with those of other calls.
+    fallbacks : dict of str to int
+        Calls of `generate` that ran transformers' own loop, by reason, whether they used the pool or not. Beams,
+        assisted decoding and models with a loop of their own are not counted.
+    prefix_lookups : int
+        Packed rows that looked for their first tokens in the prefix cache when they started, preempted ones again.
+    prefix_hit_tokens : int
+        Tokens that they found there, and did not compute.
+    evictions : int
+        Cached blocks that were given up because others needed them.
+    implementation : str
+        The model's attention implementation now. Some models change it themselves: Whisper goes to "eager" for
+        word timestamps, and stays there until ``model.set_attn_implementation("paged")``.
+    """
+
+    total_blocks: int
+    used_blocks: int
+    cached_blocks: int
+    free_blocks: int
+    block_size: int
+    tokens_stored: int
+    waste: float
+    page_reads: int
+    gathers: dict[str, int]
+    packed_calls: int
+    fallbacks: dict[str, int]
+    prefix_lookups: int
+    prefix_hit_tokens: int
+    evictions: int
+    implementation: str
+
+
+def stats(model: torch.nn.Module) -> Stats:
+    """Statistics of `model`'s pool, or pools if it is made of several decoders.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or a module that contains some
+
+    Returns
+    -------
+    Stats
+    """
+    pools = registry.pools_under(model)
+    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = 0
+    gathers: Counter[str] = Counter()
+    fallbacks: Counter[str] = Counter()
+    for pool in pools:
+        with pool.lock:
+            for key, group in pool.groups.items():
+                blocks = group.blocks
+                free, cached = free + blocks.free_blocks, cached + blocks.cached_blocks
+                used, total = used + blocks.used_blocks, total + blocks.total_blocks
+                evictions += blocks.num_evictions
+                tokens += _tokens_stored(pool, key)
+            reads += pool.page_reads
+            lookups += pool.prefix_counts.lookups
+            hits += pool.prefix_counts.hit_tokens
+            gathers.update(pool.gathers)
+    for counts in registry.counts_under(model):
+        packed += counts.packed
+        fallbacks.update(counts.fallbacks)
+    block_size = pools[0].config.block_size if pools else registry.config_of(model).block_size
+    waste = 1 - tokens / (used * block_size) if used else 0.0
+    totals = (total, used, cached, free, block_size, tokens, waste, reads, dict(gathers), packed, dict(fallbacks))
+    return Stats(*totals, lookups, hits, evictions, registry.implementation_of(model))
+
+
+def _tokens_stored(pool: KVPool, key: KVCacheSpec) -> int:
+    filled: dict[int, int] = {}
+    for cache in pool.caches:
+        for table in cache.tables_in(key):
+            left = table.num_tokens - table.base
+            for block in table.blocks:
+                filled[block] = max(filled.get(block, 0), min(left, pool.config.block_size))
+                left -= pool.config.block_size
+    return sum(filled.values())

@@ -1,0 +1,1 @@
+"""The models of the user: their pools, their forwards under way, and what their results depend on."""

@@ -1,0 +1,348 @@
+"""Inspection: describes all that a model's forward depends on, or says that some of it cannot be seen."""
+
+import collections
+import enum
+import functools
+import hashlib
+import logging
+import pathlib
+import re
+import sys
+import types
+import weakref
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+
+from hf_paged.compat.torch import (
+    compiler_backend,
+    is_part_of_compiler,
+    is_wrapper_subclass,
+    module_parts,
+    version_of,
+)
+from hf_paged.execution.prepacked_linear import PrepackedForward
+from hf_paged.models.snapshot import PACKAGES, Snapshot, is_known
+
+# Functions of these, and of Python's own library, run where models do; a patch comes from elsewhere.
+_LIBRARIES = {
+    *PACKAGES,
+    "hf_paged_autoload",
+    *("huggingface_hub", "numpy", "safetensors", "typing_extensions"),
+}
+# Their hooks leave what a module computes in evaluation alone: they capture outputs, or act in training only.
+_PASSIVE = {"hf_paged", "hf_paged_integrations", "transformers"}
+_PLAIN = {
+    *(type(None), bool, int, float, complex, str, bytes, type(...), range, slice),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+}
+# What holds nothing that changes, whatever its class.
+_STATELESS = (int, float, complex, str, bytes, enum.Enum, pathlib.PurePath, re.Pattern, logging.Logger)
+_CONTAINERS = {list, tuple, dict, set, frozenset, collections.OrderedDict, collections.defaultdict, collections.deque}
+# What no forward reads, though a module may hold it.
+_APART = (GenerationConfig, PreTrainedTokenizerBase, RemovableHandle)
+_WRAPPERS = {
+    functools.partial: ("func", "args", "keywords"),
+    functools.partialmethod: ("func", "args", "keywords"),
+    functools.cached_property: ("func",),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget", "fset"),
+    type(functools.cache(repr)): ("__wrapped__",),
+}
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+# What `generate` calls between forwards changes no state of a token.
+_OF_GENERATE = frozenset(vars(GenerationMixin)) - frozenset(vars(object))
+_SKIPPED = _OF_EVERY_MODULE | _OF_GENERATE
+_NOTHING: dict = {}
+_BUILTIN = (
+    *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType),
+    *(types.MethodWrapperType, types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
+)
+# Traces and descriptions of the code of classes and files of known packages. They hold no module and no tensor.
+_sources: "dict[type | types.ModuleType, tuple[Snapshot, str]]" = {}
+
+
+class UnseenError(Exception):
+    """Something takes part in a forward whose changes leave no trace."""
+
+
+class Inspection:
+    """One look at a model.
+
+    Attributes
+    ----------
+    seen : list of str
+        The description: equal for models that compute the same.
+    modules : list of torch.nn.Module
+        Every module that was met.
+    contents : list of torch.Tensor
+        Every tensor that the model holds, detached.
+    trace : Snapshot
+        To see later whether all is as it was.
+    """
+
+    def __init__(self):
+        self.seen: list[str] = []
+        self.contents: list[torch.Tensor] = []
+        self.trace = Snapshot()
+        self.modules: list[torch.nn.Module] = []
+        self._kinds: dict[type, int] = {}
+        self._numbers: dict[int, int] = {}  # By address; `_held` keeps the objects, and so their addresses.
+        self._held: list = []
+        self._sources: set = set()
+
+    def at_model(self, model: torch.nn.Module) -> None:
+        """Describe a model.
+
+        Raises
+        ------
+        UnseenError
+            If a change of it could not be seen.
+        """
+        for source in (torch, torch.Tensor, torch.nn.functional):
+            self._at_source(source)
+        self.seen.append(repr(self._at(self.trace.attention)))
+        self._at(model)
+        for module in self.modules:  # Grows meanwhile.
+            self._at_module(module)
+
+    def _at_module(self, module: torch.nn.Module) -> None:
+        kind = type(module)
+        if kind not in self._kinds:
+            self._at_kind(kind)
+        own = vars(module)
+        copy = dict(own)
+        if isinstance(copy.get("forward"), PrepackedForward):  # There for the length of a step.
+            del copy["forward"]
+        live = module_parts(own)
+        parts = [_copied(part) if part else _NOTHING for part in live]
+        self.trace.add_module(module, (own, *live), (copy, *parts))
+        for hooks in parts[3:]:
+            for hook in hooks.values():
+                _check_passive(hook)
+        attributes = {
+            name: value if type(value) in _PLAIN else self._at_attribute(own, name, value)
+            for name, value in copy.items()
+            if name not in _SKIPPED
+        }
+        held = [{name: self._at(value) for name, value in part.items()} for part in parts[:3] if part]
+        # As text at once: thousands of objects would set the garbage collector going.
+        self.seen.append(repr((self._kinds[kind], module.training, attributes, held)))
+
+    def _at_kind(self, kind: type) -> None:
+        """Describe the class of a module, and the files of its forwards."""
+        self._kinds[kind] = len(self._kinds)
+        for part in kind.__mro__[:-1]:
+            self._at_source(part)
+            if "forward" in vars(part):
+                self._at_source(sys.modules.get(part.__module__))
+        self.seen.append(repr([(part.__module__, part.__qualname__) for part in kind.__mro__]))
+
+    def _at_attribute(self, owner: dict, name: str, value):
+        if isinstance(value, (list, dict, set)):
+            self.trace.add_place(owner, name, value)
+        return self._at(value)
+
+    def _at(self, value):
+        """The description of one value, in plain types."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        number = self._numbers.get(id(value))
+        if number is not None:
+            return "seen before", number
+        if isinstance(value, types.MethodType):  # Made anew whenever one asks for it.
+            return "method", self._at(value.__func__), self._at(value.__self__)
+        number = self._numbers[id(value)] = len(self._held)
+        self._held.append(value)
+        if isinstance(value, torch.nn.Module):
+            self.modules.append(value)
+            return "module", number
+        if isinstance(value, torch.Tensor):
+            return number, self._at_tensor(value)
+        if isinstance(value, types.FunctionType):
+            return self._at_function(value)
+        if kind in _CONTAINERS:
+            return kind.__name__, self._at_container(value)
+        return self._at_object(value)
+
+    def _at_container(self, value) -> list:
+        copy = value
+        if not isinstance(value, (tuple, frozenset)):
+            copy = _copied(value)
+            self.trace.add_container(value, copy)
+        if isinstance(value, dict):
+            return [(self._at(key), self._at(item)) for key, item in copy.items()]
+        items = [self._at(item) for item in copy]
+        return sorted(map(repr, items)) if isinstance(value, (set, frozenset)) else items
+
+    def _at_tensor(self, tensor: torch.Tensor):
+        kind = type(tensor)
+        is_plain = kind is torch.nn.Parameter or kind is torch.Tensor
+        if not is_plain and is_wrapper_subclass(tensor):
+            self.trace.add_container(vars(tensor), dict(vars(tensor)))
+            names, context = tensor.__tensor_flatten__()
+            return kind.__qualname__, repr(context), [self._at(getattr(tensor, name)) for name in names]
+        if not is_plain and not is_known(kind):
+            raise UnseenError(f"a tensor of class {kind.__qualname__}")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise UnseenError(f"a tensor on {tensor.device} with layout {tensor.layout}")
+        content = tensor.detach()
+        self.contents.append(content)
+        self.trace.add_tensor(tensor, content)
+        version = 0 if tensor.is_inference() else version_of(tensor)
+        return tensor.data_ptr(), version, tensor.dtype, tensor.shape
+
+    def _at_function(self, function: types.FunctionType):
+        name = _home(function)
+        if name is None:
+            raise UnseenError(f"a function {function.__qualname__} of {function.__globals__.get('__name__')}")
+        self.trace.add_function(function)
+        cells = []
+        for cell in function.__closure__ or ():
+            try:
+                cells.append(self._at(cell.cell_contents))
+            except ValueError:  # Nothing is in it yet.
+                cells.append("empty")
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        defaults = [value for value in defaults if type(value) in _PLAIN]
+        return "function", name, function.__qualname__, function.__code__.co_firstlineno, defaults, cells
+
+    def _at_object(self, value):
+        kind = type(value)
+        if isinstance(value, _STATELESS):
+            return kind.__qualname__, repr(value)
+        if isinstance(value, _APART):
+            return kind.__qualname__
+        if isinstance(value, types.ModuleType):
+            return "file", value.__name__
+        if isinstance(value, type):
+            return self._at_class(value)
+        if isinstance(value, _BUILTIN):
+            return self._at_builtin(value)
+        if isinstance(value, weakref.ref):
+            return "reference", self._at(value())
+        if kind.__module__ == "contextlib":  # A context manager that decorates a function.
+            return kind.__qualname__, [self._at(part) for name, part in vars(value).items() if name != "gen"]
+        for wrapper, names in _WRAPPERS.items():
+            if isinstance(value, wrapper):
+                return wrapper.__name__, [self._at(getattr(value, name)) for name in names]
+        if is_part_of_compiler(kind):
+            return kind.__qualname__, self._at(compiler_backend(value))
+        return self._at_state(value)
+
+    def _at_builtin(self, function):
+        bound = getattr(function, "__self__", None)
+        is_state = type(bound) in _CONTAINERS or isinstance(bound, (torch.Tensor, torch.nn.Module))
+        return "builtin", getattr(function, "__module__", None), function.__qualname__, is_state and self._at(bound)
+
+    def _at_class(self, kind: type):
+        if not _is_library(kind.__module__):
+            raise UnseenError(f"a class {kind.__qualname__} of {kind.__module__}")
+        return "class", kind.__module__, kind.__qualname__
+
+    def _at_state(self, value):
+        """An object of a known package: what its ``__dict__`` holds, and its items if it is a dict."""
+        kind = type(value)
+        if not is_known(kind) or not hasattr(value, "__dict__"):
+            raise UnseenError(f"an object of class {kind.__qualname__} of {kind.__module__}")
+        items = self._at_container(value) if isinstance(value, (dict, list, tuple, set)) else None
+        own = vars(value)
+        copy = dict(own)
+        self.trace.add_container(own, copy)
+        return kind.__module__, kind.__qualname__, items, [(name, self._at(item)) for name, item in copy.items()]
+
+    def _at_source(self, source: type | types.ModuleType | None) -> None:
+        """Describe the code of a class or a file: what is patched shows there."""
+        if source is None or source in self._sources:
+            return
+        self._sources.add(source)
+        if not _can_be_found(source):
+            return self._at_code(source)
+        known = _sources.get(source)
+        if known is None or not known[0].holds():
+            known = _sources[source] = _code_of(source)
+        self.trace.include(known[0])
+        self.seen.append(known[1])
+
+    def _at_code(self, source: type | types.ModuleType) -> None:
+        if isinstance(source, type):
+            self._at_members(source)
+        else:
+            self._at_file(source)
+
+    def _at_members(self, kind: type) -> None:
+        """The members that a class defines: functions, properties and plain values."""
+        if not is_known(kind) and not _is_python(kind.__module__):
+            raise UnseenError(f"a module class {kind.__qualname__} of {kind.__module__}")
+        members = dict(vars(kind))
+        self.trace.add_container(vars(kind), members)
+        for name, value in members.items():
+            is_code = callable(value) or hasattr(type(value), "__get__")
+            if name not in _OF_GENERATE and (type(value) in _PLAIN or is_code and not isinstance(value, type)):
+                self.seen.append(repr((name, self._at(value))))
+
+    def _at_file(self, module: types.ModuleType) -> None:
+        """The functions that a file's functions call by their globals."""
+        functions = {
+            name: value
+            for name, value in dict(vars(module)).items()
+            # What torch.compile adds begins with two underscores.
+            if callable(value) and not isinstance(value, type) and not name.startswith("__")
+        }
+        self.trace.add_functions(vars(module), functions)
+        for name, value in functions.items():
+            is_code = isinstance(value, (*_BUILTIN, *_WRAPPERS, types.FunctionType, types.MethodType))
+            self.seen.append(repr((name, self._at(value if is_code else type(value)))))
+
+
+def _code_of(source: type | types.ModuleType) -> tuple[Snapshot, str]:
+    look = Inspection()
+    look._at_code(source)
+    if look.modules or look.contents:
+        raise UnseenError(f"code of {source.__name__} that holds modules or tensors")
+    return look.trace, hashlib.sha256("\n".join(look.seen).encode()).hexdigest()
+
+
+def _can_be_found(source: type | types.ModuleType) -> bool:
+    """Tell whether a class or file is there for good; a class that was made on the fly may be let go of."""
+    if isinstance(source, type):
+        return getattr(sys.modules.get(source.__module__), source.__qualname__, None) is source
+    return sys.modules.get(source.__name__) is source
+
+
+def _copied(container):
+    try:
+        return next(plain for plain in (dict, list, set, collections.deque) if isinstance(container, plain))(container)
+    except (RuntimeError, KeyError) as error:
+        raise UnseenError("a change by another thread") from error
+
+
+def _home(function: types.FunctionType) -> str | None:
+    """The module of a library that a function was written in; None for a function of anybody else's.
+
+    Asks its globals and its code: ``functools.wraps`` gives a patch the name and the module of what it replaces.
+    """
+    name, file = (function.__globals__.get(key) for key in ("__name__", "__file__"))
+    if not isinstance(name, str):
+        return None
+    is_library = _is_library(name) and function.__code__.co_filename == file
+    return name if is_library or _is_python(name) else None
+
+
+def _is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES or _is_python(module)
+
+
+def _is_python(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in sys.stdlib_module_names
+
+
+def _check_passive(hook) -> None:
+    while isinstance(hook, (functools.partial, types.MethodType)):
+        hook = hook.func if isinstance(hook, functools.partial) else hook.__func__
+    home = _home(hook) if isinstance(hook, types.FunctionType) else None
+    if home is None or home.partition(".")[0] not in _PASSIVE:
+        raise UnseenError(f"a forward hook, {getattr(hook, '__qualname__', type(hook).__qualname__)},")

@@ -1,0 +1,1 @@
+"""From logits to tokens: processors, random numbers, stopping criteria, streamers of rows."""

@@ -1,0 +1,56 @@
+"""StoppingRules: the stopping criteria of transformers that numbers decide, without tensors.
+
+A step asks them once a row; a tensor or two for each would take longer than all else in noting a token.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+
+from hf_paged.sampling.cancellation import Cancellation
+
+
+class StoppingRules:
+    """What these criteria say of one row at a time.
+
+    Parameters
+    ----------
+    criteria : sequence of StoppingCriteria
+        Of the kinds in `KINDS`, and of no class derived from one.
+    """
+
+    KINDS = frozenset({Cancellation, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria})
+
+    def __init__(self, criteria: Sequence):
+        self._lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
+        self._times = [one for one in criteria if type(one) is MaxTimeCriteria]
+        self._cancellations = [one for one in criteria if type(one) is Cancellation]
+        ends = [one.eos_token_id.flatten().tolist() for one in criteria if type(one) is EosTokenCriteria]
+        self._ends = {token for tokens in ends for token in tokens}
+
+    def over(self, tokens: Sequence[int], lengths: Sequence[int]) -> list[bool]:
+        """Which rows end.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            The newest token of each row.
+        lengths : sequence of int
+            Tokens of each row with it, pads on the left included.
+        """
+        now = time.time()
+        if any(now - one.initial_timestamp > one.max_time for one in self._times):
+            return [True] * len(tokens)
+        if any(one.is_cancelled for one in self._cancellations):
+            return [True] * len(tokens)
+        return [token in self._ends or self._is_full(length) for token, length in zip(tokens, lengths)]
+
+    def _is_full(self, length: int) -> bool:
+        for one in self._lengths:
+            if length >= one.max_length:
+                return True
+            if one.max_position_embeddings is not None and length > one.max_position_embeddings:
+                one(torch.empty(1, length, dtype=torch.long), None)  # It has a warning to give.
+        return False

@@ -1,0 +1,216 @@
+"""PrefixCache: finds the blocks that already hold the beginning of a row. No tensors here.
+
+A full block is a function of the tokens in it and before it, of the model, and of nothing else; so it is found
+again by a chained hash over them. Only rows of packed steps are hashed: their positions are the default ones
+and token ids are all that the model is given.
+"""
+
+import functools
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.kv_pool import PrefixCounts
+from hf_paged.scheduling.request import Request
+
+
+@dataclass(frozen=True)
+class Hit:
+    """The longest beginning of a row that every attention group has.
+
+    Attributes
+    ----------
+    num_blocks : int
+        Its length.
+    blocks : list of list of int
+        For each group the last of these blocks: all of them, or those that the window still sees.
+    """
+
+    num_blocks: int
+    blocks: list[list[int]]
+
+
+class _Entry:
+    """A full block of tokens, and where each attention group has it (None: nowhere)."""
+
+    __slots__ = ("digest", "tokens", "blocks")
+
+    def __init__(self, digest: bytes, tokens: bytes, num_groups: int):
+        self.digest, self.tokens = digest, tokens
+        self.blocks: list[int | None] = [None] * num_groups
+
+
+class PrefixCache:
+    """Full blocks by the tokens that led to them.
+
+    Owns no block: a block that it knows belongs to block tables, or is cached in its pool until it is evicted.
+    Not locked: the scheduler calls it under the pool's lock.
+
+    Parameters
+    ----------
+    pools : sequence of BlockPool
+        One an attention group, in the order of a request's tables; all of one block size.
+    windows : sequence of int or None
+        The sliding window of each group.
+
+    Attributes
+    ----------
+    counts : PrefixCounts
+        Counted up here.
+    """
+
+    def __init__(self, pools: Sequence[BlockPool], windows: Sequence[int | None]):
+        self.block_size = pools[0].block_size
+        self.counts = PrefixCounts()
+        self._pools, self._windows = list(pools), list(windows)
+        self._identity: bytes | None = b""  # None: suspended.
+        self._drops = 0
+        self._entries: dict[bytes, _Entry] = {}
+        self._entry_of: list[dict[int, _Entry]] = [{} for _ in pools]  # For each group, by block.
+        self._forgetters = [functools.partial(self._forget, number) for number in range(len(pools))]
+
+    def use(self, identity: bytes) -> None:
+        """Serve a model of this identity from now on; what was stored under another is dropped."""
+        if identity != self._identity:
+            self.drop()
+            self._identity = identity
+
+    def suspend(self) -> None:
+        """Forget every block, and look up and store nothing until `use` is called: the model is being changed."""
+        if self._identity is not None:
+            self.drop()
+            self._identity = None
+
+    @property
+    def is_in_use(self) -> bool:
+        """Tell whether blocks are looked up and stored."""
+        return self._identity is not None
+
+    def drop(self) -> None:
+        """Forget every block; cached ones become free. Rows that run already store nothing any more."""
+        for pool, entry_of in zip(self._pools, self._entry_of):
+            for block in list(entry_of):
+                pool.evict(block)
+        self._drops += 1
+
+    def match(self, request: Request) -> Hit:
+        """The stored beginning of a row. Takes nothing: good until the pools change.
+
+        The row's last token is never part of it: its logits are wanted.
+        """
+        best, entries, runs = 0, [], [0] * len(self._pools)
+        self._anchor(request)
+        for index in range(self._num_findable(request)):
+            entry = self._find(request, index)
+            entries.append(entry)
+            for number in range(len(runs)):
+                runs[number] = 0 if entry is None or entry.blocks[number] is None else runs[number] + 1
+            enough = [run >= self._num_seen(number, len(entries)) for number, run in enumerate(runs)]
+            if all(enough):
+                best = len(entries)
+            elif not all(is_enough or window for is_enough, window in zip(enough, self._windows)):
+                break  # Full attention misses a block: it sees that of every longer beginning, too.
+        parts = [entries[best - self._num_seen(number, best) : best] for number in range(len(runs))]
+        return Hit(best, [[entry.blocks[number] for entry in part] for number, part in enumerate(parts)])
+
+    def take(self, request: Request, hit: Hit) -> None:
+        """Give a row that has no blocks what `match` found; it owns them, too."""
+        if request.salt is None:
+            return
+        num_tokens = hit.num_blocks * self.block_size
+        for table, blocks in zip(request.tables, hit.blocks):
+            table.start_at(num_tokens - len(blocks) * self.block_size)
+            table.reuse(blocks, num_tokens)
+        request.num_stored = num_tokens
+        self.counts.lookups += 1
+        self.counts.hit_tokens += num_tokens
+
+    def next_digest(self, request: Request, hit: Hit) -> bytes | None:
+        """What the first block that `match` did not find would be stored under; None if it is never looked up."""
+        if hit.num_blocks == self._num_findable(request):
+            return None
+        self._extend(request, hit.num_blocks + 1)
+        return request.chain[hit.num_blocks + 1]
+
+    def digests(self, request: Request, start: int, end: int) -> list[bytes]:
+        """What the blocks that tokens ``start .. end - 1`` complete will be stored under."""
+        first, last = start // self.block_size, end // self.block_size
+        if first == last or request.salt is None or self._identity is None:
+            return []
+        if request.chain[:1] != [self._root(request.salt)]:
+            return []
+        self._extend(request, last)
+        return request.chain[first + 1 : last + 1]
+
+    def store(self, request: Request, start: int, end: int) -> None:
+        """Note that the blocks of tokens ``start .. end - 1`` of a running row are written."""
+        first = start // self.block_size
+        for index, digest in enumerate(self.digests(request, start, end), first):
+            if digest not in self._entries:
+                self._entries[digest] = _Entry(digest, self._tokens(request, index), len(self._pools))
+            entry = self._entries[digest]
+            for number, (pool, table) in enumerate(zip(self._pools, request.tables)):
+                if entry.blocks[number] is None:  # Else another row has stored the same; this row keeps its own.
+                    block = table.blocks[index - table.base // self.block_size]
+                    pool.keep(block, self._forgetters[number])
+                    entry.blocks[number] = block
+                    self._entry_of[number][block] = entry
+
+    def check_integrity(self) -> None:
+        """Check that entries and blocks know each other, and that the pools keep no other block.
+
+        Raises
+        ------
+        AssertionError
+            With the broken invariant.
+        """
+        for number, (pool, entry_of) in enumerate(zip(self._pools, self._entry_of)):
+            known = {e.blocks[number]: e for e in self._entries.values() if e.blocks[number] is not None}
+            assert known == entry_of, "an entry and its block do not know each other"
+            assert all(map(pool.is_kept, entry_of)), "an entry has a block that its pool does not keep"
+        assert all(any(block is not None for block in e.blocks) for e in self._entries.values()), "an empty entry"
+
+    def _forget(self, number: int, block: int) -> None:
+        """A block of group `number` is evicted."""
+        entry = self._entry_of[number].pop(block)
+        entry.blocks[number] = None
+        if all(other is None for other in entry.blocks):
+            del self._entries[entry.digest]
+
+    def _find(self, request: Request, index: int) -> _Entry | None:
+        self._extend(request, index + 1)
+        entry = self._entries.get(request.chain[index + 1])
+        return entry if entry is not None and entry.tokens == self._tokens(request, index) else None
+
+    def _num_findable(self, request: Request) -> int:
+        if request.salt is None or self._identity is None:
+            return 0
+        return (len(request.tokens) - 1) // self.block_size
+
+    def _num_seen(self, number: int, num_blocks: int) -> int:
+        """How many of the first `num_blocks` blocks of a row the next token sees in group `number`."""
+        window = self._windows[number]
+        if window is None:
+            return num_blocks
+        return num_blocks - max(0, num_blocks * self.block_size - (window - 1)) // self.block_size
+
+    def _tokens(self, request: Request, index: int) -> bytes:
+        return array("q", request.tokens[index * self.block_size : (index + 1) * self.block_size]).tobytes()
+
+    def _root(self, salt: str) -> bytes:
+        """What the first block of a row is chained to."""
+        parts = salt.encode(), self._identity, str(self._drops).encode()
+        # Each with its length, so that no two lists of parts are hashed as the same bytes.
+        return hashlib.sha256(b"".join(len(part).to_bytes(8, "big") + part for part in parts)).digest()
+
+    def _anchor(self, request: Request) -> None:
+        """Begin the row's chain anew if its blocks would be stored under another root by now."""
+        if request.salt is not None and self._identity is not None and request.chain[:1] != [self._root(request.salt)]:
+            request.chain = [self._root(request.salt)]
+
+    def _extend(self, request: Request, num_blocks: int) -> None:
+        """Hash the row's first `num_blocks` blocks, as far as they are not: `chain[i + 1]` is that of block i."""
+        for index in range(len(request.chain) - 1, num_blocks):
+            request.chain.append(hashlib.sha256(request.chain[-1] + self._tokens(request, index)).digest())

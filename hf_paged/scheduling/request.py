@@ -1,0 +1,81 @@
+"""Request: one row of a `generate` call on its way through the scheduler. No tensors here."""
+
+import enum
+
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.block_table import BlockTable
+
+
+class State(enum.Enum):
+    """Where a row is on its way."""
+
+    NEW = enum.auto()  # In no queue: not added, or a follower whose prompt is not stored yet.
+    WAITING = enum.auto()  # Has no blocks.
+    RUNNING = enum.auto()
+    OUT = enum.auto()  # Finished, failed or taken out, for good.
+
+
+class Request:
+    """A row: the tokens it has, how many of them are stored, and where.
+
+    Owns the blocks of its tables while it runs; the scheduler takes and frees them.
+
+    Parameters
+    ----------
+    tokens : list of int
+        The prompt, without pads.
+    pools : list of BlockPool
+        One an attention group, in the scheduler's order.
+
+    Attributes
+    ----------
+    tokens : list of int
+        Prompt and sampled tokens.
+    num_stored : int
+        Tokens at the front whose keys and values lie in blocks.
+    num_sampled : int
+        Length of `tokens` when a next one was last sampled from its logits.
+    state : State
+    followers : list of Request
+        Rows with the same prompt: they wait for this one's prefill and fork its tables. If this one is taken
+        out before, so are they.
+    salt : str or None
+        Separates whom the row belongs to in the prefix cache. None: its blocks depend on more than its tokens, so
+        they are neither looked up nor stored there.
+    chain : list of bytes
+        What the prefix cache has hashed of `tokens` so far.
+    order : int
+        Place in the queue, given once: first come, first served, preempted or not.
+    """
+
+    __slots__ = (
+        *("tokens", "num_stored", "num_sampled", "state", "tables", "followers", "salt", "chain", "order"),
+        "num_preemptions",
+    )
+
+    def __init__(self, tokens: list[int], pools: list[BlockPool]):
+        self.tokens = tokens
+        self.num_stored = self.num_sampled = 0
+        self.state = State.NEW
+        self.tables = [BlockTable(pool) for pool in pools]
+        self.followers: list[Request] = []
+        self.salt: str | None = None
+        self.chain: list[bytes] = []
+        self.order = -1
+        self.num_preemptions = 0
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the next forwards must run."""
+        return len(self.tokens) - self.num_stored
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether the next token is being sampled: until it is there the row runs nothing."""
+        return self.num_sampled == len(self.tokens)
+
+    def release(self) -> None:
+        """Free all blocks; nothing is stored any more."""
+        for table in self.tables:
+            table.release()
+        self.num_stored = 0

@@ -1,0 +1,358 @@
+"""The scheduler: which rows run which of their tokens in the next step. No tensors here.
+
+First come, first served. A step mixes decode tokens and chunks of prompts under a token budget. When blocks
+run out, the row that came last is preempted: its blocks are freed, and it runs its tokens again later. A row
+that starts takes what the prefix cache has of it, and runs the rest.
+"""
+
+import bisect
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hf_paged.errors import OutOfBlocksError
+from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.block_table import BlockTable, make_writable
+from hf_paged.memory.sizing import row_blocks
+from hf_paged.scheduling.prefix_cache import Hit, PrefixCache
+from hf_paged.scheduling.request import Request, State
+
+
+class Group(Protocol):
+    """What the scheduler knows of an attention group."""
+
+    blocks: BlockPool
+    window: int | None
+    allocate: Callable[[int], list[int]]  # Beyond the budget, with a warning, if need be.
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens ``start .. end - 1`` of a row run in this step."""
+
+    request: Request
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the row's next token will be sampled from the last of these."""
+        return self.end == len(self.request.tokens)
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """One step.
+
+    Attributes
+    ----------
+    chunks : list of Chunk
+        In order of arrival.
+    copies : list of list of (source, destination)
+        For each group the blocks to copy before anything is written (copy-on-write). The scheduler holds the
+        sources until the step is done or aborted.
+    failed : list of (Request, OutOfBlocksError)
+        Rows that the whole pool cannot hold; they are out.
+    """
+
+    chunks: list[Chunk]
+    copies: list[list[tuple[int, int]]]
+    failed: list[tuple[Request, OutOfBlocksError]]
+
+
+class Scheduler:
+    """Waiting and running rows of all calls on one pool.
+
+    Not locked: the engine calls it under the pool's lock.
+
+    Parameters
+    ----------
+    groups : sequence of Group
+        The model's attention groups.
+    token_budget : int
+        Tokens that one step may run.
+
+    Attributes
+    ----------
+    prefix : PrefixCache
+        Of the groups' pools.
+    """
+
+    def __init__(self, groups: Sequence[Group], token_budget: int):
+        self.groups, self.token_budget = groups, token_budget
+        self.prefix = PrefixCache([group.blocks for group in groups], [group.window for group in groups])
+        self.waiting: list[Request] = []  # Both in order of arrival.
+        self.running: list[Request] = []
+        self.held: list[list[int]] = [[] for _ in groups]  # Sources of the copies of the step under way.
+        self.num_preemptions = 0
+        self.is_closed = False  # Whether rows that wait stay out while others run: a rectangular call is to come in.
+        self.keeps_budget = False  # Whether a row alone waits, too: blocks of others will be free soon.
+        self._queues = {State.WAITING: self.waiting, State.RUNNING: self.running}
+        self._arrivals = itertools.count()
+
+    def add(self, request: Request) -> None:
+        """Queue a new row. Its followers arrive with it, whenever they start."""
+        for row in (request, *request.followers):
+            row.order = next(self._arrivals)
+        self._move(request, State.WAITING)
+
+    def follow(self, request: Request) -> None:
+        """Let the followers of a row whose prompt is stored run: over the same blocks, until they diverge."""
+        for follower in request.followers:
+            if follower.state is State.OUT:
+                continue
+            follower.tables = [table.fork() for table in request.tables]
+            follower.num_stored, follower.num_sampled = request.num_stored, request.num_sampled
+            follower.chain = list(request.chain)
+            self._move(follower, State.RUNNING)
+        request.followers = []
+
+    def remove(self, request: Request) -> None:
+        """Take a row out, finished or not, with the followers that never ran; its blocks are free at once."""
+        for row in (request, *request.followers):
+            self._move(row, State.OUT)
+            row.release()
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step and make room for it. Rows that are being sampled sit it out.
+
+        The step before is done or aborted. After an error no row has any blocks: all run their tokens again.
+        """
+        try:
+            return self._schedule()
+        except BaseException:
+            # Rows may own blocks whose copies were never told to anyone.
+            for request in reversed(self.running[:]):
+                self._preempt(request)
+            self._let_go()
+            raise
+
+    def _schedule(self) -> SchedulerOutput:
+        step = SchedulerOutput([], [[] for _ in self.groups], [])
+        left, preemptions = self.token_budget, self.num_preemptions
+        for request in list(self.running):
+            if left == 0:
+                break
+            if request.state is State.RUNNING and not request.is_sampling:
+                left -= self._run(request, left, step)
+        # What a preempted row gave up is not for those that wait: it was needed just now.
+        is_closed = self.is_closed and self.running
+        if self.waiting and left and self.num_preemptions == preemptions and not is_closed:
+            self._admit(left, step)
+        if not step.chunks:
+            self._let_go()
+        return step
+
+    def done(self, step: SchedulerOutput) -> None:
+        """Note that a step has run: its tokens are stored, and next tokens are being sampled.
+
+        Parameters
+        ----------
+        step : SchedulerOutput
+            With those of its chunks that have run.
+        """
+        self._let_go()
+        for chunk in step.chunks:
+            chunk.request.num_stored = chunk.end
+            self.prefix.store(chunk.request, chunk.start, chunk.end)
+            if chunk.samples:
+                chunk.request.num_sampled = chunk.end
+
+    def abort(self, step: SchedulerOutput) -> None:
+        """Note that a step has not run, or not to its end: its rows are as before it.
+
+        Those whose copies may be missing give their blocks up.
+        """
+        missing = [{destination for _, destination in copies} for copies in step.copies]
+        for chunk in step.chunks:
+            is_short = any(not copied.isdisjoint(t.blocks) for copied, t in zip(missing, chunk.request.tables))
+            if is_short and chunk.request.state is State.RUNNING:
+                self._preempt(chunk.request)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Free the sources of the last step's copies."""
+        for group, held in zip(self.groups, self.held):
+            while held:
+                group.blocks.let_go(held.pop())
+
+    def _move(self, request: Request, state: State) -> None:
+        """Take a row from the queue it is in to its place in that of `state`."""
+        queue = self._queues.get(request.state)
+        if queue is not None:
+            del queue[bisect.bisect_left(queue, request.order, key=_order)]
+        request.state = state
+        if state in self._queues:
+            bisect.insort(self._queues[state], request, key=_order)
+
+    def _run(self, request: Request, left: int, step: SchedulerOutput) -> int:
+        """Add a running row to the step, `left` tokens at most; how many: 0 if the row itself must yield."""
+        count, copies = self._chunk_length(request, left), []
+        while self._make_room(request, count, copies) is not None:
+            self._yield_blocks(request, count, copies, step)
+            if request.state is not State.RUNNING:
+                for index, (source, _) in copies:
+                    self.held[index].remove(source)
+                    self.groups[index].blocks.let_go(source)
+                return 0
+        for index, pair in copies:
+            step.copies[index].append(pair)
+        step.chunks.append(Chunk(request, request.num_stored, request.num_stored + count))
+        return count
+
+    def _chunk_length(self, request: Request, left: int) -> int:
+        """Tokens of the row's next chunk: fewer than `left` if a window group could not hold as many, even alone."""
+        start, count = request.num_stored, min(request.num_pending, left)
+        for group in self.groups:
+            if group.window is not None and count > 1:
+                pool = group.blocks
+                first = max(0, start - (group.window - 1)) // pool.block_size
+                count = min(count, (first + pool.total_blocks) * pool.block_size - start)
+        return max(count, 1)
+
+    def _admit(self, left: int, step: SchedulerOutput) -> None:
+        """Start waiting rows, the first that came first, until one does not fit beside those that run.
+
+        A row whose next block is computed in this very step, for another row, starts in the next one and finds it;
+        nobody gets the blocks that it will need.
+        """
+        spare = [self._spare(index) for index in range(len(self.groups))]
+        underway: set[bytes] = set()
+        for chunk in step.chunks:
+            underway.update(self.prefix.digests(chunk.request, chunk.start, chunk.end))
+        for request in list(self.waiting):
+            if left == 0:
+                break
+            if request.is_sampling:  # Preempted meanwhile. Its call may be slow: the others go on.
+                continue
+            error = self._shortage(request)
+            if error is not None:
+                self._fail(request, error, step)
+                continue
+            hit = self.prefix.match(request)
+            blocks = [self._wanted(request, index, hit) for index in range(len(self.groups))]
+            if (self.running or self.keeps_budget) and any(map(operator.gt, blocks, spare)):
+                break
+            spare = list(map(operator.sub, spare, blocks))
+            if self.prefix.next_digest(request, hit) in underway:
+                continue
+            self.prefix.take(request, hit)
+            self._move(request, State.RUNNING)
+            count = self._run(request, left, step)
+            left -= count
+            underway.update(self.prefix.digests(request, request.num_stored, request.num_stored + count))
+        step.chunks.sort(key=lambda chunk: chunk.request.order)
+
+    def _wanted(self, request: Request, index: int, hit: Hit) -> int:
+        """Free or cached blocks that a waiting row takes at most until its next token is sampled.
+
+        Beside other rows one token ahead, so that it does not come in only to be preempted.
+        """
+        group, ahead = self.groups[index], bool(self.running)
+        num_blocks = self._blocks(request, index, ahead, stored=hit.num_blocks * group.blocks.block_size)
+        if group.window is not None:  # What it shares there it gives up soon, and nobody gets it.
+            return num_blocks
+        return num_blocks - sum(group.blocks.ref_count(block) > 0 for block in hit.blocks[index])
+
+    def _make_room(self, request: Request, count: int, copies: list, beyond: bool = False) -> OutOfBlocksError | None:
+        """Blocks for the row's next `count` tokens in every group; the error of the first that has too few.
+
+        What groups before that one gave stays with the row. `copies` gets (group, (source, destination)).
+        """
+        start, end = request.num_stored, request.num_stored + count
+        for index, (group, table) in enumerate(zip(self.groups, request.tables)):
+            if group.window is not None:
+                table.evict_before(start - (group.window - 1))
+            if _is_private(table, start, end):
+                table.num_tokens = end
+                continue
+            try:
+                allocate = group.allocate if beyond else group.blocks.allocate
+                pairs = make_writable([table], [(start, end)], allocate)
+            except OutOfBlocksError:
+                return self._error(request, index)
+            for source, destination in pairs:
+                # The row that keeps the source may leave before it is copied, and another would write to it.
+                group.blocks.hold(source)
+                self.held[index].append(source)
+                copies.append((index, (source, destination)))
+        return None
+
+    def _yield_blocks(self, request: Request, count: int, copies: list, step: SchedulerOutput) -> None:
+        """Free blocks for `request`: preempt the row that came last, or let a row alone go past the budget."""
+        # Alone, and still no room: caches outside the scheduler hold the blocks, or the pool is too small.
+        error = self._shortage(request) if len(self.running) == 1 else None
+        if error is None and (len(self.running) > 1 or self.keeps_budget):
+            self._withdraw(self.running[-1], step)
+            self._preempt(self.running[-1])
+            return
+        error = error or self._make_room(request, count, copies, beyond=True)
+        if error is not None:
+            self._fail(request, error, step)
+
+    def _withdraw(self, request: Request, step: SchedulerOutput) -> None:
+        """Take a row's chunk out of the step that is being planned: one that waited may run beside later ones."""
+        if all(chunk.request is not request for chunk in step.chunks):
+            return
+        step.chunks[:] = [chunk for chunk in step.chunks if chunk.request is not request]
+        for copies, table in zip(step.copies, request.tables):
+            copies[:] = [pair for pair in copies if pair[1] not in table.blocks]
+
+    def _preempt(self, request: Request) -> None:
+        """Free a running row's blocks and queue it where it was; it runs all its tokens again."""
+        self._move(request, State.WAITING)
+        request.release()
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _fail(self, request: Request, error: OutOfBlocksError, step: SchedulerOutput) -> None:
+        step.failed.append((request, error))
+        self.remove(request)
+
+    def _spare(self, index: int) -> int:
+        """Blocks of a group that no running row has or will need until its next token is sampled."""
+        pool = self.groups[index].blocks
+        promised = sum(
+            max(0, self._blocks(row, index, ahead=1) - len(row.tables[index].blocks)) for row in self.running
+        )
+        return pool.spare_blocks - promised
+
+    def _blocks(self, request: Request, index: int, ahead: int = 0, stored: int = 0) -> int:
+        """Blocks that the row holds at most until its next token is sampled, and `ahead` tokens more.
+
+        `stored`: how many tokens it would find stored, if it does not run.
+        """
+        group, pool = self.groups[index], self.groups[index].blocks
+        tokens = len(request.tokens) + ahead
+        if group.window is None:
+            return row_blocks(tokens, pool.block_size, None)
+        chunk = min(max(request.num_pending - stored, 1), self.token_budget)
+        least, most = (row_blocks(tokens, pool.block_size, group.window, count) for count in (1, chunk))
+        return max(least, min(most, pool.total_blocks))  # Where blocks are few, its chunks are shorter.
+
+    def _error(self, request: Request, index: int) -> OutOfBlocksError:
+        pool = self.groups[index].blocks
+        free = pool.free_blocks + pool.cached_blocks + len(request.tables[index].blocks)
+        return OutOfBlocksError(self._blocks(request, index), free, pool.total_blocks)
+
+    def _shortage(self, request: Request) -> OutOfBlocksError | None:
+        """The error of a row that needs more blocks than there are; None if it could fit alone."""
+        errors = [self._error(request, index) for index in range(len(self.groups))]
+        worst = max(errors, key=lambda error: error.needed - error.total)
+        return worst if worst.needed > worst.total else None
+
+
+def _order(request: Request) -> int:
+    return request.order
+
+
+def _is_private(table: BlockTable, start: int, end: int) -> bool:
+    """Whether the row alone owns blocks for these tokens already, as for most tokens of a decode."""
+    size = table.pool.block_size
+    first, last = (start - table.base) // size, (end - 1 - table.base) // size
+    blocks, pool = table.blocks, table.pool
+    return last < len(blocks) and all(
+        not pool.is_shared(block) and not pool.is_kept(block) for block in blocks[first : last + 1]
+    )

@@ -1,0 +1,1 @@
+"""What joins hf_paged to other libraries."""

@@ -1,0 +1,1 @@
+"""Text-generation pipelines whose items run together."""

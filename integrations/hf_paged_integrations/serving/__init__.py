@@ -1,0 +1,1 @@
+"""Streams of tokens, for threads and for event loops."""

@@ -1,0 +1,1 @@
+"""The hooks in transformers, and how `generate` runs behind them."""

@@ -1,0 +1,1 @@
+"""The C++ kernels: compiled with the system's compiler, kept in the user's cache."""

@@ -1,0 +1,229 @@
+// The ops of kernels/ops.py for the CPU, on torch's stable ABI. Calls that the kernels do not serve go to
+// the ops' implementation in torch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "copy.h"
+#include "isa.h"
+
+namespace {
+
+using hf_paged::Attention;
+using hf_paged::Dtype;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kMaxHeadDim = 256;
+
+void parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
+  if (count == 1) return body(context, 0);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, i);
+  });
+}
+
+bool is_contiguous_int64(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Long && tensor.is_contiguous();
+}
+
+std::optional<Dtype> native_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+void check_ids(const int64_t* ids, int64_t count, int64_t limit, const char* what) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < limit, what, " ", ids[i], " is not below ", limit);
+}
+
+// Runs the op's implementation in torch on the same arguments.
+template <class... Arguments>
+std::array<StableIValue, sizeof...(Arguments)> call_torch(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+
+void check_caches(const Tensor& key_cache, const Tensor& value_cache) {
+  STD_TORCH_CHECK(key_cache.dim() == 4 && value_cache.dim() == 4, "a cache has 4 dimensions");
+  for (int dim = 0; dim < 3; ++dim)
+    STD_TORCH_CHECK(key_cache.size(dim) == value_cache.size(dim),
+                    "key_cache and value_cache differ in more than head size");
+}
+
+hf_paged::Write write_of(const Tensor& states, const Tensor& cache, int64_t num_tokens) {
+  STD_TORCH_CHECK(states.dim() == 3 && states.size(0) == num_tokens && states.size(1) == cache.size(1) &&
+                      states.size(2) == cache.size(3),
+                  "states must be [num_tokens, num_kv_heads, head_dim], as slot_mapping and the cache have them");
+  return {static_cast<const char*>(states.const_data_ptr()),
+          {states.stride(0), states.stride(1), states.stride(2)},
+          static_cast<char*>(cache.mutable_data_ptr()),
+          cache.size(1),
+          cache.size(2),
+          cache.size(3),
+          int64_t(cache.element_size())};
+}
+
+bool can_write(const Tensor& key, const Tensor& value, const Tensor& key_cache, const Tensor& value_cache,
+               const Tensor& slots) {
+  return key.scalar_type() == key_cache.scalar_type() && value.scalar_type() == value_cache.scalar_type() &&
+         key_cache.is_contiguous() && value_cache.is_contiguous() && is_contiguous_int64(slots);
+}
+
+void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping) {
+  if (!can_write(key, value, key_cache, value_cache, slot_mapping)) {
+    call_torch("hf_paged::write_kv_torch", key, value, key_cache, value_cache, slot_mapping);
+    return;
+  }
+  check_caches(key_cache, value_cache);
+  const int64_t num_tokens = slot_mapping.numel();
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
+  check_ids(slots, num_tokens, key_cache.size(0) * key_cache.size(2), "slot");
+  const hf_paged::Write writes[] = {write_of(key, key_cache, num_tokens), write_of(value, value_cache, num_tokens)};
+  hf_paged::write_tokens(writes, 2, slots, num_tokens, parallel);
+}
+
+void copy_blocks(Tensor key_cache, Tensor value_cache, Tensor source, Tensor destination) {
+  if (!key_cache.is_contiguous() || !value_cache.is_contiguous() || source.scalar_type() != ScalarType::Long ||
+      destination.scalar_type() != ScalarType::Long) {
+    call_torch("hf_paged::copy_blocks_torch", key_cache, value_cache, source, destination);
+    return;
+  }
+  STD_TORCH_CHECK(source.dim() == 1 && destination.dim() == 1 && source.size(0) == destination.size(0),
+                  "source and destination must be as long as each other");
+  const int64_t num_copies = source.size(0), num_blocks = key_cache.size(0);
+  // Columns of one [num_copies, 2] tensor, as a rule.
+  std::vector<int64_t> from(num_copies), to(num_copies);
+  for (int64_t i = 0; i < num_copies; ++i) {
+    from[i] = source.const_data_ptr<int64_t>()[i * source.stride(0)];
+    to[i] = destination.const_data_ptr<int64_t>()[i * destination.stride(0)];
+  }
+  check_ids(from.data(), num_copies, num_blocks, "source block");
+  check_ids(to.data(), num_copies, num_blocks, "destination block");
+  std::array<hf_paged::Copy, 2> copies;
+  const Tensor* caches[] = {&key_cache, &value_cache};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t bytes = caches[i]->numel() * int64_t(caches[i]->element_size());
+    copies[i] = {static_cast<char*>(caches[i]->mutable_data_ptr()), num_blocks ? bytes / num_blocks : 0};
+  }
+  hf_paged::copy_blocks(copies.data(), 2, from.data(), to.data(), num_copies, parallel);
+}
+
+bool can_attend(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
+                const Tensor& context_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& sinks) {
+  return native_dtype(query) && key_cache.scalar_type() == query.scalar_type() &&
+         value_cache.scalar_type() == query.scalar_type() && key_cache.is_contiguous() && value_cache.is_contiguous() &&
+         key_cache.size(3) <= kMaxHeadDim && value_cache.size(3) <= kMaxHeadDim && is_contiguous_int64(block_tables) &&
+         is_contiguous_int64(context_lens) && is_contiguous_int64(cu_seqlens_q) &&
+         (!sinks || (sinks->is_contiguous() && native_dtype(*sinks)));
+}
+
+std::vector<float> as_floats(const Tensor& sinks) {
+  std::vector<float> floats(sinks.numel());
+  for (size_t i = 0; i < floats.size(); ++i) switch (sinks.scalar_type()) {
+      case ScalarType::Float:
+        floats[i] = sinks.const_data_ptr<float>()[i];
+        break;
+      case ScalarType::BFloat16:
+        floats[i] = static_cast<const c10::BFloat16*>(sinks.const_data_ptr())[i];
+        break;
+      default:
+        floats[i] = static_cast<const c10::Half*>(sinks.const_data_ptr())[i];
+    }
+  return floats;
+}
+
+hf_paged::Pages pages_of(const Tensor& cache) {
+  return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), int(cache.size(3))};
+}
+
+void check_rows(const Attention& a, int64_t num_tokens, int64_t num_blocks) {
+  STD_TORCH_CHECK(a.cu_seqlens_q[0] == 0 && a.cu_seqlens_q[a.num_rows] == num_tokens,
+                  "cu_seqlens_q must count from 0 to the ", num_tokens, " query tokens");
+  for (int64_t row = 0; row < a.num_rows; ++row) {
+    STD_TORCH_CHECK(a.cu_seqlens_q[row] <= a.cu_seqlens_q[row + 1], "cu_seqlens_q falls after row ", row);
+    const int64_t blocks = (a.context_lens[row] + a.block_size - 1) / a.block_size;
+    STD_TORCH_CHECK(blocks <= a.table_stride, "row ", row, " has ", a.context_lens[row],
+                    " tokens, its block table holds ", a.table_stride, " blocks");
+    check_ids(a.block_tables + row * a.table_stride, blocks, num_blocks, "block");
+  }
+}
+
+Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor context_lens,
+                       Tensor cu_seqlens_q, double scale, std::optional<int64_t> window, std::optional<double> softcap,
+                       std::optional<Tensor> sinks) {
+  if (!can_attend(query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, sinks)) {
+    auto stack = call_torch("hf_paged::paged_attention_torch", query, key_cache, value_cache, block_tables,
+                            context_lens, cu_seqlens_q, scale, window, softcap, sinks);
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  check_caches(key_cache, value_cache);
+  const int64_t num_tokens = query.size(0), num_heads = query.size(1), num_kv_heads = key_cache.size(1);
+  const int64_t num_rows = context_lens.numel(), value_dim = value_cache.size(3);
+  STD_TORCH_CHECK(query.dim() == 3 && query.size(2) == key_cache.size(3) && num_heads % num_kv_heads == 0,
+                  "query must be [num_tokens, num_heads, key_dim], num_heads a multiple of ", num_kv_heads);
+  STD_TORCH_CHECK(block_tables.dim() == 2 && block_tables.size(0) == num_rows && cu_seqlens_q.numel() == num_rows + 1,
+                  "block_tables, context_lens and cu_seqlens_q must speak of the same rows");
+  STD_TORCH_CHECK(!sinks || sinks->numel() == num_heads, "sinks must be one per head");
+  const int64_t sizes[] = {num_tokens, num_heads, value_dim}, strides[] = {num_heads * value_dim, value_dim, 1};
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(3, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor out(handle);
+  const std::vector<float> sink_scores = sinks ? as_floats(*sinks) : std::vector<float>();
+  const Attention attention{*native_dtype(query),
+                            query.const_data_ptr(),
+                            {query.stride(0), query.stride(1), query.stride(2)},
+                            out.mutable_data_ptr(),
+                            pages_of(key_cache),
+                            pages_of(value_cache),
+                            block_tables.const_data_ptr<int64_t>(),
+                            block_tables.size(1),
+                            context_lens.const_data_ptr<int64_t>(),
+                            cu_seqlens_q.const_data_ptr<int64_t>(),
+                            num_rows,
+                            int(num_heads),
+                            int(num_kv_heads),
+                            int(key_cache.size(2)),
+                            float(scale),
+                            window.value_or(INT64_MAX),
+                            float(softcap.value_or(0)),
+                            sinks ? sink_scores.data() : nullptr};
+  check_rows(attention, num_tokens, key_cache.size(0));
+  hf_paged::attend(attention, hf_paged::work_in_use()[int(attention.dtype)], int(torch::stable::get_num_threads()),
+                   parallel);
+  return out;
+}
+
+Tensor write_and_attend(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
+                        Tensor slot_mapping, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q,
+                        double scale, std::optional<int64_t> window, std::optional<double> softcap,
+                        std::optional<Tensor> sinks) {
+  write_kv(key, value, key_cache, value_cache, slot_mapping);
+  return paged_attention(query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, scale, window,
+                         softcap, sinks);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hf_paged, CPU, library) {
+  library.impl("write_kv", TORCH_BOX(&write_kv));
+  library.impl("copy_blocks", TORCH_BOX(&copy_blocks));
+  library.impl("paged_attention", TORCH_BOX(&paged_attention));
+  library.impl("write_and_attend", TORCH_BOX(&write_and_attend));
+}
+
+}  // namespace

@@ -1,0 +1,1 @@
+"""The Triton kernels: plans, kernel calls, launches and device code."""

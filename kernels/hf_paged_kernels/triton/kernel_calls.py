@@ -1,0 +1,200 @@
+"""Kernel calls: the kernels of each op with their grids and arguments, made from shapes alone. Nothing runs here.
+
+Without a GPU the calls that these functions return can still be compiled, interpreted or counted.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from hf_paged_kernels.triton.kernels.copy import copy_kernel
+from hf_paged_kernels.triton.kernels.decode import decode_kernel
+from hf_paged_kernels.triton.kernels.prefill import prefill_kernel
+from hf_paged_kernels.triton.kernels.reduce import reduce_kernel
+from hf_paged_kernels.triton.kernels.write import write_kernel
+from hf_paged_kernels.triton.launch_plan import (
+    MAX_SPLITS,
+    AttentionPlan,
+    Device,
+    Heads,
+    attention_plans,
+    head_tiles,
+    padded,
+)
+
+_WRITE_ELEMENTS, _COPY_CHUNK = 4096, 4096
+_SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # Options of kernels that only move data.
+_REDUCE = {"SPLITS": 16, "MAX_SPLITS": MAX_SPLITS, **_SMALL}
+
+
+class Kernel(Protocol):
+    """A kernel of Triton: indexed by a grid, it can be called."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]: ...
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A kernel with all that it is launched with.
+
+    Attributes
+    ----------
+    kernel : triton.JITFunction
+    grid : tuple of int
+        Programs along each axis.
+    arguments : tuple
+        In the kernel's order.
+    options : dict
+        The numbers that are compiled in, and those of warps and stages.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict[str, Any]
+
+    def launch(self) -> None:
+        """Start the kernel on the current device, on torch's current stream."""
+        self.kernel[self.grid](*self.arguments, **self.options)
+
+
+def write_call(
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, value_dim]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    slot_mapping: torch.Tensor,  # [num_tokens] int64
+) -> KernelCall:
+    """The kernel call of `write_kv`; there is at least one token."""
+    num_tokens, num_kv_heads, key_dim = key.shape
+    value_dim = value.shape[2]
+    key, value = dense_lanes(key), dense_lanes(value)
+    rows = max(1, _WRITE_ELEMENTS // max(padded(key_dim), padded(value_dim)))
+    strides = (key.stride(0), key.stride(1), value.stride(0), value.stride(1))
+    options = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "ROWS": rows,
+        **_SMALL,
+        **_pages(key_cache, value_cache),
+    }
+    arguments = (key, value, key_cache, value_cache, slot_mapping.contiguous(), num_tokens, *strides)
+    return KernelCall(write_kernel, (-(-num_tokens * num_kv_heads // rows),), arguments, options)
+
+
+def copy_call(
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    source: torch.Tensor,  # [num_copies] int64
+    destination: torch.Tensor,  # [num_copies] int64
+) -> KernelCall:
+    """The kernel call of `copy_blocks`; there is at least one copy."""
+    elements = [cache[0].numel() for cache in (key_cache, value_cache)]
+    options = {"KEY_ELEMENTS": elements[0], "VALUE_ELEMENTS": elements[1], "CHUNK": _COPY_CHUNK, **_SMALL}
+    blocks = (source.contiguous(), destination.contiguous())
+    arguments = (key_cache, value_cache, *blocks, key_cache.stride(0), value_cache.stride(0))
+    return KernelCall(copy_kernel, (len(source), -(-max(elements) // _COPY_CHUNK)), arguments, options)
+
+
+def attention_calls(
+    device: Device,
+    out: torch.Tensor,  # [num_tokens, num_heads, value_dim], contiguous
+    query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [num_heads]
+) -> list[KernelCall]:
+    """The kernel calls of `paged_attention` into `out`, in order; there is at least one query."""
+    num_tokens, num_heads, key_dim = query.shape
+    _, num_kv_heads, block_size, value_dim = value_cache.shape
+    if scale <= 0:  # The kernels take the maximum before they scale.
+        query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
+    query, block_tables = dense_lanes(query), dense_lanes(block_tables)
+    rows = (context_lens.contiguous(), cu_seqlens_q.contiguous())
+    num_rows, max_blocks = block_tables.shape
+    heads = Heads(num_kv_heads, num_heads // num_kv_heads, key_dim, value_dim, block_size, query.element_size())
+    numbers = (num_rows, block_tables.stride(0), query.stride(0), query.stride(1))
+    factors = (scale * math.log2(math.e), softcap or 0.0, window or 0)
+    calls = []
+    for plan in attention_plans(device, heads, num_tokens, num_rows, max_blocks * block_size):
+        grid = (plan.tiles, head_tiles(heads, plan), plan.splits)
+        scratch = _scratch(query, plan, grid, value_dim)
+        shared = {
+            "GROUP": heads.group,
+            "MAPPING": plan.mapping,
+            "HEADS": plan.heads,
+            "BLOCK_Q": plan.block_q,
+            "MIN_Q": plan.min_q,
+            "HAS_WINDOW": window is not None,
+            "HAS_SINKS": sinks is not None,
+        }
+        kernel: Kernel = decode_kernel if plan.parts else prefill_kernel
+        options = {**shared, **_pages(key_cache, value_cache), **_compiled_in(plan, device, query.dtype)}
+        options["HAS_SOFTCAP"] = softcap is not None
+        arguments = (query, key_cache, value_cache, block_tables, *rows, sinks, out, *scratch, *numbers, *factors)
+        calls.append(KernelCall(kernel, grid, arguments, options))
+        if plan.splits > 1:
+            lanes = {"VALUE_DIM": value_dim, "VALUE_LANES": padded(value_dim)}
+            to_reduce = (*scratch, *rows, sinks, out, num_rows, window or 0, plan.splits)
+            options = {**shared, **lanes, "TILE": plan.tile, **_REDUCE}
+            calls.append(KernelCall(reduce_kernel, (*grid[:2], plan.heads * plan.block_q), to_reduce, options))
+    return calls
+
+
+def dense_lanes(states: torch.Tensor) -> torch.Tensor:
+    """The kernels read whole vectors: the last dimension must be dense."""
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+def _pages(key_cache: torch.Tensor, value_cache: torch.Tensor) -> dict[str, Any]:
+    """The options that the caches' shapes and strides fix."""
+    return {
+        "KEY_DIM": key_cache.shape[3],
+        "VALUE_DIM": value_cache.shape[3],
+        "BLOCK_SIZE": key_cache.shape[2],
+        "KEY_STRIDES": key_cache.stride()[:3],
+        "VALUE_STRIDES": value_cache.stride()[:3],
+        "KEY_LANES": padded(key_cache.shape[3]),
+        "VALUE_LANES": padded(value_cache.shape[3]),
+    }
+
+
+def _compiled_in(plan: AttentionPlan, device: Device, dtype: torch.dtype) -> dict[str, Any]:
+    """The options that the plan, the device and the dtype fix."""
+    options: dict[str, Any] = {
+        "BLOCK_M": plan.block_m,
+        # Plain multipliers serve float32: they would hold all queries in registers, so these stay in the cache.
+        "RELOAD_QUERIES": dtype == torch.float32 and not device.is_hip,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "IS_SPLIT": plan.splits > 1,
+        "num_warps": plan.warps,
+        "num_stages": plan.stages,
+        "enable_fp_fusion": True,
+    }
+    if plan.parts:
+        options.update(PARTS=plan.parts, PART_TOKENS=plan.tile // plan.parts)
+    else:
+        # On sm90 the loop leaves registers over, and is 2% shorter if nothing is found again.
+        options.update(TILE=plan.tile, FIND_ROWS_AGAIN=device.arch != "sm90")
+    return options
+
+
+def _scratch(
+    query: torch.Tensor, plan: AttentionPlan, grid: tuple[int, int, int], value_dim: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Room for the shares of splits: their outputs, and the logarithms of their totals. None without splits."""
+    if plan.splits == 1:
+        return None, None
+    shape = (math.prod(grid), plan.heads * plan.block_q)
+    return (
+        torch.empty(*shape, value_dim, dtype=torch.float32, device=query.device),
+        torch.empty(shape, dtype=torch.float32, device=query.device),
+    )

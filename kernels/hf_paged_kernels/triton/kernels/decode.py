@@ -1,0 +1,99 @@
+"""Attention of rows with few queries: one program per row, KV head and split of the row's context.
+
+The queries of a group of heads fill the rows of one matrix product, so each key and value is read once.
+A tile of tokens is cut into PARTS, one per warp, each with a running softmax of its own: no warp waits for another
+inside the loop, and one block id per part gives the addresses of all its tokens. Ids are loaded one tile ahead,
+because the pipeliner prefetches a load only if its address is known when an iteration begins.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_paged_kernels.triton.device.finish import store_result
+from hf_paged_kernels.triton.device.pages import block_ids, first_slots, load_states, page_offsets
+from hf_paged_kernels.triton.device.rows import product_rows, split_tiles, tile_queries, visible_tokens
+from hf_paged_kernels.triton.device.softmax import LOWEST, capped, rescale
+
+
+@triton.jit
+def decode_kernel(
+    query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, sinks, out, partial_out, partial_lse,
+    num_rows, table_stride, query_token_stride, query_head_stride, scale, softcap, window,
+    GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KEY_STRIDES: tl.constexpr, VALUE_STRIDES: tl.constexpr, KEY_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
+    MAPPING: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, MIN_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr, PART_TOKENS: tl.constexpr, PRECISION: tl.constexpr, RELOAD_QUERIES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = PARTS * PART_TOKENS
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    tile, head_tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, first, count, position = tile_queries(tile, cu_seqlens_q, context_lens, num_rows, MAPPING, BLOCK_Q, MIN_Q)
+    begin, end = visible_tokens(position, count, window, HAS_WINDOW)
+    start, stop, _ = split_tiles(begin, end, split, tl.num_programs(2), TILE)
+    if (count <= 0) | ((split > 0) & (start >= stop)):
+        return
+
+    kv_head = head_tile // HEAD_TILES
+    rows = tl.arange(0, BLOCK_M)
+    token, head, is_query = product_rows(rows, first, count, head_tile, GROUP, HEADS, BLOCK_Q)
+    last_seen = position + rows // HEADS  # [BLOCK_M]
+    key_lanes, value_lanes = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
+    queries_at = query + (token * query_token_stride + head * query_head_stride)[:, None] + key_lanes[None, :]
+    queries = load_states(queries_at, is_query, key_lanes, KEY_DIM, KEY_LANES)
+    queries = tl.broadcast_to(queries[None], (PARTS, BLOCK_M, KEY_LANES))
+
+    # Where a block holds whole parts, the id of a part's first token is enough.
+    inside = tl.arange(0, PART_TOKENS)[None, :]
+    tokens = tl.arange(0, PARTS)[:, None] * PART_TOKENS + inside  # [PARTS, PART_TOKENS]
+    if BLOCK_SIZE % PART_TOKENS == 0:
+        named = tl.arange(0, PARTS)[:, None] * PART_TOKENS  # [PARTS, 1]
+    else:
+        named = tokens
+        inside = inside * 0
+    slots = (first_slots(named, BLOCK_SIZE, TILE) + inside)[:, :, None]
+    table = block_tables + row.to(tl.int64) * table_stride
+    keys_at = key_cache + kv_head * KEY_STRIDES[1] + (slots * KEY_STRIDES[2] + key_lanes)
+    values_at = value_cache + kv_head * VALUE_STRIDES[1] + (slots * VALUE_STRIDES[2] + value_lanes)
+
+    maximum = tl.full((PARTS, BLOCK_M), LOWEST, tl.float32)
+    total = tl.zeros((PARTS, BLOCK_M), tl.float32)
+    summed = tl.zeros((PARTS, BLOCK_M, VALUE_LANES), tl.float32)
+    ids = block_ids(table, named + start * TILE, end, BLOCK_SIZE)
+    for index in range(start, stop):
+        passed = index * TILE
+        at = named + passed
+        is_stored = tokens < end - passed
+        if HAS_WINDOW:
+            is_stored = is_stored & (tokens >= begin - passed)
+        key_pages = page_offsets(ids, at, BLOCK_SIZE, KEY_STRIDES, TILE)[:, :, None]
+        value_pages = page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES, TILE)[:, :, None]
+        keys = load_states(keys_at + key_pages, is_stored, key_lanes, KEY_DIM, KEY_LANES)
+        values = load_states(values_at + value_pages, is_stored, value_lanes, VALUE_DIM, VALUE_LANES)
+        ids = block_ids(table, at + TILE, end, BLOCK_SIZE)
+        if RELOAD_QUERIES:
+            queries = tl.load(queries_at, mask=is_query[:, None] & (key_lanes < KEY_DIM), other=0.0, volatile=True)
+            queries = tl.broadcast_to(queries[None], (PARTS, BLOCK_M, KEY_LANES))
+        scores = tl.dot(queries, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION)
+        scores, factor = capped(scores, scale, softcap, HAS_SOFTCAP)
+        is_seen = is_stored[:, None, :]
+        if BLOCK_Q > 1:
+            is_seen = tokens[:, None, :] <= (last_seen - passed)[None, :, None]
+            if HAS_WINDOW:
+                is_seen = is_seen & (tokens[:, None, :] > (last_seen - passed - window)[None, :, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+        maximum, old, weights = rescale(maximum, scores, factor, 2)
+        total = total * old + tl.sum(weights, 2)
+        summed = tl.dot(weights.to(values.dtype), values, summed * old[:, :, None], input_precision=PRECISION)
+
+    # The parts' softmaxes become one.
+    largest = tl.max(maximum, 0)
+    share = tl.exp2(maximum - largest[None, :])
+    total = tl.sum(total * share, 0)
+    result = tl.sum(summed * share[:, :, None], 0)  # [BLOCK_M, VALUE_LANES]
+    program = (tile * tl.num_programs(1) + head_tile) * tl.num_programs(2) + split
+    store_result(
+        result, total, largest, sinks, out, partial_out, partial_lse,
+        token, head, tl.num_programs(1) // HEAD_TILES * GROUP, program.to(tl.int64) * (HEADS * BLOCK_Q) + rows,
+        is_query, value_lanes, VALUE_DIM, HAS_SINKS, IS_SPLIT,
+    )  # fmt: skip

@@ -1,0 +1,36 @@
+"""What cannot be paged is refused when it is loaded, in a sentence."""
+
+import pytest
+from transformers import SamVisionConfig
+from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+import hf_paged
+from hf_paged_evals.tiny import tiny_config, tiny_model
+
+INSTEAD = {"falcon": '"sdpa" or "eager"', "gptj": '"eager"', "gpt_neo": '"eager"'}
+
+
+@pytest.mark.parametrize("name, instead", INSTEAD.items())
+def test_attention_classes_of_their_own(name, instead):
+    config = tiny_config(name)
+    with pytest.raises(hf_paged.UnsupportedError) as caught:
+        tiny_model(config, "paged")
+    assert f"models of type {name}" in str(caught.value)
+    assert f"Load it with attn_implementation={instead}" in str(caught.value)
+    tiny_model(config, "eager")  # Nothing of the attempt sticks to the config.
+
+
+def test_an_image_encoder_with_attention_classes_of_its_own_keeps_sdpa():
+    """It has no cache; a model around it may well be paged."""
+    config = SamVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    encoder = SamVisionEncoder._from_config(config, attn_implementation="paged")
+    assert encoder.config._attn_implementation == "sdpa"
+
+
+def test_disabled_nothing_is_refused_by_us():
+    hf_paged.disable()
+    try:
+        with pytest.raises(ValueError, match="is not supported"):
+            tiny_model(tiny_config("falcon"), "paged")
+    finally:
+        hf_paged.enable()

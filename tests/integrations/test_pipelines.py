@@ -1,0 +1,142 @@
+"""Text-generation pipelines: whatever goes in, and with whatever parameters, results are those of a dense model."""
+
+import datasets
+import pytest
+import torch
+from transformers import GenerationConfig, TextGenerationPipeline, TextStreamer, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+import hf_paged
+from hf_paged_integrations.pipelines import text_generation
+from support import texts, zoo
+from support.pipes import LENGTHS, pipes
+
+CHATS = [
+    [{"role": "user", "content": text}, {"role": "assistant", "content": "So"}] if number % 2 else
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
+    for number, text in enumerate(texts.prompts(6, seed=1))
+]  # fmt: skip
+
+
+CALLS = {
+    "defaults": {},
+    "new_text": {"return_full_text": False},
+    "tensors": {"return_tensors": True},
+    "batches": {"batch_size": 4},
+    "large_batches": {"batch_size": 64},
+    # Rows that last: the items of a worker arrive one by one, more slowly the busier the machine is.
+    "workers": {"num_workers": 1, "max_new_tokens": 48},
+    "penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "stop_sequence": {"stop_sequence": ["e", "ab"]},
+    "config": {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=False)},
+    "long_prompts": {
+        "handle_long_generation": "hole",
+        "tokenizer_encode_kwargs": {"truncation": True, "max_length": 9},
+    },
+    "prefix": {"prefix": "Once "},
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_lists(case, rows):
+    dense, paged = pipes(**CALLS[case])
+    prompts = texts.prompts(20)
+    assert paged(prompts) == dense(prompts)
+    assert max(rows) > 8, "the items did not run together"
+    assert not hf_paged.stats(paged.model).fallbacks
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_parameters_of_the_call(case, rows):
+    dense, paged = pipes()
+    prompts = texts.prompts(9)
+    assert paged(prompts, **CALLS[case]) == dense(prompts, **CALLS[case])
+    assert max(rows) > 4
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "lone"])
+@pytest.mark.parametrize("continued", [None, False])
+def test_chats(kind, continued):
+    dense, paged = pipes(continue_final_message=continued)
+    make = {"list": lambda: CHATS, "generator": lambda: (chat for chat in CHATS), "lone": lambda: CHATS[0]}[kind]
+    assert list(paged(make())) == list(dense(make()))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"num_workers": 1}], ids=["one", "batches", "workers"])
+def test_generators_and_dataset_columns(options, rows):
+    dense, paged = pipes(**options)
+    prompts = texts.prompts(11)
+    expected = dense(prompts)
+    assert list(paged(prompt for prompt in prompts)) == expected
+    column = KeyDataset([{"prompt": prompt} for prompt in prompts], "prompt")
+    results = paged(column)
+    assert len(results) == -(-len(prompts) // options.get("batch_size", 1)), "a length that tqdm shows"
+    assert list(results) == expected
+    again = dense(column)
+    assert len(list(again)) == len(prompts) and list(results) == list(again), "a dataset can be gone through again"
+    assert max(rows) > 2
+
+
+def test_a_column_of_datasets():
+    dense, paged = pipes()
+    column = KeyDataset(datasets.Dataset.from_dict({"prompt": texts.prompts(7)}), "prompt")
+    assert list(paged(column)) == list(dense(column))
+
+
+def test_scores():
+    """They are numbers that differ in the last bits; the texts do not."""
+    options = {"return_dict_in_generate": True, "output_scores": True}
+    found = [[records[0] for records in pipe(texts.prompts(4), **options)] for pipe in pipes()]
+    assert [record["generated_text"] for record in found[0]] == [record["generated_text"] for record in found[1]]
+    for dense, paged in zip(*found):
+        assert torch.allclose(*(torch.tensor(record["scores"]) for record in (dense, paged)), atol=1e-4)
+
+
+class Collected(TextStreamer):
+    def __init__(self):
+        super().__init__(texts.tokenizer())
+        self.texts = []
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.texts.append((text, stream_end))
+
+
+ONE_BY_ONE = {
+    "beams": lambda: {"num_beams": 3},
+    "streamer": lambda: {"streamer": Collected()},
+    "several": lambda: {"do_sample": True, "num_return_sequences": 2},
+    "time": lambda: {"max_time": 60.0},
+    "attentions": lambda: {"return_dict_in_generate": True, "output_attentions": True},
+    "no_cache": lambda: {"use_cache": False},
+    "prompt_lookup": lambda: {"prompt_lookup_num_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("case", ONE_BY_ONE)
+def test_what_cannot_run_together_runs_as_it_did(case, rows):
+    prompts, results, streamed = texts.prompts(4, longest=12), [], []
+    for pipe in pipes():
+        torch.manual_seed(0)
+        options = ONE_BY_ONE[case]()
+        found = pipe(prompts, **options)
+        results.append([[record["generated_text"] for record in records] for records in found])
+        streamed.append(options.get("streamer", Collected()).texts)
+    assert results[0] == results[1] and streamed[0] == streamed[1]
+    assert all(count <= 2 for count in rows)
+    assert bool(streamed[0]) == (case == "streamer")
+
+
+def test_disable_gives_the_pipelines_back():
+    _, paged = pipes()
+    wrapped = TextGenerationPipeline.get_iterator
+    hf_paged.disable()
+    assert TextGenerationPipeline.get_iterator is wrapped.__wrapped__
+    hf_paged.enable()
+    hf_paged.enable()
+    assert TextGenerationPipeline.get_iterator.__wrapped__ is wrapped.__wrapped__
+
+
+def test_dense_models_are_not_touched(monkeypatch):
+    dense = pipeline("text-generation", model=zoo.pair("llama")[0], tokenizer=texts.tokenizer(), **LENGTHS)
+    monkeypatch.setattr(text_generation, "Prefetch", None)
+    assert len(dense(texts.prompts(3))) == 3

@@ -1,0 +1,195 @@
+"""One matrix for every implementation of the op layer, against the float64 oracle; unused slots hold NaN."""
+
+import functools
+
+import pytest
+import torch
+
+from hf_paged_kernels import reference
+from support.op_matrix import (
+    BATCHES,
+    HEADS,
+    IMPLEMENTATIONS,
+    OPTIONS,
+    assert_accurate,
+    exact,
+    hide_before_window,
+    implementation,
+    make_pages,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(request):
+    with implementation(request.param) as module:
+        yield module
+
+
+@functools.cache
+def case(batch, heads, block_size, dtype, dims, scale, options):
+    """Arguments, options and the exact answer, once for all implementations."""
+    arguments, sinks = make_pages(batch, heads, block_size, dtype, *dims)
+    options = dict(options)
+    if "sinks" in options:
+        options["sinks"] = sinks
+    if "window" in options:
+        hide_before_window(arguments, options["window"])
+    return arguments, options, exact(arguments, scale, **options)
+
+
+def check(kernels, batch, heads, block_size=16, dtype=torch.float32, dims=(16, 16), scale=0.3, options=None):
+    key = tuple(batch), heads, block_size, dtype, dims, scale, tuple((options or {}).items())
+    arguments, options, expected = case(*key)
+    got = kernels.paged_attention(*arguments, scale, **options)
+    assert got.dtype == dtype
+    assert_accurate(got, expected)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_paged_attention(kernels, batch, options):
+    for heads in HEADS:
+        check(kernels, BATCHES[batch], heads, options=options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dims", [(16, 16), (64, 64), (24, 8), (20, 40), (80, 80), (96, 5), (1, 1), (256, 256)], ids=str
+)
+def test_dtypes_and_head_sizes(kernels, dtype, dims):
+    for batch in ("decode", "mixed"):
+        for options in ({}, OPTIONS[-1]):
+            check(kernels, BATCHES[batch], (6, 2), 16, dtype, dims, dims[0] ** -0.5, options)
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_block_sizes(kernels, block_size, dtype):
+    """Contexts that end just before, at and just after the end of a block."""
+    edges = [(context, 1) for context in (1, block_size - 1, block_size, block_size + 1, 2 * block_size + 3)]
+    for batch in (edges, [(2 * block_size + 1, block_size + 2), (block_size, 2)]):
+        check(kernels, batch, (6, 2), block_size, dtype, (32, 32))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (7, 1), (8, 1), (17, 1), (71, 1), (200, 1), (32, 8)], ids=str)
+def test_groups_of_any_size(kernels, heads):
+    for dtype in DTYPES[:2]:
+        check(kernels, [(40, 1), (21, 3)], heads, 16, dtype, (32, 32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows_are_split(kernels, dtype):
+    """Contexts of several chunks, which different threads may take, with and without a window."""
+    batch = [(1700, 1), (3, 1), (1024, 1), (1025, 1)]
+    for options in ({}, {"sinks": True}, {"window": 1100}):
+        check(kernels, batch, (6, 2), 16, dtype, (64, 64), 0.125, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_prefill(kernels, dtype):
+    """More queries than a tile holds, over several tiles of keys."""
+    for options in ({}, {"window": 100}):
+        check(kernels, [(300, 200), (130, 130)], (4, 2), 16, dtype, (64, 64), 0.125, options)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_slot_can_be_the_peak(kernels, dtype, queries):
+    """Attention peaked at one token: a dropped or repeated slot changes the answer wholly."""
+    context, block_size = 83, 16
+    arguments, _ = make_pages([(context, queries)], (2, 1), block_size, dtype, 32, 32)
+    query, keys, values, tables, *_ = arguments
+    query[:] = query[0, 0]
+    for peak in range(context - queries + 1):
+        block, offset = int(tables[0, peak // block_size]), peak % block_size
+        before = keys[block, 0, offset].clone()
+        keys[block, 0, offset] = 4 * query[0, 0]
+        got = kernels.paged_attention(*arguments, 1.0)
+        keys[block, 0, offset] = before
+        torch.testing.assert_close(got, values[block, 0, offset].expand_as(got))
+
+
+def test_scores_beyond_the_range_of_exp(kernels):
+    """Far apart scores: what is far below the maximum weighs nothing, and nothing overflows."""
+    arguments, _ = make_pages([(70, 1), (70, 4)], (2, 1), 16, torch.float32, 16, 16)
+    arguments[0][:] *= 100
+    assert_accurate(kernels.paged_attention(*arguments, 1.0), exact(arguments, 1.0))
+
+
+def test_query_strides_do_not_matter(kernels):
+    for batch in (BATCHES["decode"], BATCHES["mixed"]):
+        (query, *rest), _ = make_pages(batch, (4, 2), 16, torch.float32)
+        strided = query.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        assert_accurate(kernels.paged_attention(strided, *rest, 0.3), exact((query, *rest), 0.3))
+
+
+def test_the_oracle_is_plain_attention():
+    """The reference itself against torch's SDPA on the tokens in order."""
+    (query, keys, values, tables, contexts, starts), _ = make_pages([(11, 11)], (4, 2), 4, torch.float64)
+    flat = [cache[tables[0]].transpose(1, 2).flatten(0, 1)[:11].transpose(0, 1) for cache in (keys, values)]
+    states = [states.repeat_interleave(2, dim=0)[None] for states in flat]
+    expected = torch.nn.functional.scaled_dot_product_attention(query.transpose(0, 1)[None], *states, is_causal=True)
+    got = reference.paged_attention(query, keys, values, tables, contexts, starts, 16**-0.5)
+    torch.testing.assert_close(got, expected[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_write_kv(kernels, dtype):
+    states = [torch.randn(9, 3, dim, dtype=dtype) for dim in (16, 8)]
+    slots = torch.randperm(5 * 4)[:9]
+    written, expected = [], []
+    for target, module in ((written, kernels), (expected, reference)):
+        target.extend(torch.full((5, 3, 4, dim), float("nan"), dtype=dtype) for dim in (16, 8))
+        module.write_kv(*states, *target, slots)
+    for a, b in zip(written, expected):
+        torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True)
+
+
+def test_write_kv_takes_any_strides(kernels):
+    shapes = [torch.randn(3, 9, 16).transpose(0, 1), torch.randn(16, 3, 9).permute(2, 1, 0)]
+    for states in shapes:
+        caches = [torch.zeros(5, 3, 4, 16) for _ in range(4)]
+        kernels.write_kv(states, states, *caches[:2], torch.arange(9))
+        reference.write_kv(states, states, *caches[2:], torch.arange(9))
+        assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
+
+
+def test_many_tokens_are_written(kernels):
+    """Enough bytes for several threads."""
+    states = torch.randn(2, 1024, 3, 64)
+    caches = [torch.zeros(80, 3, 16, 64) for _ in range(4)]
+    slots = torch.randperm(80 * 16)[:1024]
+    kernels.write_kv(*states, *caches[:2], slots)
+    reference.write_kv(*states, *caches[2:], slots)
+    assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("copies", [[(1, 4), (1, 5), (0, 3)], []], ids=str)
+def test_copy_blocks(kernels, dtype, copies):
+    caches = [torch.randn(6, 2, 4, dim).to(dtype) for dim in (8, 4)]
+    before = [cache.clone() for cache in caches]
+    source, destination = torch.tensor(copies, dtype=torch.long).view(-1, 2).unbind(1)
+    kernels.copy_blocks(*caches, source, destination)
+    for cache, old in zip(caches, before):
+        assert torch.equal(cache[destination], old[source]) and torch.equal(cache[:3], old[:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_write_and_attend(kernels, dtype):
+    """The new tokens are written first: every query sees its own."""
+    arguments, _ = make_pages([(20, 1), (18, 3)], (4, 2), 16, dtype, 32, 24)
+    query, keys, values, tables, contexts, starts = arguments
+    new = [torch.randn(4, 2, dim).to(dtype) for dim in (32, 24)]
+    slots = torch.tensor([int(tables[0, 1]) * 16 + 3, *(int(tables[1, t // 16]) * 16 + t % 16 for t in (15, 16, 17))])
+    for cache in (keys, values):
+        for slot in slots.tolist():
+            cache[slot // 16, :, slot % 16] = float("nan")
+    expected_caches = [cache.clone() for cache in (keys, values)]
+    reference.write_kv(*new, *expected_caches, slots)
+    expected = exact((query, *expected_caches, tables, contexts, starts), 0.3)
+    got = kernels.write_and_attend(query, *new, keys, values, slots, tables, contexts, starts, 0.3)
+    assert_accurate(got, expected)
+    torch.testing.assert_close([keys, values], expected_caches, atol=0, rtol=0, equal_nan=True)

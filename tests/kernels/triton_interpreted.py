@@ -1,0 +1,240 @@
+"""The Triton kernels in Triton's interpreter, against the float64 oracle over the matrix of all implementations.
+
+Run by `test_triton.py` in processes of their own: ``TRITON_INTERPRET=1`` must be set before the first kernel is
+imported. Unused slots hold NaN, every address is checked, every byte counted.
+"""
+
+import pytest
+import torch
+
+from hf_paged_evals.triton import interpreter
+from support.op_matrix import BATCHES, HEADS, OPTIONS, assert_accurate, exact, hide_before_window, make_pages
+
+interpreter.install()
+
+from hf_paged_kernels import reference  # noqa: E402
+from hf_paged_kernels.triton import kernel_calls, launch, launch_plan  # noqa: E402
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FULL = OPTIONS[-1]
+UNEVEN = {"searched": [(5, 0), (9, 2), (3, 0), (7, 1)], "one_row": [(70, 70)], "one_long_row": [(90, 3)]}
+
+
+@pytest.fixture(params=["whole", "split"])
+def splits(request, monkeypatch):
+    """Contexts in one piece, and cut into splits of a tile or more."""
+    if request.param == "split":
+        monkeypatch.setattr(launch_plan, "_MIN_SPLIT_TOKENS", 1)
+        monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 12))
+    return request.param
+
+
+def check(batch, heads, block_size=16, dtype=torch.float32, dims=(32, 32), scale=0.3, seed=0, **options):
+    arguments, sinks = make_pages(batch, heads, block_size, dtype, *dims, seed)
+    options = {**options, "sinks": sinks} if "sinks" in options else options
+    if "window" in options:
+        hide_before_window(arguments, options["window"])
+    got = launch.paged_attention(*arguments, scale, **options)
+    assert got.dtype == dtype
+    assert_accurate(got, exact(arguments, scale, **options))
+
+
+@pytest.mark.parametrize("batch", [*BATCHES, *UNEVEN])
+def test_batches(batch, splits):
+    for number, options in enumerate(OPTIONS if splits == "whole" else OPTIONS[::4]):
+        check((BATCHES | UNEVEN)[batch], HEADS[number % len(HEADS)], dtype=DTYPES[number % 3], **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (24, 8), (20, 40), (96, 5), (1, 1)], ids=str
+)
+def test_dims(dtype, dims):
+    check([(1, 1), (50, 1), (70, 1)], (6, 2), dtype=dtype, dims=dims, scale=dims[0] ** -0.5)
+    check([(1, 1), (70, 9), (0, 0), (31, 1)], (6, 2), dtype=dtype, dims=dims, scale=dims[0] ** -0.5, **FULL)
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 24, 32, 64, 128])
+def test_blocks(block_size):
+    """Contexts that end just before, at and just after the end of a block; blocks smaller and larger than a tile."""
+    edges = [(context, 1) for context in (1, block_size - 1, block_size, block_size + 1, 2 * block_size + 3)]
+    check(edges, (6, 2), block_size)
+    check(edges, (6, 2), block_size, torch.bfloat16, window=block_size)
+    check([(2 * block_size + 1, block_size + 2), (block_size, 2)], (6, 2), block_size, torch.float16)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (7, 1), (17, 1), (40, 1), (71, 1), (32, 8)], ids=str)
+def test_groups_of_any_size(heads, splits):
+    for dtype in DTYPES[:2]:
+        check([(40, 1), (21, 3)], heads, dtype=dtype)
+
+
+def test_long_rows(splits):
+    """More tiles than the pipeline has buffers, and more queries than a tile holds."""
+    check([(400, 1), (3, 1), (257, 1)], (4, 2), dtype=torch.bfloat16, dims=(64, 64), scale=0.125, sinks=True)
+    check([(260, 40), (50, 50)], (2, 1), dtype=torch.float16, dims=(64, 64), scale=0.125, window=100)
+
+
+def test_many_splits(monkeypatch):
+    """More than the reduction adds in one step, of rows that use all of them, most, and one."""
+    monkeypatch.setattr(launch_plan, "_MIN_SPLIT_TOKENS", 1)
+    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 30))
+    batch = [(1280, 1), (1100, 1), (64, 1)]
+    arguments, _ = make_pages(batch, (1, 1), 16, torch.float32, 16, 16)
+    assert (
+        launch_plan.attention_launches(launch.describe(None), launch_plan.Heads(1, 1, 16, 16, 16, 4), 3, 3, 1280)[
+            0
+        ].splits
+        == 20
+    )
+    assert_accurate(launch.paged_attention(*arguments, 0.3), exact(arguments, 0.3))
+    check(batch, (1, 1), dims=(16, 16), **FULL)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scales_that_are_not_positive(scale):
+    check(BATCHES["mixed"], (4, 2), scale=scale)
+
+
+def test_scores_beyond_the_range_of_exp():
+    arguments, _ = make_pages([(70, 1), (70, 4)], (2, 1), 16, torch.float32, 16, 16)
+    arguments[0][:] *= 100
+    assert_accurate(launch.paged_attention(*arguments, 1.0), exact(arguments, 1.0))
+
+
+def test_strides_do_not_matter():
+    for batch in (BATCHES["decode"], BATCHES["mixed"]):
+        (query, *rest), _ = make_pages(batch, (4, 2), 16, torch.float32)
+        for order in ((1, 2, 0), (1, 0, 2)):
+            strided = query.permute(order).contiguous().permute([order.index(axis) for axis in range(3)])
+            assert_accurate(launch.paged_attention(strided, *rest, 0.3), exact((query, *rest), 0.3))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_write_kv(dtype):
+    """Any strides; slots of no token, and everything around, stay as they are."""
+    for transposed in (False, True):
+        states = [torch.randn(9, 3, dim).to(dtype) for dim in (16, 20)]
+        if transposed:
+            states = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in states]
+        slots = torch.randperm(5 * 4)[:9]
+        written, expected = ([torch.full((5, 3, 4, d), float("nan"), dtype=dtype) for d in (16, 20)] for _ in "ab")
+        reference.write_kv(*(x[:7] for x in states), *expected, slots[:7])
+        slots[7:] = -1
+        launch.write_kv(*states, *written, slots)
+        torch.testing.assert_close(written, expected, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("copies", [[(1, 4), (1, 5), (0, 3)], []], ids=str)
+def test_copy_blocks(dtype, copies):
+    caches, expected = ([torch.randn(6, 2, 32, d, generator=g).to(dtype) for d in (80, 40)] for g in generators())
+    source, destination = torch.tensor(copies, dtype=torch.long).view(-1, 2).unbind(1)
+    launch.copy_blocks(*caches, source, destination)
+    reference.copy_blocks(*expected, source, destination)
+    torch.testing.assert_close(caches, expected, atol=0, rtol=0)
+
+
+def generators():
+    return (torch.Generator().manual_seed(1) for _ in range(2))
+
+
+def test_write_and_attend():
+    """The new tokens are written first: every query sees its own."""
+    (query, keys, values, tables, contexts, starts), _ = make_pages([(20, 1), (18, 3)], (4, 2), 16, torch.bfloat16)
+    new = [torch.randn(4, 2, 16).to(torch.bfloat16) for _ in range(2)]
+    slots = torch.tensor([int(tables[0, 1]) * 16 + 3, *(int(tables[1, t // 16]) * 16 + t % 16 for t in (15, 16, 17))])
+    expected = [cache.clone() for cache in (keys, values)]
+    reference.write_kv(*new, *expected, slots)
+    got = launch.write_and_attend(query, *new, keys, values, slots, tables, contexts, starts, 0.3)
+    assert_accurate(got, exact((query, *expected, tables, contexts, starts), 0.3))
+    torch.testing.assert_close([keys, values], expected, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("before, after", [("decode", [(9, 1), (33, 1), (2, 1), (0, 1), (49, 1)]),
+                                           ("mixed", [(30, 2), (50, 1), (9, 9), (20, 15), (1, 1)])])  # fmt: skip
+def test_launches_replay_with_other_lengths(before, after, splits):
+    """As a captured graph does: the same launches, and new numbers in the same tensors."""
+    first, later = (make_pages(batch, (4, 2), 16, torch.float32)[0] for batch in (BATCHES[before], after))
+    room = (
+        [max(a, b) for a, b in zip(first[1].shape, later[1].shape)],
+        [max(a, b) for a, b in zip(first[3].shape, later[3].shape)],
+    )
+    query, starts, contexts = (torch.empty_like(first[index]) for index in (0, 5, 4))
+    caches, tables = [torch.empty(room[0]) for _ in range(2)], torch.zeros(room[1], dtype=torch.long)
+    out = torch.empty_like(query)
+    fixed = kernel_calls.attention_calls(
+        launch.describe(out.device), out, query, *caches, tables, contexts, starts, 0.3
+    )
+    for new in (first, later):
+        query.copy_(new[0])
+        for cache, states in zip(caches, new[1:3]):
+            cache[: len(states)] = states
+        tables[:, : new[3].shape[1]] = new[3]
+        contexts.copy_(new[4])
+        starts.copy_(new[5])
+        for call in fixed:
+            call.launch()
+        assert_accurate(out, exact(new, 0.3))
+
+
+def kv_bytes(batch, heads, dtype=torch.bfloat16, dim=64):
+    """Bytes of keys and values that are loaded, over those of reading each visible token once."""
+    arguments, _ = make_pages(batch, heads, 16, dtype, dim, dim)
+    with interpreter.counted_traffic() as traffic:
+        launch.paged_attention(*arguments, 0.3)
+    once = sum(context for context, _ in batch) * heads[1] * 2 * dim * dtype.itemsize
+    return (traffic.loaded["key_cache"] + traffic.loaded["value_cache"]) / once
+
+
+def test_each_key_and_value_is_read_once(splits):
+    for heads in ((1, 1), (8, 2), (32, 1)):
+        assert kv_bytes([(1, 1), (70, 1), (128, 1), (200, 1)], heads) == 1
+    assert kv_bytes([(70, 3), (33, 1)], (8, 2)) == 1
+    assert kv_bytes([(16, 16)], (8, 2)) == 1
+
+
+def test_each_value_is_written_once():
+    key, value, *caches = torch.randn(9, 3, 16), torch.randn(9, 3, 8), torch.zeros(5, 3, 4, 16), torch.zeros(5, 3, 4, 8)
+    with interpreter.counted_traffic() as traffic:
+        launch.write_kv(key, value, *caches, torch.arange(9))
+    assert traffic.stored["key_cache"] == traffic.loaded["key"] == key.nbytes
+    assert traffic.stored["value_cache"] == traffic.loaded["value"] == value.nbytes
+
+
+def test_the_count_of_bytes_can_fail():
+    """Two tiles of queries read what both see twice; a group that is too large for a program is served by two."""
+    assert kv_bytes([(32, 32)], (8, 2)) > 1.4
+    assert kv_bytes([(64, 1)], (128, 1)) == 2
+
+
+@pytest.mark.parametrize("batch", ["decode", "mixed"])
+def test_the_check_of_addresses_can_fail(batch):
+    arguments, _ = make_pages(BATCHES[batch], (4, 2), 16, torch.float32)
+    arguments[3][-1, 0] = len(arguments[1])
+    with pytest.raises(interpreter.interpreter.InterpreterError, match="OutOfBoundsError"):
+        launch.paged_attention(*arguments, 0.3)
+
+
+def test_the_check_of_unused_slots_can_fail():
+    arguments, _ = make_pages(BATCHES["decode"], (4, 2), 16, torch.float32)
+    arguments[4][1] += 1  # One token too many: its slot holds NaN.
+    assert launch.paged_attention(*arguments, 0.3).isnan().any()
+
+
+def test_the_check_of_numbers_can_fail():
+    arguments, _ = make_pages(BATCHES["decode"], (4, 2), 16, torch.bfloat16)
+    expected = exact(arguments, 0.3)
+    arguments[1][arguments[3][2, 0], :, 3] += 1
+    with pytest.raises(AssertionError):
+        assert_accurate(launch.paged_attention(*arguments, 0.3), expected)
+
+
+def test_bfloat16_is_rounded_as_torch_rounds():
+    numbers = torch.cat(
+        [torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,)), torch.tensor([0.0, float("inf")])]
+    )
+    halfway = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8])
+    for values in (numbers, halfway):
+        rounded = torch.from_numpy(interpreter.round_to_bfloat16(values.numpy()))
+        assert torch.equal(rounded, values.bfloat16().float())

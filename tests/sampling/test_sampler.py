@@ -1,0 +1,72 @@
+"""Calls that choose their next tokens alike do so in one go, and get what each would get alone."""
+
+import pytest
+import torch
+from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
+
+from hf_paged.sampling.sampler import Sampler, sample_together
+from support import zoo
+from support.packing import LENGTHS, pair
+from support.threads import in_threads
+
+CPU = torch.device("cpu")
+
+
+def recipe(temperature=0.7, top_k=5, draws=False):
+    return Sampler.of([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)], draws, CPU)
+
+
+def test_recipes_are_equal_if_they_choose_alike():
+    assert recipe() == recipe() and hash(recipe()) == hash(recipe())
+    others = [recipe(temperature=0.8), recipe(top_k=6), recipe(draws=True), Sampler.of([], False, CPU)]
+    assert len({recipe(), *others}) == 5
+    assert Sampler.of([SuppressTokensLogitsProcessor([3])], False, CPU) is None, "tensors are not compared"
+
+
+def test_calls_choose_together_what_they_would_choose_alone():
+    torch.manual_seed(0)
+    logits = [torch.randn(rows, 50) for rows in (1, 3, 2, 1, 1)]
+    before = [part.clone() for part in logits]
+    first, second = recipe(), Sampler.of([], False, CPU)
+    chosen = sample_together([first, second, recipe(), None, second], logits)
+    assert chosen[3] is None
+    for tokens, part in zip(chosen[:3] + chosen[4:], logits[:3] + logits[4:]):
+        assert torch.equal(tokens, part.argmax(-1))
+    assert all(map(torch.equal, logits, before))
+    assert [tokens.tolist() for tokens in sample_together([first, second], logits[:2])] == [
+        part.argmax(-1).tolist() for part in logits[:2]
+    ], "alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_greedy_rows_choose_as_float32_does(dtype):
+    logits = torch.zeros(1, 600, dtype=dtype)
+    logits[0, 7], logits[0, 500] = 1.0, 1.0 + 1e-12
+    assert Sampler.of([], False, CPU).choose(logits).tolist() == logits.float().argmax(-1).tolist() == [7]
+
+
+def test_free_draws_follow_the_scores():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 20)
+    parts = [logits.expand(3000, -1), logits.expand(1000, -1)]
+    tokens = torch.cat(sample_together([recipe(draws=True), recipe(draws=True)], parts))
+    scores = TopKLogitsWarper(5)(None, logits / 0.7).softmax(-1)[0]
+    torch.testing.assert_close(tokens.bincount(minlength=20) / 4000, scores, atol=0.03, rtol=0)
+
+
+def test_who_cannot_choose_leaves_the_others_to_themselves():
+    good, bad = torch.randn(1, 20), torch.full((1, 20), float("nan"))
+    first, second = sample_together([recipe(draws=True)] * 2, [good, bad])
+    assert isinstance(first, RuntimeError) and first is second, "each tries again by itself"
+
+
+def test_greedy_calls_of_several_threads_choose_together(monkeypatch):
+    dense, paged = pair()
+    rows, choose = [], Sampler.choose
+    monkeypatch.setattr(Sampler, "choose", lambda self, logits: rows.append(len(logits)) or choose(self, logits))
+    inputs = [zoo.prompts([length]) for length in (9, 14, 5, 11)]
+    options = {**LENGTHS, "max_new_tokens": 60, "eos_token_id": None}  # Long enough to meet.
+    got = in_threads(*(lambda one=one: paged.generate(**one, **options) for one in inputs))
+    for one, tokens in zip(inputs, got):
+        assert torch.equal(tokens, dense.generate(**one, **options))
+    assert max(rows) > 1

@@ -1,0 +1,314 @@
+"""The scheduler driven at random, compared with dictionaries: what rows hold, what slots hold, what can be found."""
+
+import itertools
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hf_paged.errors import OutOfBlocksError
+from hf_paged.scheduling.request import Request, State
+from hf_paged.scheduling.scheduler import Scheduler
+from support.fake_groups import FakeGroup
+from support.known_blocks import KnownBlocks
+
+between_steps = precondition(lambda self: self.step is None)
+within_a_step = precondition(lambda self: self.step is not None)
+picks = st.integers(0, 10**6)
+
+
+class SchedulerAgainstDictionaries(RuleBasedStateMachine):
+    """Prompts arrive, steps run, calls hand tokens back or leave, weights change, and somebody else takes blocks.
+
+    As in the engine, only steps exclude each other: all else may happen while one is under way. A token is
+    written into a fake memory at its slot, with the weights and the salt that it was computed with; at the end of
+    a step each row must find all that its queries see. No token is in two prompts unless all before it is, too;
+    so a token says what its block is a function of.
+    """
+
+    @initialize(
+        budgets=st.tuples(st.integers(1, 20), st.integers(1, 16)),
+        slack=st.integers(0, 6),
+        block_size=st.integers(1, 4),
+        window=st.integers(1, 9),
+        token_budget=st.integers(1, 12),
+        cache_blocks=st.integers(0, 20),
+    )
+    def begin(self, budgets, slack, block_size, window, token_budget, cache_blocks):
+        self.groups = [
+            FakeGroup(total, length, total + slack, block_size) for total, length in zip(budgets, (None, window))
+        ]
+        for group in self.groups:
+            group.blocks.cache_blocks = cache_blocks
+        self.scheduler = Scheduler(self.groups, token_budget)
+        self.tokens: dict[Request, list[int]] = {}  # Of every row, in order of arrival.
+        self.limits: dict[Request, int] = {}
+        self.sampling: dict[Request, None] = {}
+        self.out: dict[Request, None] = {}
+        self.held: list[dict[int, None]] = [{} for _ in self.groups]
+        self.memory: list[dict[int, tuple]] = [{} for _ in self.groups]
+        self.states: dict[Request, list[tuple]] = {}  # What each row has stored, by token.
+        self.weights = 0
+        self.born: dict[Request, int] = {}  # The weights that a row started with.
+        self.known = KnownBlocks(self.groups)
+        self.step = None
+        self.new_tokens = itertools.count()
+        self.take, self.scheduler.prefix.take = self.scheduler.prefix.take, self.check_hit
+
+    @property
+    def live(self):
+        return [request for request in self.tokens if request not in self.out]
+
+    @rule(
+        pick=picks,
+        shared=st.integers(0, 20),
+        length=st.integers(1, 24),
+        more=st.integers(1, 12),
+        followers=st.integers(0, 3),
+        salt=st.sampled_from(["", "", "salt", None]),
+    )
+    def arrive(self, pick, shared, length, more, followers, salt):
+        earlier = list(self.tokens.values())
+        prompt = earlier[pick % len(earlier)][: min(shared, length)] if earlier else []
+        prompt += [next(self.new_tokens) for _ in range(length - len(prompt))]
+        rows = [Request(list(prompt), [group.blocks for group in self.groups]) for _ in range(1 + followers)]
+        rows[0].followers = rows[1:]
+        for row in rows:
+            self.tokens[row], self.limits[row], row.salt = list(prompt), length + more, salt
+        self.scheduler.add(rows[0])
+
+    @rule(identity=st.sampled_from([b"weights", b"other weights"]))
+    def call(self, identity):
+        """A call finds the model as it is now."""
+        if identity != self.scheduler.prefix._identity:
+            self.weights += 1
+            self.known.clear()
+        self.scheduler.prefix.use(identity)
+
+    def check_hit(self, request, hit):
+        """A row starts: it must find what the dictionaries say, no more and no less."""
+        tokens = self.tokens[request]
+        assert hit.num_blocks == self.known.longest(request, tokens)
+        self.take(request, hit)
+        self.born[request] = self.weights
+        self.states[request] = [(self.weights, request.salt, token) for token in tokens[: request.num_stored]]
+
+    @rule(keeps_budget=st.booleans())
+    def expect_blocks(self, keeps_budget):
+        """Whether a rectangular call will give its blocks back."""
+        self.scheduler.keeps_budget = keeps_budget
+
+    @between_steps
+    @rule()
+    def schedule(self):
+        running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
+        totals = [group.blocks.total_blocks for group in self.groups]
+        step = self.step = self.scheduler.schedule()
+        for request, error in step.failed:
+            self.check_failure(request, error, totals)
+            self.out.update(dict.fromkeys([request, *request.followers]))
+        self.check_chunks(step)
+        self.check_queues(running, waiting)
+        for number, copies in enumerate(step.copies):
+            self.check_copies(number, copies)
+        ready = [row for row in (*running, *waiting) if row not in self.sampling]
+        is_free = not any(row in self.sampling for row in running)
+        if self.scheduler.keeps_budget:
+            assert totals == [group.blocks.total_blocks for group in self.groups], "a pool grew that need not"
+            is_free = is_free and not any(self.held)
+        assert step.chunks or step.failed or not (ready and is_free), "rows are ready and none of them gets on"
+
+    def check_failure(self, request, error, totals):
+        # A pool may have grown for another row of the step.
+        assert any(old <= error.total <= group.blocks.total_blocks for old, group in zip(totals, self.groups))
+        assert error.needed <= -(-len(self.tokens[request]) // self.groups[0].blocks.block_size)
+        # What the pool could hold fails for want of memory only: somebody else has it.
+        assert error.needed > error.total or (error.needed > error.free and any(self.held))
+
+    def check_chunks(self, step):
+        rows = [chunk.request for chunk in step.chunks]
+        arrivals = {row: number for number, row in enumerate(self.tokens)}
+        assert rows == sorted(set(rows), key=arrivals.get)
+        assert sum(chunk.end - chunk.start for chunk in step.chunks) <= self.scheduler.token_budget
+        assert not set(rows) & self.sampling.keys() and set(rows) <= set(self.scheduler.running)
+        for chunk in step.chunks:
+            assert chunk.request.num_stored == chunk.start < chunk.end <= len(self.tokens[chunk.request])
+            assert chunk.samples == (chunk.end == len(self.tokens[chunk.request]))
+        for number, group in enumerate(self.groups):
+            slots = [s for chunk in step.chunks for s in chunk.request.tables[number].slots(chunk.start, chunk.end)]
+            assert len(set(slots)) == len(slots), "two tokens go to one slot"
+            assert not any(group.blocks.is_shared(slot // group.blocks.block_size) for slot in slots)
+
+    def check_queues(self, running, waiting):
+        arrivals = {row: number for number, row in enumerate(self.tokens)}
+        preempted = [row for row in running if row.state is State.WAITING]
+        admitted = [row for row in waiting if row.state is State.RUNNING]
+        assert not (preempted and admitted)
+        # Who waits for a block that is computed in this step may be overtaken by the others of the step.
+        stays = [row for row in self.scheduler.waiting if row not in self.sampling and not self.finds_more(row)]
+        assert not (stays and admitted) or max(map(arrivals.get, admitted)) < arrivals[stays[0]], "a row is overtaken"
+        last = max((arrivals[row] for row in self.scheduler.running), default=-1)
+        assert all(arrivals[row] > last for row in preempted), "not the last one was preempted"
+
+    def finds_more(self, request):
+        """Whether the step computes a block that the row could find."""
+        computed = set()
+        for chunk in self.step.chunks:
+            if self.born[chunk.request] == self.weights:
+                computed.update(self.known.keys(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end))
+        tokens = self.tokens[request]
+        return not computed.isdisjoint(self.known.keys(request, tokens, 0, len(tokens) - 1))
+
+    def check_copies(self, number, copies):
+        sources, destinations = [source for source, _ in copies], [destination for _, destination in copies]
+        assert len(set(destinations)) == len(copies) and not set(sources) & set(destinations)
+        owned = {block for chunk in self.step.chunks for block in chunk.request.tables[number].blocks}
+        assert set(destinations) <= owned
+        size, memory = self.groups[number].blocks.block_size, self.memory[number]
+        for source, destination in copies:
+            for offset in range(size):
+                memory[destination * size + offset] = memory.get(source * size + offset)
+
+    @within_a_step
+    @rule()
+    def end_step(self):
+        step, self.step = self.step, None
+        for chunk in step.chunks:
+            states, tokens = self.states[chunk.request], self.tokens[chunk.request][chunk.start : chunk.end]
+            assert len(states) == chunk.start
+            states += [(self.weights, chunk.request.salt, token) for token in tokens]
+        for number, (group, memory) in enumerate(zip(self.groups, self.memory)):
+            for chunk in step.chunks:
+                slots = chunk.request.tables[number].slots(chunk.start, chunk.end)
+                memory.update(zip(slots, self.states[chunk.request][chunk.start : chunk.end]))
+            for chunk in step.chunks:
+                seen = 0 if group.window is None else max(0, chunk.start - group.window + 1)
+                found = [memory[slot] for slot in chunk.request.tables[number].slots(seen, chunk.end)]
+                assert found == self.states[chunk.request][seen : chunk.end]
+        for chunk in step.chunks:
+            if self.born[chunk.request] == self.weights:
+                self.known.learn(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end)
+        self.scheduler.done(step)
+        for chunk in step.chunks:
+            if chunk.samples:
+                followers = [row for row in chunk.request.followers if row not in self.out]
+                self.scheduler.follow(chunk.request)
+                self.born.update(dict.fromkeys(followers, self.born[chunk.request]))
+                self.states.update({row: list(self.states[chunk.request]) for row in followers})
+                self.sampling.update(dict.fromkeys([chunk.request, *followers]))
+
+    @within_a_step
+    @rule()
+    def abort_step(self):
+        """Whoever runs the step is interrupted before it has copied anything."""
+        step, self.step = self.step, None
+        self.scheduler.abort(step)
+        for number, copies in enumerate(step.copies):
+            for _, destination in copies:  # What was copied is lost; nobody may read it.
+                assert not any(destination in row.tables[number].blocks for row in self.tokens)
+
+    @precondition(lambda self: self.sampling)
+    @rule(pick=picks, is_over=st.booleans())
+    def hand_back(self, pick, is_over):
+        """A row's next token is sampled, or it is finished."""
+        request = list(self.sampling)[pick % len(self.sampling)]
+        del self.sampling[request]
+        if is_over or len(self.tokens[request]) >= self.limits[request]:
+            self.take_out(request)
+        else:
+            token = next(self.new_tokens)
+            request.tokens.append(token)
+            self.tokens[request].append(token)
+
+    @rule()
+    def hand_all_back(self):
+        while self.sampling:
+            self.hand_back(0, False)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=picks)
+    def cancel(self, pick):
+        """A row leaves, whatever it is about; only one whose chunk is under way must wait."""
+        request = self.live[pick % len(self.live)]
+        if self.step is None or all(chunk.request is not request for chunk in self.step.chunks):
+            self.take_out(request)
+
+    def take_out(self, request):
+        self.scheduler.remove(request)
+        for row in (request, *request.followers):
+            self.out[row] = None
+            self.sampling.pop(row, None)
+
+    @rule(number=st.integers(0, 1), count=st.integers(1, 8))
+    def hold(self, number, count):
+        """A cache outside the scheduler takes blocks and writes to them."""
+        blocks = self.groups[number].blocks
+        try:
+            taken = blocks.allocate(count)
+        except OutOfBlocksError:
+            return
+        self.held[number].update(dict.fromkeys(taken))
+        size = blocks.block_size
+        self.memory[number].update({block * size + at: "another's" for block in taken for at in range(size)})
+
+    @precondition(lambda self: any(self.held))
+    @rule(number=st.integers(0, 1), at_once=st.booleans())
+    def let_go(self, number, at_once):
+        blocks, self.held[number] = list(self.held[number]), {}
+        if at_once:
+            self.groups[number].blocks.free(blocks)
+        else:
+            self.groups[number].blocks.give_back(blocks)
+
+    @invariant()
+    def a_row_is_in_one_place(self):
+        followers = [row for leader in self.live for row in leader.followers if row not in self.out]
+        queues = {State.NEW: followers, State.WAITING: self.scheduler.waiting, State.RUNNING: self.scheduler.running}
+        queues[State.OUT] = list(self.out)
+        arrivals = {row: number for number, row in enumerate(self.tokens)}
+        for state in (State.WAITING, State.RUNNING):
+            assert queues[state] == sorted(queues[state], key=arrivals.get)
+        assert sorted(arrivals[row] for queue in queues.values() for row in queue) == list(range(len(arrivals)))
+        for state, queue in queues.items():
+            assert all(row.state is state for row in queue)
+            assert state is State.RUNNING or not any(table.blocks for row in queue for table in row.tables)
+        assert all(row.tokens == tokens for row, tokens in self.tokens.items())
+
+    @invariant()
+    def pools_are_whole(self):
+        for number, group in enumerate(self.groups):
+            blocks = group.blocks
+            sources = self.scheduler.held[number]
+            assert sorted(sources) == sorted(source for source, _ in (self.step.copies[number] if self.step else []))
+            owned = [row.tables[number].blocks for row in self.tokens]
+            blocks.check_integrity([*owned, list(self.held[number]), sources])
+            assert blocks.free_blocks + blocks.cached_blocks + blocks.used_blocks == blocks.total_blocks
+
+    @invariant()
+    def what_can_be_found_is_there(self):
+        self.scheduler.prefix.check_integrity()
+        for group, known in zip(self.groups, self.known.blocks):
+            kept = filter(group.blocks.is_kept, range(group.blocks.high_water))
+            assert sorted(known.values()) == list(kept)
+
+    def teardown(self):
+        """Whatever happened, every row gets to its end, even if nobody gives blocks back."""
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.keeps_budget = False
+        longest = sum(self.limits.values()) + 1
+        for _ in range(longest * (1 + len(self.live))):
+            if not self.live:
+                break
+            if self.step is None:
+                self.schedule()
+            self.end_step()
+            self.hand_all_back()
+        assert not self.live, "steps go on without end"
+        self.pools_are_whole()
+        for group, held in zip(self.groups, self.held):
+            assert group.blocks.used_blocks == len(held)
+
+
+TestSchedulerAgainstDictionaries = SchedulerAgainstDictionaries.TestCase
+TestSchedulerAgainstDictionaries.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

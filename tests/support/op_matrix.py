@@ -1,0 +1,108 @@
+"""Shared by the op tests: every implementation that this machine runs, pages of any shape, and the bounds."""
+
+import contextlib
+
+import torch
+
+from hf_paged_kernels import ops, reference, torch_sdpa
+from hf_paged_kernels.cpu import loader
+
+ISAS = loader.isas() if loader.load() else ()
+IMPLEMENTATIONS = ["torch", *ISAS]
+HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # Of a number between 1 and 2.
+
+
+@contextlib.contextmanager
+def implementation(name: str):
+    """The op layer, on torch or on the C++ kernels of one instruction set."""
+    if name == "torch":
+        yield torch_sdpa
+        return
+    before = loader.isa()
+    loader.use_isa(name)
+    try:
+        yield ops
+    finally:
+        loader.use_isa(before)
+
+
+# (context, queries) of each row: decode, blocks' edges, prefill with and without a past, empty rows.
+BATCHES = {
+    "decode": [(1, 1), (15, 1), (16, 1), (17, 1), (50, 1)],
+    "decode_even": [(32, 1), (32, 1)],
+    "prefill": [(33, 33), (33, 33)],
+    "chunk": [(37, 5), (5, 5), (20, 5)],
+    "mixed": [(1, 1), (40, 9), (0, 0), (17, 17), (31, 1)],
+    "empty_row": [(0, 1), (9, 1), (0, 3), (2, 4)],
+    "no_rows": [],
+}
+HEADS = [(4, 4), (8, 2), (5, 1), (9, 3)]
+OPTIONS = [{}, {"window": 7}, {"softcap": 0.5}, {"sinks": True}, {"window": 5, "softcap": 2.0, "sinks": True}]
+
+
+def make_pages(batch, heads, block_size, dtype, key_dim=16, value_dim=16, seed=0):
+    """Arguments of `paged_attention` up to `scale`, and sinks.
+
+    The rows' blocks lie in random order; every slot without a token of its row holds NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    blocks = [-(-context // block_size) for context, _ in batch]
+    order = torch.randperm(sum(blocks) + 3, generator=generator).tolist()
+    shape = (len(order), num_kv_heads, block_size)
+    caches = [torch.full((*shape, dim), float("nan"), dtype=dtype) for dim in (key_dim, value_dim)]
+    tables = torch.full((len(batch), max(blocks, default=0)), order[-1])
+    for row, (context, _) in enumerate(batch):
+        for index in range(blocks[row]):
+            tables[row, index] = block = order.pop()
+            filled = min(block_size, context - index * block_size)
+            for cache in caches:
+                values = torch.randn(num_kv_heads, filled, cache.shape[3], generator=generator)
+                cache[block, :, :filled] = values.to(dtype)
+    counts = torch.tensor([0] + [queries for _, queries in batch])
+    query = torch.randn(int(counts.sum()), num_heads, key_dim, generator=generator).to(dtype)
+    contexts = torch.tensor([context for context, _ in batch], dtype=torch.long)
+    return (query, *caches, tables, contexts, counts.cumsum(0)), torch.randn(num_heads, generator=generator)
+
+
+def op_arguments() -> dict[str, tuple]:
+    """Arguments of every op; no slot holds NaN."""
+    arguments, sinks = make_pages([(20, 1), (9, 3)], (4, 2), 16, torch.float32, 16, 8)
+    query, keys, values, *rows = (x.nan_to_num() if x.is_floating_point() else x for x in arguments)
+    generator = torch.Generator().manual_seed(1)
+    states = [torch.randn(4, 2, dim, generator=generator) for dim in (16, 8)]
+    slots = torch.tensor([1, 2, 5, 17])
+    return {
+        "write_kv": (*states, keys.clone(), values.clone(), slots),
+        "copy_blocks": (keys.clone(), values.clone(), torch.tensor([0, 1]), torch.tensor([3, 4])),
+        "paged_attention": (query, keys, values, *rows, 0.3, 7, 2.0, sinks),
+        "write_and_attend": (query, *states, keys.clone(), values.clone(), slots, *rows, 0.3),
+    }
+
+
+def hide_before_window(arguments, window: int) -> None:
+    """Put NaN into the slots that no query of their row sees any more; in place."""
+    _, keys, values, tables, contexts, starts = arguments
+    block_size = keys.shape[2]
+    for row, (context, begin, end) in enumerate(zip(contexts.tolist(), starts.tolist(), starts.tolist()[1:])):
+        for token in range(max(0, context - (end - begin) - window + 1)):
+            for cache in (keys, values):
+                cache[tables[row, token // block_size], :, token % block_size] = float("nan")
+
+
+def exact(arguments, scale: float, **options) -> torch.Tensor:
+    """The oracle's answer in float64."""
+    query, keys, values, *rows = arguments
+    return reference.paged_attention(query.double(), keys.double(), values.double(), *rows, scale, **options)
+
+
+def assert_accurate(got: torch.Tensor, expected: torch.Tensor, share: float = 1) -> None:
+    """fp32: 2e-6 of the largest output. Half precision: a share of 2 ulp of each output + 1e-3 of the largest."""
+    assert not got.isnan().any()
+    error, largest = (got.double() - expected).abs(), expected.abs().max() if expected.numel() else 0
+    if got.dtype == torch.float32:
+        assert error.numel() == 0 or error.max() <= 2e-6 * largest
+        return
+    exponent = torch.floor(torch.log2(expected.abs().clamp_min(2.0**-14)))
+    bound = 4 * HALF_ULP[got.dtype] * torch.exp2(exponent) + 1e-3 * largest
+    assert (error <= share * bound).all(), f"{(error / bound).max():.2f} times the bound"
