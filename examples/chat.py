@@ -1,17 +1,20 @@
 """A chat of several turns. Each turn computes only its new tokens: the prefix cache has those of the turns before.
 
-python examples/chat.py
-python examples/chat.py "What is a whale?" "How long does it live?" "And an elephant?"
+    python examples/chat.py
+    python examples/chat.py "What is a whale?" "How long does it live?" "And an elephant?"
+
+The code passes the whole chat to `generate` each time, as without hf_paged. Only full blocks are found again, so a few
+tokens of the turn before are computed anew.
 """
 
 import argparse
 import sys
 
 import torch
-from _demo_model import model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import hf_paged
+from _demo_model import model_path
 
 QUESTIONS = [
     "Name one animal that lives in the sea. Answer in one sentence.",

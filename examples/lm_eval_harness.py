@@ -3,18 +3,21 @@
     pip install -c constraints.txt -e ".[examples]"
     python examples/lm_eval_harness.py
 
-Its own command needs no code: ``lm_eval --model hf --model_args pretrained=NAME,attn_implementation=paged --tasks ...``
+The harness brings a stopping criterion of its own, so its calls of `generate` are not packed: they run transformers'
+loop, over the pages. Its command line needs no code at all:
+
+    lm_eval --model hf --model_args pretrained=NAME,attn_implementation=paged --tasks ...
 """
 
 import argparse
 import sys
 
-from _demo_model import model_path
 from datasets import Dataset, DatasetDict
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 import hf_paged
+from _demo_model import model_path
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Greece": "Athens", "Peru": "Lima"}
 
@@ -72,7 +75,7 @@ def main() -> None:
     print(f"answers    {', '.join(answer for (answer,) in answers[0])}")
     print(f"pool       {stats.page_reads} page reads, {sum(stats.gathers.values())} gathers")
     for reason in stats.fallbacks:
-        print(f"           generate ran transformers' own loop over the pages: {reason}")
+        print(f"           not packed: {reason}")
     if answers[0] != answers[1]:
         sys.exit(f"wrong: the generated answers differ: {answers}")
     if not stats.page_reads:

@@ -13,10 +13,10 @@ import sys
 import time
 
 import torch
-from _demo_model import model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import hf_paged
+from _demo_model import model_path
 
 PORTS = ["Lisbon", "Oslo", "Naples", "Dublin", "Bergen", "Athens", "Malta"]
 CARGO = ["tea", "wool", "salt", "copper", "apples", "timber", "glass", "paper", "rice", "oil", "cloth"]

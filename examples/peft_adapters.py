@@ -11,11 +11,11 @@ import contextlib
 import sys
 
 import torch
-from _demo_model import model_path
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_paged
+from _demo_model import model_path
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant who answers in one short sentence."}
 QUESTIONS = ["What is the sea?", "What is the moon?"]

@@ -16,11 +16,11 @@ import time
 from collections.abc import AsyncIterator
 
 import torch
-from _demo_model import model_path
 from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_paged
+from _demo_model import model_path
 
 BAD_REQUEST = (ValueError, TypeError, EOFError, asyncio.LimitOverrunError, hf_paged.PagedError)
 PROMPTS = ["Why is the sky blue?", "Write one sentence about a lighthouse."]

@@ -13,13 +13,13 @@ import sys
 import tempfile
 
 import torch
-from _demo_model import model_path
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import hf_paged
+from _demo_model import model_path
 
 PROMPT = [{"role": "user", "content": "Describe the sea in one sentence."}]
 
