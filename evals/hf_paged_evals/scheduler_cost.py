@@ -1,4 +1,4 @@
-"""What a decode step costs before and after the forward: schedule, pack and done (with the prefix cache), no model.
+"""What a decode step costs before and after the forward: schedule, pack and commit (with the prefix cache), no model.
 
 python evals/scheduler_cost.py [--rows 64 --rows 256 --rows 1024] [--context 512] [--window 256] [--steps 32]
 
@@ -25,7 +25,7 @@ class Group:
 
     def __init__(self, num_blocks: int, window: int | None):
         self.blocks, self.window = BlockPool(num_blocks, BLOCK_SIZE), window
-        self.allocate = self.blocks.allocate
+        self.allocate_or_grow = self.blocks.allocate
         self.layers = {0 if window is None else 1: None}
 
 
@@ -54,14 +54,14 @@ def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str,
         request.salt = ""  # Its blocks are hashed and stored.
         scheduler.add(request)
     buffers = StepBuffers(torch.device("cpu"))
-    seconds = {"schedule": [], "pack": [], "done": []}
+    seconds = {"schedule": [], "pack": [], "commit": []}
     for step in range(1 + steps):
         times = [time.perf_counter()]
         schedule = scheduler.schedule()
         times.append(time.perf_counter())
         pack(schedule.chunks, [group.window for group in groups], [g.layers for g in groups], buffers)
         times.append(time.perf_counter())
-        scheduler.done(schedule)
+        scheduler.commit(schedule)
         times.append(time.perf_counter())
         assert len(schedule.chunks) == rows
         for chunk in schedule.chunks:

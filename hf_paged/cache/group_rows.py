@@ -40,7 +40,7 @@ class GroupRows:
         """
         tables = [self.tables[row] for row in writes]
         ranges = [(token, last[row]) for row, token in writes.items()]
-        copies = make_writable(tables, ranges, lambda count: self.pool.allocate(count, promised))
+        copies = make_writable(tables, ranges, lambda count: self.pool.allocate_or_grow(count, promised))
         self._held.blocks += [source for source, _ in copies]
         self._copies += copies
 

@@ -36,7 +36,8 @@ from hf_paged.generation.cache_handoff import hand_over
 from hf_paged.generation.generate_call import Choice, GenerateCall
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
-from hf_paged.memory.reservation import StallDetector, entered, is_inside
+from hf_paged.memory.reservation import entered, is_inside
+from hf_paged.memory.stall_detector import StallDetector
 from hf_paged.models.fingerprint import Identity, identify
 from hf_paged.sampling.sampler import sample_together
 from hf_paged.scheduling.cache_salt import current_salt
@@ -111,7 +112,7 @@ class Drive:
     ----------
     schedule : SchedulerOutput
     seats : dict of Request to CallState
-        Of the rows that run, and of their followers.
+        Of the rows that run, and of their duplicates.
     began : float
         When it was planned.
     must_check : bool
@@ -214,8 +215,7 @@ class Engine:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.keys = list(pool.groups)
-        self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
-        self.scheduler.prefix.counts = pool.prefix_counts
+        self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget, pool.prefix_counts)
         self._buffers, self._patience = StepBuffers(self.keys[0].device), StallDetector(pool)
         self._linears_for = linears_of(pool.config)
         self._identity: Identity | None = None  # Of the model that the prefix cache serves, while rows run.
@@ -410,11 +410,11 @@ class Engine:
 
     @staticmethod
     def _deliveries(order: Drive, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[Delivery]:
-        """Logits ``[samples, vocab]`` by call. Followers of a row whose prompt is stored now start from its logits."""
+        """Logits ``[samples, vocab]`` by call. Duplicates of a row whose prompt is stored now start from its logits."""
         places: dict[CallState, dict[Request, int]] = {}
         sampled = [chunk.request for chunk in chunks if chunk.samples]
         for place, request in enumerate(sampled):
-            rows = [request, *(row for row in request.followers if row in order.seats)]
+            rows = [request, *(row for row in request.duplicates if row in order.seats)]
             places.setdefault(order.seats[request], {}).update(dict.fromkeys(rows, place))
         deliveries = []
         for seat, place_of in places.items():
@@ -493,11 +493,12 @@ class Engine:
     def _plan(self) -> Drive | None:
         began = time.monotonic()
         self._cancel_calls()
-        self.scheduler.is_closed = self.pool.num_waiting > 0
         # A call from inside another one cannot wait for it.
         is_awaited = any(seat.is_inside for seat in self._seats.values())
-        self.scheduler.keeps_budget = self._patience.is_for_reserved_calls and not is_awaited
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(
+            admits_waiting=not self.pool.num_waiting,
+            may_exceed_budget=not self._patience.expects_blocks() or is_awaited,
+        )
         for request, error in schedule.failed:
             self._seats[request].failed.append((request, error))
             self._seats[request].wake()
@@ -505,7 +506,7 @@ class Engine:
             return None
         self._under_way = schedule
         must_check, self._is_checked = not self._is_checked, True
-        rows = [row for chunk in schedule.chunks for row in (chunk.request, *chunk.request.followers)]
+        rows = [row for chunk in schedule.chunks for row in (chunk.request, *chunk.request.duplicates)]
         seats = {row: self._seats[row] for row in rows if row in self._seats}
         return Drive(schedule, seats, began, must_check)
 
@@ -518,7 +519,7 @@ class Engine:
         schedule, self._under_way = self._under_way, None
         if not report.is_same_model:
             self.scheduler.prefix.suspend()
-        self.scheduler.done(SchedulerOutput(report.chunks, schedule.copies, []))
+        self.scheduler.commit(SchedulerOutput(report.chunks, schedule.copies, []))
         for seat, error in report.errors:
             self._fail(seat, error)
         for delivery in report.deliveries:
@@ -531,7 +532,7 @@ class Engine:
     def _deliver(self, delivery: Delivery) -> None:
         seat = delivery.seat
         for request in delivery.requests:
-            self.scheduler.follow(request)
+            self.scheduler.start_duplicates(request)
         if delivery.choice is None:
             seat.logits.append((delivery.requests, delivery.logits))
             seat.is_sampling = True
