@@ -6,25 +6,24 @@ import sys
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import TransformersKwargs
-from transformers.utils.output_capturing import _active_collector
 
-from hf_paged.cache.append_step import Reads
-from hf_paged.cache.cross_attention import StoredStates, stored_obstacle, stored_reads
+from hf_paged.cache.cross_attention import StoredStates, stored_metadata, stored_obstacle
 from hf_paged.cache.lazy_tensors import PagedMask, PagedStates
+from hf_paged.compat.transformers import output_collector
 from hf_paged.errors import UnsupportedError
-from hf_paged.execution.packed_cache import ARGUMENT, NotPackableError, is_packed_mask
+from hf_paged.execution.attention_metadata import AttentionMetadata
+from hf_paged.execution.packed_cache import PACKED_FORWARD, NotPackableError, PackedForward, is_packed_mask
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.models import forward_context
 from hf_paged.reasons import Reason, Why
-from hf_paged_kernels import ops
 
 # Every argument that a model of transformers 5.23 hands to its attention function and that the paths
 # below, or the sdpa and eager functions they call, take into account or may ignore as those do.
 _KNOWN_ARGUMENTS = {
     "is_causal", "sliding_window", "position_bias", "output_attentions", "s_aux", "sinks", "softcap",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "deterministic",
-    "indices", "block_indices", ARGUMENT,
+    "indices", "block_indices", PACKED_FORWARD,
 }  # fmt: skip
 
 # Flags of models and decoder layers, which many hand to their attention with every other keyword.
@@ -63,11 +62,11 @@ def paged_attention_forward(
     UnsupportedError
         If the model passes an attention argument that is not known.
     """
-    step = kwargs.pop(ARGUMENT, None)
-    if step is None or not torch.compiler.is_compiling():  # An engine's first steps are never compiled.
+    packed: PackedForward | None = kwargs.pop(PACKED_FORWARD, None)
+    if packed is None or not torch.compiler.is_compiling():  # An engine's first steps are never compiled.
         _check_arguments(module, kwargs)
-    if step is not None:
-        return _attend_packed(step, module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+    if packed is not None:
+        return _attend_packed(packed, module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     if is_packed_mask(attention_mask):
         raise NotPackableError(Reason.LOST_KEYWORDS)
     if isinstance(key, StoredStates) or isinstance(value, StoredStates):
@@ -86,11 +85,11 @@ def paged_attention_forward(
         return _dense(module, query, key.fresh, value.fresh, attention_mask, dropout, scaling, kwargs)
     view = key.pages
     view.check()
-    storage, window = view.rows.pool.layers[view.layer], attention_mask.pattern.window
-    return _read_pages(query, view.sequences.pool, storage, view.step.reads, window, scaling, kwargs), None
+    storage, metadata = view.rows.group.layers[view.layer], view.step.metadata(attention_mask.pattern.window)
+    return _read_pages(query, view.batch.pool, storage, metadata, scaling, kwargs), None
 
 
-def _attend_packed(step, module, query, key, value, mask, dropout, scaling, kwargs) -> torch.Tensor:
+def _attend_packed(packed: PackedForward, module, query, key, value, mask, dropout, scaling, kwargs) -> torch.Tensor:
     """Attention in a packed step, or an error that sends the model to the rectangular loop."""
     obstacle = _general_obstacle(query, dropout, kwargs)
     if kwargs.get("position_bias") is not None:
@@ -99,7 +98,7 @@ def _attend_packed(step, module, query, key, value, mask, dropout, scaling, kwar
         obstacle = Reason.NOT_CAUSAL
     if obstacle is not None:
         raise NotPackableError(obstacle)
-    return step.attend(module, query, key, value, mask, scaling, kwargs)
+    return packed.attend(module, query, key, value, mask, scaling, kwargs)
 
 
 def _attend_stored(module, query, key, value, mask, dropout, scaling, kwargs):
@@ -109,8 +108,8 @@ def _attend_stored(module, query, key, value, mask, dropout, scaling, kwargs):
         key, value = (x.dense(obstacle) if isinstance(x, StoredStates) else x for x in (key, value))
         return _dense(module, query, key, value, mask, dropout, scaling, kwargs)
     key.check()
-    storage, reads = key.rows.pool.layers[key.layer.index], stored_reads(key.layer, query.shape[2], mask)
-    return _read_pages(query, key.layer.sequences.pool, storage, reads, None, scaling, kwargs), None
+    storage, metadata = key.rows.group.layers[key.layer.index], stored_metadata(key.layer, query.shape[2], mask)
+    return _read_pages(query, key.layer.batch.pool, storage, metadata, scaling, kwargs), None
 
 
 def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
@@ -182,37 +181,35 @@ def _general_obstacle(query, dropout, kwargs) -> Why | None:
 
 def _wants_weights(kwargs: dict) -> bool:
     """Whether the caller asked for attention weights; not every model passes the argument down."""
-    return bool(kwargs.get("output_attentions")) or "attentions" in (_active_collector.get() or ())
+    return bool(kwargs.get("output_attentions")) or "attentions" in (output_collector.get() or ())
 
 
 def _says_all_in_arguments() -> bool:
     """Whether the running model supports fused attention, and so hides nothing in its eager function."""
     call = forward_context.current_forward()
-    return call is not None and (call.model._supports_sdpa or call.model._supports_flash_attn)
+    return call is not None and call.supports_fused
 
 
-def _read_pages(query, pool: KVPool, storage: KVStorage, reads: Reads, window, scaling, kwargs) -> torch.Tensor:
+def _read_pages(query, pool: KVPool, storage: KVStorage, metadata: AttentionMetadata, scaling, kwargs) -> torch.Tensor:
     batch, num_heads, positions, head_dim = query.shape
     tokens = query.transpose(1, 2).reshape(batch * positions, num_heads, head_dim)
-    if reads.query_index is not None:
-        tokens = tokens.index_select(0, reads.query_index)
+    if metadata.query_index is not None:
+        tokens = tokens.index_select(0, metadata.query_index)
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
-    out = ops.paged_attention(
+    out = storage.attend(
         tokens,
-        storage.key_cache,
-        storage.value_cache,
-        reads.block_tables,
-        reads.context_lens,
-        reads.cu_seqlens_q,
+        metadata.block_tables,
+        metadata.context_lens,
+        metadata.cu_seqlens_q,
         head_dim**-0.5 if scaling is None else scaling,
-        window,
+        metadata.window,
         kwargs.get("softcap"),
         sinks,
     )
     pool.page_reads += 1
-    if reads.query_index is not None:
+    if metadata.query_index is not None:
         packed, out = out, out.new_zeros(batch * positions, num_heads, out.shape[-1])
-        out.index_copy_(0, reads.query_index, packed)
+        out.index_copy_(0, metadata.query_index, packed)
     return out.view(batch, positions, num_heads, -1)
 
 
@@ -220,11 +217,11 @@ def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[t
     """Attention over dense tensors, by the function the model would use without us."""
     mask = _chosen_by_indexer(module, query, key.shape[2], mask, kwargs)
     call = forward_context.current_forward()
-    fused = call is None or call.model._supports_sdpa
+    fused = call is None or call.supports_sdpa
     extras = (kwargs.get(name) for name in ("softcap", "s_aux", "sinks"))
     wants_eager = not fused or _wants_weights(kwargs) or any(extra is not None for extra in extras)
     if not wants_eager:
-        mask = mask.sdpa() if isinstance(mask, PagedMask) else mask
+        mask = mask.for_sdpa() if isinstance(mask, PagedMask) else mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     eager = _eager_function(module)
     mask = _additive(module, query, key, mask, kwargs)

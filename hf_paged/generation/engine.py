@@ -29,9 +29,10 @@ from transformers import PreTrainedModel
 
 from hf_paged.atomic import Undo, atomically, is_in_section
 from hf_paged.errors import OutOfBlocksError, UnsupportedError
-from hf_paged.execution.packed_cache import pack, run_step
+from hf_paged.execution.model_runner import run_step
 from hf_paged.execution.prepacked_linear import linears_of
 from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.execution.step_inputs import prepare_inputs
 from hf_paged.generation.cache_handoff import hand_over
 from hf_paged.generation.generate_call import Choice, GenerateCall
 from hf_paged.memory.block_table import BlockTable
@@ -402,10 +403,9 @@ class Engine:
         groups = self.scheduler.groups
         # Tensors made under one caller's inference_mode could not be changed by another's processors.
         with torch.inference_mode(False), torch.no_grad(), self._linears_for(model):
-            windows = [group.window for group in groups]
-            step = pack(chunks, windows, [group.layers for group in groups], self._buffers)
-            logits = run_step(model, step)
-        self.pool.page_reads += step.page_reads
+            inputs = prepare_inputs(chunks, groups, self._buffers)
+            logits = run_step(model, inputs)
+        self.pool.page_reads += len(inputs.layers)
         return logits
 
     @staticmethod

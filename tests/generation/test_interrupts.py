@@ -119,7 +119,7 @@ def test_a_time_limit_arrives_wherever_it_rings(place, beside, alarm, monkeypatc
     company = threading.Thread(target=lambda: results.append(paged.generate(**other, **ENDLESS)))
     owner, name = {
         "choose": (sampler, "likeliest"),
-        "forward": (packed_cache.StepInputs, "attend"),
+        "forward": (packed_cache.PackedForward, "attend"),
         "copy": (kv_pool.KVCacheGroup, "copy_blocks"),
     }[place]
     if beside:
@@ -204,7 +204,7 @@ def test_an_interrupt_inside_a_forward_leaves_no_call_behind(options):
     settled(paged)
     assert forward_context.running_forward() is None
     cache = DynamicCache(config=paged.config)
-    assert not cache.layers[0].sequences.deferred, "a new cache believes that a forward makes it"
+    assert not cache.layers[0].batch.is_deferring, "a new cache believes that a forward makes it"
     assert torch.equal(paged.generate(**inputs, **SHORT), wanted)
     assert hf_paged.stats(paged).packed_calls == before + 1
     new = zoo.build("llama", "paged")

@@ -3,15 +3,19 @@
 import functools
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged.atomic import Undo, atomically
-from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.cache.padding import Padding, is_binary
+from hf_paged.compat.torch import forward_pre_hooks
+from hf_paged.compat.transformers import is_callers_cache, replaced_loop_method, supports_logits_to_keep
 from hf_paged.errors import OutOfBlocksError, UnsupportedError
-from hf_paged.execution.packed_cache import NotPackableError, pack, run_step
+from hf_paged.execution.model_runner import run_step
+from hf_paged.execution.packed_cache import NotPackableError
 from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.execution.step_inputs import prepare_inputs
 from hf_paged.generation.cache_handoff import why_not_hand_over
 from hf_paged.generation.engine import Engine
 from hf_paged.generation.generate_call import ROW_WISE, ROW_WISE_CRITERIA, GenerateCall
@@ -143,13 +147,11 @@ def _why_not_this_model(model, device: torch.device) -> Why | None:
         return Reason.AUTOCAST
     if model.config.is_encoder_decoder:
         return Reason.ENCODER_DECODER
-    for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
-        # Asked of the model itself: PEFT gives one to the instance, for the time of a call.
-        if getattr(getattr(model, method), "__func__", None) is not getattr(GenerationMixin, method):
-            return Reason.OWN_METHOD.of(method)
-    if not model._supports_logits_to_keep():
+    if (method := replaced_loop_method(model)) is not None:
+        return Reason.OWN_METHOD.of(method)
+    if not supports_logits_to_keep(model):
         return Reason.EVERY_LOGIT
-    if any(_is_of_peft(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+    if any(_is_of_peft(hook) for module in model.modules() for hook in forward_pre_hooks(module).values()):
         return Reason.ROW_ADAPTERS
     text = model.config.get_text_config(decoder=True)
     ropes = [getattr(text, "rope_parameters", None) or {}]
@@ -179,7 +181,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> Why | None:
     cache = kwargs.get("past_key_values")
     if type(cache) is not DynamicCache or not kwargs.get("use_cache"):
         return Reason.OTHER_CACHE
-    if not all(isinstance(layer, PagedLayerMixin) and not layer.is_dense for layer in cache.layers) or not cache.layers:
+    if not all(isinstance(layer, PagedLayer) and not layer.is_dense for layer in cache.layers) or not cache.layers:
         return Reason.UNPAGED_LAYERS
     if cache.get_seq_length():
         return Reason.FILLED_CACHE
@@ -188,7 +190,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> Why | None:
     mask = kwargs.get("attention_mask")
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if mask is not None:
-        if mask.shape != ids.shape or not Padding(mask.bool()).left or not bool(mask[:, -1].all()):
+        if mask.shape != ids.shape or not Padding(mask.bool()).is_left or not bool(mask[:, -1].all()):
             return Reason.PADDING_NOT_LEFT
         if not is_binary(mask):
             return Reason.MASK_VALUES
@@ -201,7 +203,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict) -> Why | None:
 
 def _outlives_call(cache: DynamicCache, config) -> bool:
     """Whether the caller will see what the call leaves in its cache."""
-    return bool(config.return_dict_in_generate or getattr(cache, "_is_user_defined", False))
+    return bool(config.return_dict_in_generate or is_callers_cache(cache))
 
 
 def _same_where(given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -312,10 +314,10 @@ def _try_alone(model, ids: torch.Tensor) -> tuple[torch.Tensor, KVPool | None]:
             alone = functools.partial(model, input_ids=ids, past_key_values=cache, use_cache=True)
             output = _forward(model, alone)
         pools = registry.pools_under(model)
-        stored = [layer for layer in cache.layers if isinstance(layer, PagedLayerMixin) and layer.is_paged]
+        stored = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:
             return output.logits[0, -1], None
-        if pools[0].groups.keys() == stored[0].sequences.groups.keys():
+        if pools[0].groups.keys() == stored[0].batch.groups.keys():
             break
         registry.renew_pools(model, even_good=True)
     return output.logits[0, -1], pools[0]
@@ -344,9 +346,8 @@ def _try_step(model, engine: Engine, pool: KVPool, token: int) -> torch.Tensor:
             for group in scheduler.groups:
                 group.ensure()
         with torch.inference_mode(False), torch.no_grad():
-            windows, storages = zip(*((group.window, group.layers) for group in scheduler.groups))
-            step = pack(chunks, windows, storages, StepBuffers(engine.keys[0].device))
-            return _forward(model, lambda: run_step(model, step))[1]
+            inputs = prepare_inputs(chunks, scheduler.groups, StepBuffers(engine.keys[0].device))
+            return _forward(model, lambda: run_step(model, inputs))[1]
     finally:
         undo.now()
 
