@@ -21,9 +21,7 @@ class GroupRows:
         self.tables = [BlockTable(pool.blocks) for _ in range(batch_size)]
         self.lengths: dict[int, int] = {}  # layer index -> positions it has seen
         self.step: AppendStep | None = None
-        self.stored_metadata: tuple[tuple, AttentionMetadata] | None = (
-            None  # Of cross-attention: what it is for, and it.
-        )
+        self.stored_metadata: tuple[tuple, AttentionMetadata] | None = None  # Of cross-attention, and its key.
         self.version = 0  # Changes so far; a handle from before the last one is stale.
         self._copies: list[tuple[int, int]] = []  # (source, destination) of shared blocks, not copied yet.
         self._held = BlockTable(pool.blocks)  # Their sources.

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import hf_paged
 from hf_paged import PagedConfig
 from hf_paged.models import registry
-from hf_paged_integrations.transformers import generate
+from hf_paged_integrations.transformers import generate, trial
 from support import zoo
 from support.packing import BLOCK, LENGTHS
 
@@ -206,12 +206,12 @@ def test_a_refusal_whose_cause_cannot_be_seen_is_doubted_now_and_then():
 
 def test_a_model_that_stays_refused_is_tried_ever_less(monkeypatch):
     model, _, _ = refused()
-    trials, make = [], generate._make_engine
-    monkeypatch.setattr(generate, "_make_engine", lambda *args: (trials.append(len(calls)), make(*args))[1])
+    trials, make = [], trial.make_engine
+    monkeypatch.setattr(trial, "make_engine", lambda *args: (trials.append(len(calls)), make(*args))[1])
     calls = []
     for number in range(60):
         calls.append(number)
-        registry.engine_of(model, lambda model: generate._make_engine(model, model.device))
+        generate.engine_for(model, model.device)
     assert trials == [9, 26, 59]
 
 
@@ -233,17 +233,17 @@ def test_a_full_pool_is_no_lasting_refusal():
 def test_configure_while_an_engine_is_tried(monkeypatch):
     """Another thread may call it: the engine that was made for the old pool serves that one call at most."""
     dense, paged = fresh_pair()
-    make = generate._make_engine
+    make = trial.make_engine
 
     def make_and_configure(*args):
         engine = make(*args)
         hf_paged.configure(paged, PagedConfig(block_size=8))
         return engine
 
-    monkeypatch.setattr(generate, "_make_engine", make_and_configure)
+    monkeypatch.setattr(trial, "make_engine", make_and_configure)
     expected, got = both((dense, paged))
     assert torch.equal(expected, got)
-    monkeypatch.setattr(generate, "_make_engine", make)
+    monkeypatch.setattr(trial, "make_engine", make)
     assert torch.equal(expected, both([paged])[0])
     stats = hf_paged.stats(paged)
     assert stats.block_size == 8 and stats.page_reads > 0
