@@ -1,19 +1,11 @@
-"""The one configuration object, and how a memory budget becomes bytes."""
+"""The one configuration object, and how a memory budget is read."""
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
-from transformers.utils import logging
-
-from hf_paged.memory.limits import memory_limits
-
-logger = logging.get_logger(__name__)
-
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-DEFAULT_SHARE = 0.25
 _LARGEST_BLOCK = 2**16
 
 
@@ -82,11 +74,6 @@ class PagedConfig:
         if not isinstance(self.cache_salt, str):
             raise ValueError(f"cache_salt must be a text; got {self.cache_salt!r}: try str(...) of it")
 
-    def budget_bytes(self, device: torch.device) -> int:
-        """The budget in bytes for a pool that is made now on `device`."""
-        stated = parse_bytes(self.memory_budget)
-        return int(available_memory(device) * DEFAULT_SHARE) if stated is None else allowed_budget(stated, device)
-
 
 def parse_bytes(amount: int | str | None) -> int | None:
     """Turn ``"1.5GiB"``, ``1024`` or ``None`` into bytes (or ``None``).
@@ -108,35 +95,3 @@ def parse_bytes(amount: int | str | None) -> int | None:
             f"memory_budget must be a positive number of bytes; got {amount!r}: leave it out for the default"
         )
     return amount
-
-
-def allowed_budget(stated: int, device: torch.device) -> int:
-    """A budget in bytes, lowered to what can ever be held on `device`."""
-    if device.type == "cuda":
-        name, most = f"the memory of {device}", torch.cuda.mem_get_info(device)[1]
-    else:
-        limits = ((limit.left if limit.counts_addresses else limit.total, limit.name) for limit in memory_limits())
-        most, name = min(limits)
-    if stated > most:
-        logger.warning_once(
-            f"hf_paged: memory_budget is larger than {name}, {most:,} bytes: these are the budget. "
-            "Lower memory_budget, or leave it out for the default."
-        )
-    return min(stated, most)
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that a new allocation on `device` could get now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(limit.left for limit in memory_limits())
-
-
-def physical_memory(device: torch.device) -> int:
-    """Bytes that a pool may reserve on `device`: its memory, as far as this process may have it.
-
-    Reserving takes address space alone. Where that is limited, half of what is left stays for everything else.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return min(limit.left // 2 if limit.counts_addresses else limit.total for limit in memory_limits())

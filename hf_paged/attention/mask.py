@@ -5,11 +5,12 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, masking_utils
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from hf_paged.cache.cross_attention import visible_lens
 from hf_paged.cache.lazy_tensors import MaskPattern, PagedMask
+from hf_paged.compat.transformers import causal_mask_function, eager_mask, intersected_masks, sliding_window_of
 from hf_paged.execution.packed_cache import PACKED_OFFSET, NotPackableError, packed_mask
 from hf_paged.models import forward_context
 from hf_paged.reasons import Reason
@@ -47,7 +48,7 @@ def paged_mask(
             raise NotPackableError(Reason.NOT_CAUSAL)
         return packed_mask(pattern.window, device)
     call = forward_context.current_forward()
-    fused = call is None or call.model._supports_sdpa
+    fused = call is None or call.supports_sdpa
     make_mask = sdpa_mask if fused else eager_mask
 
     def make(may_skip: bool) -> torch.Tensor | None:
@@ -82,14 +83,14 @@ def paged_mask(
             return make(may_skip)
         shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if fused else dtype
         return PagedMask(shape, dtype, device, make, None, Reason.NOT_CAUSAL, kv_offset, lens)
-    sequences, layer = request
-    if q_offset != sequences.length(layer):
+    batch, layer = request
+    if q_offset != batch.length(layer):
         return make(may_skip)
-    obstacle = sequences.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
-    if sequences.deferred:
+    obstacle = batch.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
+    if batch.is_deferring:
         return make(may_skip)
     pattern = causal_pattern(mask_function)
-    if pattern is not None and pattern.window is not None and not sequences.padding.left:
+    if pattern is not None and pattern.window is not None and not batch.padding.is_left:
         obstacle = obstacle or Reason.PADDED_WINDOW
     shape = (batch_size, 1, q_length, kv_length)
     return PagedMask(shape, torch.bool if fused else dtype, device, make, pattern, obstacle, kv_offset)
@@ -126,9 +127,10 @@ def causal_pattern(mask_function: Callable) -> MaskPattern | None:
     """
     if mask_function is causal_mask_function:
         return MaskPattern(None)
-    if _is_made_by(mask_function, "and_masks.<locals>.and_mask"):
-        parts = [causal_pattern(part) or _window_pattern(part) for part in _closure(mask_function)["mask_functions"]]
-        if None in parts or causal_mask_function not in _closure(mask_function)["mask_functions"]:
+    functions = intersected_masks(mask_function)
+    if functions is not None:
+        parts = [causal_pattern(part) or _window_pattern(part) for part in functions]
+        if None in parts or causal_mask_function not in functions:
             return None
         windows = [part.window for part in parts if part.window is not None]
         return MaskPattern(min(windows, default=None))
@@ -136,16 +138,5 @@ def causal_pattern(mask_function: Callable) -> MaskPattern | None:
 
 
 def _window_pattern(mask_function: Callable) -> MaskPattern | None:
-    if _is_made_by(mask_function, "sliding_window_overlay.<locals>.inner_mask"):
-        return MaskPattern(_closure(mask_function)["sliding_window"])
-    return None
-
-
-def _is_made_by(function: Callable, qualname: str) -> bool:
-    if isinstance(function, functools.partial):
-        return False
-    return getattr(function, "__module__", None) == masking_utils.__name__ and function.__qualname__ == qualname
-
-
-def _closure(function: Callable) -> dict:
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
+    window = sliding_window_of(mask_function)
+    return None if window is None else MaskPattern(window)

@@ -6,10 +6,10 @@ import sys
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import TransformersKwargs
-from transformers.utils.output_capturing import _active_collector
 
 from hf_paged.cache.cross_attention import StoredStates, stored_metadata, stored_obstacle
 from hf_paged.cache.lazy_tensors import PagedMask, PagedStates
+from hf_paged.compat.transformers import output_collector
 from hf_paged.errors import UnsupportedError
 from hf_paged.execution.attention_metadata import AttentionMetadata
 from hf_paged.execution.packed_cache import PACKED_FORWARD, NotPackableError, PackedForward, is_packed_mask
@@ -17,7 +17,6 @@ from hf_paged.memory.kv_pool import KVPool
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.models import forward_context
 from hf_paged.reasons import Reason, Why
-from hf_paged_kernels import ops
 
 # Every argument that a model of transformers 5.23 hands to its attention function and that the paths
 # below, or the sdpa and eager functions they call, take into account or may ignore as those do.
@@ -86,8 +85,8 @@ def paged_attention_forward(
         return _dense(module, query, key.fresh, value.fresh, attention_mask, dropout, scaling, kwargs)
     view = key.pages
     view.check()
-    storage, metadata = view.rows.pool.layers[view.layer], view.step.metadata(attention_mask.pattern.window)
-    return _read_pages(query, view.sequences.pool, storage, metadata, scaling, kwargs), None
+    storage, metadata = view.rows.group.layers[view.layer], view.step.metadata(attention_mask.pattern.window)
+    return _read_pages(query, view.batch.pool, storage, metadata, scaling, kwargs), None
 
 
 def _attend_packed(packed: PackedForward, module, query, key, value, mask, dropout, scaling, kwargs) -> torch.Tensor:
@@ -109,8 +108,8 @@ def _attend_stored(module, query, key, value, mask, dropout, scaling, kwargs):
         key, value = (x.dense(obstacle) if isinstance(x, StoredStates) else x for x in (key, value))
         return _dense(module, query, key, value, mask, dropout, scaling, kwargs)
     key.check()
-    storage, metadata = key.rows.pool.layers[key.layer.index], stored_metadata(key.layer, query.shape[2], mask)
-    return _read_pages(query, key.layer.sequences.pool, storage, metadata, scaling, kwargs), None
+    storage, metadata = key.rows.group.layers[key.layer.index], stored_metadata(key.layer, query.shape[2], mask)
+    return _read_pages(query, key.layer.batch.pool, storage, metadata, scaling, kwargs), None
 
 
 def _check_arguments(module: torch.nn.Module, kwargs: dict) -> None:
@@ -182,13 +181,13 @@ def _general_obstacle(query, dropout, kwargs) -> Why | None:
 
 def _wants_weights(kwargs: dict) -> bool:
     """Whether the caller asked for attention weights; not every model passes the argument down."""
-    return bool(kwargs.get("output_attentions")) or "attentions" in (_active_collector.get() or ())
+    return bool(kwargs.get("output_attentions")) or "attentions" in (output_collector.get() or ())
 
 
 def _says_all_in_arguments() -> bool:
     """Whether the running model supports fused attention, and so hides nothing in its eager function."""
     call = forward_context.current_forward()
-    return call is not None and (call.model._supports_sdpa or call.model._supports_flash_attn)
+    return call is not None and call.supports_fused
 
 
 def _read_pages(query, pool: KVPool, storage: KVStorage, metadata: AttentionMetadata, scaling, kwargs) -> torch.Tensor:
@@ -197,10 +196,8 @@ def _read_pages(query, pool: KVPool, storage: KVStorage, metadata: AttentionMeta
     if metadata.query_index is not None:
         tokens = tokens.index_select(0, metadata.query_index)
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
-    out = ops.paged_attention(
+    out = storage.attend(
         tokens,
-        storage.key_cache,
-        storage.value_cache,
         metadata.block_tables,
         metadata.context_lens,
         metadata.cu_seqlens_q,
@@ -220,11 +217,11 @@ def _dense(module, query, key, value, mask, dropout, scaling, kwargs) -> tuple[t
     """Attention over dense tensors, by the function the model would use without us."""
     mask = _chosen_by_indexer(module, query, key.shape[2], mask, kwargs)
     call = forward_context.current_forward()
-    fused = call is None or call.model._supports_sdpa
+    fused = call is None or call.supports_sdpa
     extras = (kwargs.get(name) for name in ("softcap", "s_aux", "sinks"))
     wants_eager = not fused or _wants_weights(kwargs) or any(extra is not None for extra in extras)
     if not wants_eager:
-        mask = mask.sdpa() if isinstance(mask, PagedMask) else mask
+        mask = mask.for_sdpa() if isinstance(mask, PagedMask) else mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     eager = _eager_function(module)
     mask = _additive(module, query, key, mask, kwargs)

@@ -5,11 +5,11 @@ cache's layers (``layer.keys``). Inside a forward they get handles, so that the 
 """
 
 import torch
-from transformers.masking_utils import bidirectional_mask_function
 
 from hf_paged.cache.lazy_tensors import LazyTensor, PagedMask
+from hf_paged.compat.torch import make_wrapper_subclass
+from hf_paged.compat.transformers import bidirectional_mask_function
 from hf_paged.execution.attention_metadata import AttentionMetadata
-from hf_paged.models import forward_context
 from hf_paged.reasons import Reason, Why
 
 
@@ -20,7 +20,7 @@ class StoredStates(LazyTensor):
 
     Attributes
     ----------
-    layer : PagedLayerMixin
+    layer : PagedLayer
     is_key : bool
     rows : GroupRows
         Where the layer is stored.
@@ -30,12 +30,11 @@ class StoredStates(LazyTensor):
 
     @staticmethod
     def __new__(cls, layer, is_key: bool) -> "StoredStates":
-        rows = layer.sequences.group_rows(layer.index)
-        storage = rows.pool.layers[layer.index]
-        cache = storage.key_cache if is_key else storage.value_cache
-        length = layer.sequences.length(layer.index)
-        shape = (layer.sequences.batch_size, cache.shape[1], layer._retained(length), cache.shape[3])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=cache.dtype, device=cache.device)
+        rows = layer.batch.group_rows(layer.index)
+        storage = rows.group.layers[layer.index]
+        length = layer.batch.length(layer.index)
+        shape = (layer.batch.batch_size, storage.num_kv_heads, layer.num_retained(length), storage.head_dim(is_key))
+        self = make_wrapper_subclass(cls, shape, dtype=storage.states_dtype, device=storage.device)
         self.layer, self.is_key, self.rows, self.stored_at = layer, is_key, rows, rows.version
         return self
 
@@ -60,8 +59,8 @@ def stored_obstacle(module, query, key, value, mask, kwargs) -> Why | None:
     """Why attention cannot read stored keys and values in place; None if it can."""
     if not (isinstance(key, StoredStates) and isinstance(value, StoredStates) and key.layer is value.layer):
         return Reason.TWO_SOURCES
-    sequences = key.layer.sequences
-    if query.shape[0] != key.shape[0] or key.layer.window is not None or sequences.padding.valid is not None:
+    batch = key.layer.batch
+    if query.shape[0] != key.shape[0] or key.layer.window is not None or batch.padding.valid is not None:
         return Reason.PARTLY_STORED
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -80,8 +79,8 @@ def stored_metadata(layer, queries: int, mask: PagedMask | None) -> AttentionMet
 
     The op is causal: a query sees what comes before it, so each query is a row of its own that comes last.
     """
-    rows, sequences = layer.sequences.group_rows(layer.index), layer.sequences
-    lens = [sequences.length(layer.index)] * len(rows.tables) if mask is None else mask.visible_lens
+    rows, batch = layer.batch.group_rows(layer.index), layer.batch
+    lens = [batch.length(layer.index)] * len(rows.tables) if mask is None else mask.visible_lens
     state = (rows.version, queries, tuple(lens))
     if rows.stored_metadata is None or rows.stored_metadata[0] != state:
         # One for all layers of a forward, and for all forwards between two reorderings.
@@ -90,7 +89,7 @@ def stored_metadata(layer, queries: int, mask: PagedMask | None) -> AttentionMet
 
 
 def _make_metadata(rows, queries: int, lens: list[int]) -> AttentionMetadata:
-    device = rows.pool.key.device
+    device = rows.group.key.device
     width = max(len(table.blocks) for table in rows.tables)
     tables = torch.tensor([table.blocks + [0] * (width - len(table.blocks)) for table in rows.tables], device=device)
     context_lens = torch.tensor(lens, dtype=torch.long, device=device)
@@ -120,8 +119,3 @@ def visible_lens(mask_function, columns: torch.Tensor | None, positions: int) ->
     if bool((columns[:, 1:] & ~columns[:, :-1]).any()):
         return None
     return columns.sum(1).tolist()
-
-
-def is_read_by_model() -> bool:
-    """Tell whether a model's forward reads a layer: it gets a handle on the pages, any other reader a tensor."""
-    return not torch.compiler.is_compiling() and forward_context.running_forward() is not None

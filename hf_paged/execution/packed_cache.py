@@ -17,7 +17,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 
 from hf_paged.execution.step_inputs import StepInputs
 from hf_paged.reasons import Reason, Why
-from hf_paged_kernels import ops
 
 # The keyword under which a `PackedForward` travels from the model's call to its attention function.
 PACKED_FORWARD = "hf_paged_forward"
@@ -122,19 +121,17 @@ class PackedForward:
         if fresh is None or fresh[0] is not key or fresh[1] is not value:
             raise NotPackableError(Reason.EARLY_COMPUTATION)
         storage, metadata = self.inputs.layers[index]
-        if key.dtype != storage.dtype or key.device != storage.device:
+        if key.dtype != storage.states_dtype or key.device != storage.device:
             raise NotPackableError(Reason.CHANGED_PLACE)
         # A compiled mask function cannot tell the window: the engine's first steps ran uncompiled, and were checked.
         if not is_packed_mask(mask) or not (torch.compiler.is_compiling() or _is_for(mask, metadata.window)):
             raise NotPackableError(Reason.OTHER_PATTERN)
         sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
         self.page_reads += 1
-        out = ops.write_and_attend(
+        out = storage.write_and_attend(
             query[0].transpose(0, 1),  # [num_tokens, num_heads, key_dim]
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
-            storage.key_cache,
-            storage.value_cache,
             metadata.slot_mapping,
             metadata.block_tables,
             metadata.context_lens,

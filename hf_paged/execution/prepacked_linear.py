@@ -5,7 +5,6 @@ tokens spends up to half of its products on that.
 """
 
 import contextlib
-import functools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,6 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
+
+from hf_paged.compat.torch import (
+    children_of,
+    prepack_linear_weight,
+    prepackable_dtypes,
+    prepacked_linear,
+    version_of,
+)
 
 # Kernels for other numbers of rows read this layout as well: a step's number is not known before.
 _ROWS = 32
@@ -65,12 +72,12 @@ class PrepackedLinears:
     def copy_of(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The prepacked copy of `weight`; None if oneDNN cannot multiply with one."""
         copy = self._copies.get(weight)
-        if copy is not None and copy.origin == (weight.data_ptr(), weight._version):
+        if copy is not None and copy.origin == (weight.data_ptr(), version_of(weight)):
             return copy.weight
         if not _can_prepack(weight):
             return None
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-        self._copies[weight] = _Copy(packed, (weight.data_ptr(), weight._version))
+        packed = prepack_linear_weight(weight.detach(), _ROWS)
+        self._copies[weight] = _Copy(packed, (weight.data_ptr(), version_of(weight)))
         return packed
 
 
@@ -104,7 +111,7 @@ class PrepackedForward:
             copy = self._linears.copy_of(weight)
         if copy is None:
             return functional.linear(input, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(input, copy, bias, "none", [], "")
+        return prepacked_linear(input, copy, bias)
 
 
 def _plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
@@ -113,7 +120,7 @@ def _plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
     left = [model]
     while left:
         module = left.pop()
-        left.extend(child for child in module._modules.values() if child is not None)
+        left.extend(child for child in children_of(module).values() if child is not None)
         if isinstance(module, torch.nn.Linear) and type(module).forward is _FORWARD:
             # An interrupt may have left a forward of ours behind.
             if isinstance(vars(module).get("forward"), PrepackedForward | None):
@@ -121,22 +128,12 @@ def _plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
     return found
 
 
-@functools.cache
-def _dtypes() -> set[torch.dtype]:
-    """The dtypes that oneDNN multiplies on this processor."""
-    if not torch.backends.mkldnn.is_available():
-        return set()
-    mkldnn = torch.ops.mkldnn
-    halves = {torch.bfloat16: mkldnn._is_mkldnn_bf16_supported, torch.float16: mkldnn._is_mkldnn_fp16_supported}
-    return {torch.float32, *(dtype for dtype, is_supported in halves.items() if is_supported())}
-
-
 def _can_prepack(weight: torch.Tensor) -> bool:
     """Tell whether oneDNN has a layout of its own for this weight."""
     return (
         type(weight) is torch.nn.Parameter  # Not a quantised one, which is a subclass.
         and weight.device.type == "cpu"
-        and weight.dtype in _dtypes()
+        and weight.dtype in prepackable_dtypes()
         and weight.is_contiguous()
         and not weight.is_inference()
     )

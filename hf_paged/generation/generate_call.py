@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers.generation import logits_process, stopping_criteria
 
-from hf_paged.cache.duplicate_rows import same_rows
+from hf_paged.cache.duplicate_rows import first_equal_rows
+from hf_paged.compat.transformers import pad_token
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.sampling.cancellation import Cancellation
@@ -89,7 +90,7 @@ class GenerateCall:
         self.input_ids, self.streamer, self.cache = input_ids, streamer, cache
         self._processors, self._criteria = processors, criteria
         self._endings = StoppingRules(criteria) if StoppingRules.KINDS.issuperset(map(type, criteria)) else None
-        self._do_sample, self._pad = generation_config.do_sample, generation_config._pad_token_tensor
+        self._do_sample, self._pad = generation_config.do_sample, pad_token(generation_config)
         # What `generate` returns besides the tokens of a lone row, a tensor ``[1, vocab]`` a step.
         returns = generation_config.return_dict_in_generate
         self.logits = () if returns and generation_config.output_logits else None
@@ -103,7 +104,7 @@ class GenerateCall:
         )
         self.requests = [Request(tokens, pools) for tokens in prompts]
         self._row_of = {request: row for row, request in enumerate(self.requests)}
-        self._lead(same_rows(input_ids, valid))
+        self._lead(first_equal_rows(input_ids, valid))
         batch, self._width = input_ids.shape
         room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
         with torch.inference_mode(False):  # Another thread may write to it.

@@ -10,13 +10,13 @@ import torch
 from transformers.utils import logging
 
 from hf_paged.atomic import after_fork_in_child
-from hf_paged.config import PagedConfig, physical_memory
+from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.kv_format import BlockShape, KVFormat, make_kv_format
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.memory.reservation import Reservation, of_this_thread
-from hf_paged.scheduling.prefix_cache import PrefixCounts
-from hf_paged_kernels import ops
+from hf_paged.memory.sizing import budget_bytes, physical_memory
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +26,7 @@ class KVCacheSpec:
     """What layers must have in common to share block tables."""
 
     window: int | None  # Sliding window in tokens; None: full attention.
-    dtype: torch.dtype
+    states_dtype: torch.dtype  # Of keys and values as the model computes them; pages are as their KV format says.
     device: torch.device
 
 
@@ -36,9 +36,9 @@ class KVCacheGroup:
     A block id names one block in each layer of the group.
     """
 
-    def __init__(self, key: KVCacheSpec, config: PagedConfig, bytes_per_block: int):
-        self.key = key
-        self.budget_blocks = max(1, config.budget_bytes(key.device) // bytes_per_block)
+    def __init__(self, key: KVCacheSpec, config: PagedConfig, kv_format: KVFormat, bytes_per_block: int):
+        self.key, self.kv_format = key, kv_format
+        self.budget_blocks = max(1, budget_bytes(config, key.device) // bytes_per_block)
         # Address space past the budget: a call that cannot wait may exceed it rather than fail.
         self.capacity = max(self.budget_blocks, physical_memory(key.device) // bytes_per_block)
         cache_blocks = int(self.budget_blocks * config.prefix_cache_share)
@@ -52,8 +52,8 @@ class KVCacheGroup:
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVStorage:
         """Storage of layer `index`, made for states ``[batch, num_kv_heads, tokens, head_dim]`` if new."""
         if index not in self.layers:
-            shape = key.shape[1], key.shape[3], value.shape[3], self.blocks.block_size
-            self.layers[index] = KVStorage(*shape, key.dtype, key.device, self.capacity, self.budget_blocks)
+            shape = block_shape(key, value, self.blocks.block_size)
+            self.layers[index] = KVStorage(self.kv_format, shape, key.device, self.capacity, self.budget_blocks)
         return self.layers[index]
 
     def allocate(self, num_blocks: int, promised: Sequence[Reservation] | None = None) -> list[int]:
@@ -98,7 +98,28 @@ class KVCacheGroup:
         source, destination = torch.tensor(copies, device=self.key.device).unbind(1)
         self.ensure()
         for storage in self.layers.values():
-            ops.copy_blocks(storage.key_cache, storage.value_cache, source, destination)
+            storage.copy_blocks(source, destination)
+
+
+@dataclass
+class PrefixCounts:
+    """Hits of the prefix cache on a pool so far.
+
+    Attributes
+    ----------
+    lookups : int
+        Rows that were looked up when they started to run, preempted ones again.
+    hit_tokens : int
+        Tokens of these rows that were found, and not computed.
+    """
+
+    lookups: int = 0
+    hit_tokens: int = 0
+
+
+def block_shape(key: torch.Tensor, value: torch.Tensor, block_size: int) -> BlockShape:
+    """The shape of the blocks of a layer with states ``[batch, num_kv_heads, positions, head_dim]``."""
+    return BlockShape(key.shape[1], block_size, key.shape[3], value.shape[3])
 
 
 class KVPool:
@@ -135,9 +156,9 @@ class KVPool:
     def group(self, group_key: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> KVCacheGroup:
         """The group of that key; sized at its first use from one layer's states and the model's layer count."""
         if group_key not in self.groups:
-            elements = key.shape[1] * (key.shape[3] + value.shape[3])
-            bytes_per_block = elements * self.config.block_size * key.dtype.itemsize * num_layers
-            self.groups[group_key] = KVCacheGroup(group_key, self.config, bytes_per_block)
+            kv_format = make_kv_format(group_key.states_dtype)
+            bytes_per_block = kv_format.block_bytes(block_shape(key, value, self.config.block_size)) * num_layers
+            self.groups[group_key] = KVCacheGroup(group_key, self.config, kv_format, bytes_per_block)
         return self.groups[group_key]
 
     def check_integrity(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_paged.atomic import after_fork_in_child
+from hf_paged.compat.transformers import attention_implementation
 from hf_paged.config import PagedConfig
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.models.refusal import Refusal
@@ -169,7 +170,8 @@ def counts_under(model: torch.nn.Module) -> list[CallCounts]:
 def implementation_of(model: torch.nn.Module) -> str:
     """The attention implementation of the decoder in `model`, as its config names it now."""
     models = (module for module in _submodules(model) if isinstance(module, PreTrainedModel))
-    return next((module.config.get_text_config(decoder=True)._attn_implementation for module in models), "none")
+    configs = (module.config.get_text_config(decoder=True) for module in models)
+    return next(map(attention_implementation, configs), None) or "none"
 
 
 def forget_pools(model: torch.nn.Module) -> None:

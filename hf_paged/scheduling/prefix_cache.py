@@ -12,23 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.kv_pool import PrefixCounts
 from hf_paged.scheduling.request import Request
-
-
-@dataclass
-class PrefixCounts:
-    """What the prefix cache of a pool did so far.
-
-    Attributes
-    ----------
-    lookups : int
-        Rows that were looked up when they started to run, preempted ones again.
-    hit_tokens : int
-        Tokens of these rows that were found, and not computed.
-    """
-
-    lookups: int = 0
-    hit_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Protocol
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable, make_writable
+from hf_paged.memory.sizing import row_blocks
 from hf_paged.scheduling.prefix_cache import Hit, PrefixCache
 from hf_paged.scheduling.request import Request, State
 
@@ -326,12 +327,10 @@ class Scheduler:
         group, pool = self.groups[index], self.groups[index].blocks
         tokens = len(request.tokens) + ahead
         if group.window is None:
-            return -(-tokens // pool.block_size)
-        # Before a chunk lies the window of its first token, which may begin at a block's last slot.
-        before = group.window - 1 + pool.block_size - 1
+            return row_blocks(tokens, pool.block_size, None)
         chunk = min(max(request.num_pending - stored, 1), self.token_budget)
-        least, most = (-(-min(tokens, before + count) // pool.block_size) for count in (1, chunk))
-        return max(least, min(most, pool.total_blocks))
+        least, most = (row_blocks(tokens, pool.block_size, group.window, count) for count in (1, chunk))
+        return max(least, min(most, pool.total_blocks))  # Where blocks are few, its chunks are shorter.
 
     def _error(self, request: Request, index: int) -> OutOfBlocksError:
         pool = self.groups[index].blocks

@@ -15,6 +15,7 @@ import hf_paged
 from hf_paged import PagedConfig, self_check
 from hf_paged.cli import main
 from hf_paged.cli.doctor import machine, report
+from hf_paged.memory import sizing
 from hf_paged.models import forward_context
 from hf_paged_integrations import autoload
 from hf_paged_integrations.transformers import hooks
@@ -31,7 +32,7 @@ def examine(capsys):
 
 
 def test_a_healthy_machine(capsys, monkeypatch):
-    monkeypatch.setattr(hf_paged.config, "available_memory", lambda device: 4 * 10**9)
+    monkeypatch.setattr(sizing, "available_memory", lambda device: 4 * 10**9)
     state = torch.get_rng_state()
     code, out, said = examine(capsys)
     assert code == 0 and out.endswith('attn_implementation="paged" works here.\n')

@@ -204,7 +204,7 @@ def test_an_interrupt_inside_a_forward_leaves_no_call_behind(options):
     settled(paged)
     assert forward_context.running_forward() is None
     cache = DynamicCache(config=paged.config)
-    assert not cache.layers[0].sequences.deferred, "a new cache believes that a forward makes it"
+    assert not cache.layers[0].batch.is_deferring, "a new cache believes that a forward makes it"
     assert torch.equal(paged.generate(**inputs, **SHORT), wanted)
     assert hf_paged.stats(paged).packed_calls == before + 1
     new = zoo.build("llama", "paged")

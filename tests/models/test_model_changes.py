@@ -40,7 +40,7 @@ def test_a_cast_model_is_packed_in_its_new_dtype_at_once(mode):
         stats = hf_paged.stats(models[1])
         assert stats.packed_calls == number * (1 if mode == "beams" else 2)
         assert not stats.fallbacks and not stats.gathers
-        assert {key.dtype for key in registry.pools_under(models[1])[0].groups} == {dtype}
+        assert {key.states_dtype for key in registry.pools_under(models[1])[0].groups} == {dtype}
 
 
 @pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16], ids=["half", "bfloat16"])
@@ -136,7 +136,7 @@ def test_pages_of_another_dtype_do_not_hinder_the_first_packed_call():
     assert torch.equal(*both(models))
     stats = hf_paged.stats(models[1])
     assert stats.packed_calls == 1 and not stats.fallbacks and stats.page_reads > 0
-    assert [key.dtype for key in registry.pools_under(models[1])[0].groups] == [torch.float32]
+    assert [key.states_dtype for key in registry.pools_under(models[1])[0].groups] == [torch.float32]
 
 
 def test_a_forward_after_a_cast_makes_a_new_pool():
@@ -145,7 +145,7 @@ def test_a_forward_after_a_cast_makes_a_new_pool():
     cache = DynamicCache(config=model.double().config)
     with torch.no_grad():
         model(zoo.prompts([9])["input_ids"], past_key_values=cache)
-    assert [key.dtype for key in registry.pools_under(model)[0].groups] == [torch.float64]
+    assert [key.states_dtype for key in registry.pools_under(model)[0].groups] == [torch.float64]
 
 
 def test_no_step_is_run_in_vain_after_a_cast(rows):

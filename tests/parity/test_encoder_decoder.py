@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged.cache import append_step
+from hf_paged_kernels import ops
 from support import zoo
 from support.multimodal import whisper
 
@@ -47,12 +47,12 @@ def test_cross_attention_is_stored_once_for_all_beams(monkeypatch):
     model = zoo.build_encoder_decoder("bart", "paged")
     hf_paged.configure(model, hf_paged.PagedConfig(block_size=4))
     written = []
-    write_kv = append_step.ops.write_kv
-    monkeypatch.setattr(append_step.ops, "write_kv", lambda *args: (written.append(len(args[4])), write_kv(*args))[1])
+    write_kv = ops.write_kv
+    monkeypatch.setattr(ops, "write_kv", lambda *args: (written.append(len(args[4])), write_kv(*args))[1])
     inputs = zoo.prompts([11])
     output = model.generate(**inputs, num_beams=4, max_new_tokens=6, min_new_tokens=6, return_dict_in_generate=True)
     assert written.count(11) == model.config.decoder_layers, "keys and values of the encoder were written again"
-    cross = output.past_key_values.cross_attention_cache.layers[0].sequences
+    cross = output.past_key_values.cross_attention_cache.layers[0].batch
     tables = [table.blocks for rows in cross.groups.values() for table in rows.tables]
     assert len(tables) == 4 and len({tuple(blocks) for blocks in tables}) == 1, tables
 

@@ -77,7 +77,7 @@ def reference(prompt: list[int], max_length: int, weights: int) -> list[int]:
 
 
 class FakeModel:
-    """Two layers that store the same; the second checks the first. Looks like a model to `run_step`."""
+    """Two layers that store the same; the second checks the first. Looks like a model to `ModelRunner`."""
 
     def __init__(self):
         self.weights, self.refused = 0, None
@@ -402,37 +402,37 @@ class Run:
         """Appends, copies, reorders and crops as beams do, and reads back what it has stored."""
         chance = random.Random(planned.salt)
         rows = [list(planned.prompts[0])] * len(planned.prompts)
-        sequences = BatchState()
-        sequences.num_layers = 2
+        batch = BatchState()
+        batch.num_layers = 2
         needs = {self.group: len(rows) * (-(-(len(rows[0]) + planned.new_tokens) // BLOCK_SIZE) + 1)}
         with reservation.reserve(self.pool, needs):
-            sequences.bind(self.pool)
-            sequences.batch_size = len(rows)
-            self._append(sequences, rows, 0)
+            batch.bind(self.pool)
+            batch.batch_size = len(rows)
+            self._append(batch, rows, 0)
             copies = []
             for _ in range(planned.new_tokens):
                 chosen = [chance.randrange(len(rows)) for _ in rows]
-                sequences.select(sequences.epoch + 1, torch.tensor(chosen))
+                batch.select_rows(batch.epoch + 1, torch.tensor(chosen))
                 rows = [rows[row] + [chance.randrange(2, VOCAB)] for row in chosen]
-                self._append(sequences, rows, len(rows[0]) - 1)
+                self._append(batch, rows, len(rows[0]) - 1)
                 if chance.random() < 0.3:
-                    copies.append((sequences.__deepcopy__({}), rows))
+                    copies.append((batch.__deepcopy__({}), rows))
                 if chance.random() < 0.2 and len(rows[0]) > 2:
                     for layer in range(2):
-                        sequences.truncate(layer, None, 1)
+                        batch.truncate(layer, 1)
                     rows = [row[:-1] for row in rows]
-            for cache, expected in [(sequences, rows), *copies]:
+            for cache, expected in [(batch, rows), *copies]:
                 for layer in range(2):
                     stored = cache.gather(layer, False, 0, len(expected[0]))[:, 0]  # [rows, tokens, DIM]
                     want = torch.stack([vectors(torch.tensor(row), 0) for row in expected])
                     assert torch.equal(stored, want), "a cache reads what it has not stored"
         return rows
 
-    def _append(self, sequences: BatchState, rows: list[list[int]], start: int) -> None:
+    def _append(self, batch: BatchState, rows: list[list[int]], start: int) -> None:
         self.baton.give_up()
         states = torch.stack([vectors(torch.tensor(row[start:]), 0) for row in rows])[:, None]
         for layer in range(2):
-            sequences.append(layer, None, torch.zeros_like(states), states)
+            batch.append(layer, None, torch.zeros_like(states), states)
 
     def _check(self) -> None:
         plan = self.plan

@@ -10,9 +10,10 @@ from hf_paged import __version__
 from hf_paged.cli.doctor.gpu_check import check_gpu
 from hf_paged.cli.doctor.machine import gpu_driver, gpus, vector_units
 from hf_paged.cli.plan.report import size
-from hf_paged.config import DEFAULT_SHARE, PagedConfig
+from hf_paged.config import PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.memory.limits import memory_limits
+from hf_paged.memory.sizing import DEFAULT_SHARE, budget_bytes
 from hf_paged.self_check import check_paged
 from hf_paged_integrations import autoload
 from hf_paged_integrations.transformers.hooks import NAME, TESTED_TRANSFORMERS, enable
@@ -168,7 +169,7 @@ def _gpu(lines: list[str], driver: str | None) -> list[Line]:
 
 def _defaults() -> list[Line]:
     config = PagedConfig()
-    budget = config.budget_bytes(torch.device("cpu"))
+    budget = budget_bytes(config, torch.device("cpu"))
     return [
         ("block size", f"{config.block_size} tokens"),
         ("memory budget", f"{budget:,} bytes ({size(budget)}): {DEFAULT_SHARE:.0%} of what is available now"),

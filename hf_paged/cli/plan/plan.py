@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_paged.cli.plan.footprint import Footprint, GroupFootprint
-from hf_paged.config import DEFAULT_SHARE
+from hf_paged.cli.plan.footprint import Footprint, GroupFootprint, LayerStates
+from hf_paged.memory.kv_format import BlockShape, make_kv_format
+from hf_paged.memory.sizing import DEFAULT_SHARE, row_blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MIB = 2**20
@@ -39,18 +40,14 @@ class Plan:
 
     def row_blocks(self, group: GroupFootprint) -> int:
         """The most blocks a row owns while it grows to `context` tokens, one at a time."""
-        if group.window is None:
-            return -(-self.context // self.block_size)
-        # How many blocks a window touches depends on where it lies; it moves through them as the row grows.
-        ends = range(max(1, self.context - self.block_size + 1), self.context + 1)
-        return max(-(-end // self.block_size) - max(0, end - group.window) // self.block_size for end in ends)
+        return row_blocks(self.context, self.block_size, group.window)
 
     def blocks(self, group: GroupFootprint) -> int:
         return self.batch * self.row_blocks(group)
 
     def block_bytes(self, group: GroupFootprint) -> int:
         """Bytes of one block in all layers of the group."""
-        return group.elements * self.block_size * self.dtype.itemsize
+        return sum(map(self._layer_block_bytes, group.layers))
 
     @property
     def kv_bytes(self) -> int:
@@ -89,8 +86,11 @@ class Plan:
 
     def _share_unit(self, group: GroupFootprint) -> int:
         """Bytes of budget for which the pool gives this group one block: as if all paged layers were like its first."""
-        elements = group.layers[0].elements * self.footprint.num_paged_layers
-        return elements * self.block_size * self.dtype.itemsize
+        return self._layer_block_bytes(group.layers[0]) * self.footprint.num_paged_layers
+
+    def _layer_block_bytes(self, layer: LayerStates) -> int:
+        shape = BlockShape(layer.num_kv_heads, self.block_size, layer.key_dim, layer.value_dim)
+        return make_kv_format(self.dtype).block_bytes(shape)
 
     def _budget_blocks(self, group: GroupFootprint, budget: int) -> int:
         return max(1, budget // self._share_unit(group))

@@ -6,7 +6,8 @@ import torch
 
 from hf_paged.cli.plan.footprint import Footprint, footprint, read_config
 from hf_paged.cli.plan.plan import BLOCK_SIZES, Memory, Plan, remedies
-from hf_paged.config import DEFAULT_SHARE, PagedConfig, allowed_budget, available_memory, parse_bytes, physical_memory
+from hf_paged.config import PagedConfig, parse_bytes
+from hf_paged.memory.sizing import DEFAULT_SHARE, allowed_budget, available_memory, physical_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

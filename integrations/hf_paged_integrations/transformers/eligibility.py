@@ -12,15 +12,16 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
 )
 from transformers.generation import BaseStreamer
 
-from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.cache.padding import Padding, is_binary
+from hf_paged.compat.torch import forward_pre_hooks
+from hf_paged.compat.transformers import is_callers_cache, replaced_loop_method, supports_logits_to_keep
 from hf_paged.generation.generate_call import ROW_WISE, ROW_WISE_CRITERIA
 from hf_paged.reasons import Reason, Why
 from hf_paged.sampling.cancellation import Cancellation
@@ -61,8 +62,7 @@ class LoopArguments:
     def returned_cache(self) -> DynamicCache | None:
         """The call's cache, if the caller will see what the call leaves in it. Of a call that can run packed."""
         cache, config = self.model_kwargs["past_key_values"], self.generation_config
-        outlives_call = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-        return cache if outlives_call else None
+        return cache if config.return_dict_in_generate or is_callers_cache(cache) else None
 
 
 def why_not_packable(model: PreTrainedModel, config: GenerationConfig) -> Why | None:
@@ -106,13 +106,11 @@ def _why_not_this_model(model: PreTrainedModel, device: torch.device) -> Why | N
         return Reason.AUTOCAST
     if model.config.is_encoder_decoder:
         return Reason.ENCODER_DECODER
-    for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
-        # Asked of the model itself: PEFT gives one to the instance, for the time of a call.
-        if getattr(getattr(model, method), "__func__", None) is not getattr(GenerationMixin, method):
-            return Reason.OWN_METHOD.of(method)
-    if not model._supports_logits_to_keep():
+    if (method := replaced_loop_method(model)) is not None:
+        return Reason.OWN_METHOD.of(method)
+    if not supports_logits_to_keep(model):
         return Reason.EVERY_LOGIT
-    if any(_is_of_peft(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+    if any(_is_of_peft(hook) for module in model.modules() for hook in forward_pre_hooks(module).values()):
         return Reason.ROW_ADAPTERS
     text = model.config.get_text_config(decoder=True)
     ropes = [getattr(text, "rope_parameters", None) or {}]
@@ -142,7 +140,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict[str, Any]) -> Why | No
     cache = kwargs.get("past_key_values")
     if type(cache) is not DynamicCache or not kwargs.get("use_cache"):
         return Reason.OTHER_CACHE
-    if not all(isinstance(layer, PagedLayerMixin) and not layer.is_dense for layer in cache.layers) or not cache.layers:
+    if not all(isinstance(layer, PagedLayer) and not layer.is_dense for layer in cache.layers) or not cache.layers:
         return Reason.UNPAGED_LAYERS
     if cache.get_seq_length():
         return Reason.FILLED_CACHE
@@ -156,7 +154,7 @@ def _why_not_these_positions(
 ) -> Why | None:
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if mask is not None:
-        if mask.shape != ids.shape or not Padding(mask.bool()).left or not bool(mask[:, -1].all()):
+        if mask.shape != ids.shape or not Padding(mask.bool()).is_left or not bool(mask[:, -1].all()):
             return Reason.PADDING_NOT_LEFT
         if not is_binary(mask):
             return Reason.MASK_VALUES

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_paged.atomic import Undo, atomically
-from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.packed_cache import NotPackableError
 from hf_paged.generation.engine import Engine
@@ -110,10 +110,10 @@ def _run_alone(model: PreTrainedModel, token: int, device: torch.device) -> tupl
         with torch.no_grad():
             output = _call(functools.partial(model, input_ids=ids, past_key_values=cache, use_cache=True))
         pools = registry.pools_under(model)
-        stored = [layer for layer in cache.layers if isinstance(layer, PagedLayerMixin) and layer.is_paged]
+        stored = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:
             return output.logits[0, -1], None
-        if pools[0].groups.keys() == stored[0].sequences.groups.keys():
+        if pools[0].groups.keys() == stored[0].batch.groups.keys():
             break
         registry.renew_pools(model, even_good=True)
     return output.logits[0, -1], pools[0]
