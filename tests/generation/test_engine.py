@@ -6,15 +6,14 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 import hf_paged
 from hf_paged.attention import paged_attention
-from hf_paged.generation import engine
 from hf_paged.models import registry
 from hf_paged.reasons import Reason
 from support import zoo
-from support.packing import LENGTHS, SAMPLE, compare, pair
+from support.packing import LENGTHS, SAMPLE, compare, pair, watch_steps
 
 
 def preemptions(model) -> int:
-    return registry.engine_of(model, None).scheduler.num_preemptions
+    return registry.engine_of(model).scheduler.num_preemptions
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
@@ -57,11 +56,7 @@ def test_processors_and_criteria_of_transformers(case, sample):
 def test_equal_prompts_are_prefilled_once(monkeypatch):
     models = pair(token_budget=512)
     compare(models, zoo.prompts([8], seed=1), **SAMPLE)
-    ran = []
-    run_step = engine.run_step
-    monkeypatch.setattr(
-        engine, "run_step", lambda model, step: (ran.append(step.input_ids.numel()), run_step(model, step))[1]
-    )
+    ran = watch_steps(monkeypatch, lambda inputs: inputs.input_ids.numel())
     compare(models, zoo.prompts([30]), num_return_sequences=8, min_new_tokens=20, **SAMPLE)
     assert ran[0] == 30 and set(ran[1:]) == {8}
 
@@ -69,11 +64,7 @@ def test_equal_prompts_are_prefilled_once(monkeypatch):
 def test_pads_and_finished_rows_are_not_computed(monkeypatch):
     models = pair(token_budget=512)
     compare(models, zoo.prompts([8], seed=1))
-    ran = []
-    run_step = engine.run_step
-    monkeypatch.setattr(
-        engine, "run_step", lambda model, step: (ran.append(step.input_ids.numel()), run_step(model, step))[1]
-    )
+    ran = watch_steps(monkeypatch, lambda inputs: inputs.input_ids.numel())
     inputs = zoo.prompts([30, 5, 1])
     output = compare(models, inputs)
     generated = [row[30:].tolist() for row in output]

@@ -23,7 +23,7 @@ from hf_paged.compat.transformers import (
 from hf_paged.reasons import Reason, Why
 from hf_paged.sampling.rng_replay import free_draws, is_unseeded
 from hf_paged_integrations.pipelines.prefetch import Arrivals, Prefetch, Reader
-from hf_paged_integrations.transformers.generate import why_not_packable
+from hf_paged_integrations.transformers.eligibility import why_not_packable
 
 logger = logging.get_logger(__name__)
 
