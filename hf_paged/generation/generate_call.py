@@ -136,7 +136,7 @@ class GenerateCall:
             if leader == row:
                 self.leaders.append(request)
             else:
-                self.requests[leader].followers.append(request)
+                self.requests[leader].duplicates.append(request)
 
     def _pads(self, count: int) -> torch.Tensor:
         fill = 0 if self._pad is None else int(self._pad)
@@ -164,7 +164,7 @@ class GenerateCall:
 
     def fail(self, request: Request, error: OutOfBlocksError) -> None:
         """Note that a row, and those that follow it, cannot go on."""
-        for lost in (request, *request.followers):
+        for lost in (request, *request.duplicates):
             self._open.discard(self._row_of[lost])
             self.failures.append(error)
 
