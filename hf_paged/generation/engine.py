@@ -427,8 +427,8 @@ class Engine:
     @staticmethod
     def _choose_for(deliveries: list[Delivery], report: Report) -> None:
         """Choose tokens for quick calls, those that choose alike together."""
-        recipes = [delivery.seat.call.recipe for delivery in deliveries]
-        chosen = sample_together(recipes, [delivery.logits for delivery in deliveries])
+        samplers = [delivery.seat.call.sampler for delivery in deliveries]
+        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries])
         left = [(delivery, tokens) for delivery, tokens in zip(deliveries, chosen) if tokens is None]
         joint: dict[int, list[tuple[Delivery, Exception]]] = {}
         for delivery, tokens in zip(deliveries, chosen):

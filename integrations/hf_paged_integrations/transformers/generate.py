@@ -14,11 +14,12 @@ from hf_paged.execution.packed_cache import NotPackableError, pack, run_step
 from hf_paged.execution.step_buffers import StepBuffers
 from hf_paged.generation.cache_handoff import why_not_hand_over
 from hf_paged.generation.engine import Engine
-from hf_paged.generation.generate_call import ROW_WISE, ROW_WISE_CRITERIA, GenerateCall
+from hf_paged.generation.generate_call import GenerateCall
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.models import forward_context, registry
 from hf_paged.reasons import Reason, Why, count
 from hf_paged.sampling.cancellation import Cancellation
+from hf_paged.sampling.processors import properties_of
 from hf_paged.sampling.row_streamer import RowStreamer
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, Scheduler
@@ -234,12 +235,13 @@ def _why_not_this_cache(ids: torch.Tensor, config, kwargs: dict) -> Why | None:
 
 
 def _why_not_these_hooks(processors, criteria) -> Why | None:
-    unknown = [type(processor).__name__ for processor in processors if type(processor) not in ROW_WISE]
-    if unknown:
-        return Reason.PROCESSOR.of(unknown[0])
+    mixing = [type(processor).__name__ for processor in processors if not properties_of(processor).row_wise]
+    if mixing:
+        return Reason.PROCESSOR.of(mixing[0])
+    mixing = sorted(type(criterion).__name__ for criterion in criteria if not properties_of(criterion).row_wise)
+    if mixing:
+        return Reason.CRITERION.of(mixing[0])
     kinds = {type(criterion) for criterion in criteria}
-    if unknown := sorted(kind.__name__ for kind in kinds - ROW_WISE_CRITERIA):
-        return Reason.CRITERION.of(unknown[0])
     if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds - {Cancellation}) > 1:
         return Reason.ENDLESS_ROWS
     return None
