@@ -322,8 +322,8 @@ class Engine:
     @staticmethod
     def _choose_for(deliveries: list[Delivery], report: StepReport) -> None:
         """Choose tokens for quick calls, those that choose alike together."""
-        recipes = [delivery.state.call.recipe for delivery in deliveries]
-        chosen = sample_together(recipes, [delivery.logits for delivery in deliveries])
+        samplers = [delivery.state.call.sampler for delivery in deliveries]
+        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries])
         alone: list[Delivery] = []
         failed_together: dict[int, tuple[Exception, list[Delivery]]] = {}  # By the error's identity.
         for delivery, tokens in zip(deliveries, chosen):

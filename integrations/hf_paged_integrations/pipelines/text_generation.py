@@ -21,7 +21,7 @@ from hf_paged.compat.transformers import (
     replace_forwards,
 )
 from hf_paged.reasons import Reason, Why
-from hf_paged.sampling.rng_replay import free_draws, is_unseeded
+from hf_paged.sampling.rng_replay import is_unseeded, no_replay
 from hf_paged_integrations.pipelines.prefetch import Arrivals, Prefetch, Reader
 from hf_paged_integrations.transformers.eligibility import why_not_packable
 
@@ -80,7 +80,7 @@ class _Forwards:
 
 
 def _forward(forward, params: dict, batch, cancellation):
-    with free_draws():  # Items that sample are here only if nobody has seeded torch.
+    with no_replay():  # Items that sample are here only if torch was never seeded.
         return forward(batch, **{**params, "stopping_criteria": [cancellation]})
 
 
