@@ -146,7 +146,7 @@ def test_a_model_that_is_changed_after_its_first_call_runs_the_original_loop(mon
     dense, paged = pair()
     inputs = zoo.prompts([9, 3])
     paged.generate(**inputs, **LENGTHS)
-    monkeypatch.setattr(paged_attention, "_general_obstacle", lambda *args: Reason.OUTPUT_ATTENTIONS)
+    monkeypatch.setattr(paged_attention, "_kernel_obstacle", lambda *args: Reason.OUTPUT_ATTENTIONS)
     assert torch.equal(paged.generate(**inputs, **LENGTHS), dense.generate(**inputs, **LENGTHS))
     stats = hf_paged.stats(paged)
     assert stats.packed_calls == 1 and stats.fallbacks == {"output_attentions": 1}
