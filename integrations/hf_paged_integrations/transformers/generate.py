@@ -17,7 +17,7 @@ from hf_paged.generation.engine import Engine
 from hf_paged.generation.generate_call import ROW_WISE, ROW_WISE_CRITERIA, GenerateCall
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.models import forward_context, registry
-from hf_paged.reasons import Reason, Why, count
+from hf_paged.reasons import Reason, Why, count_and_log
 from hf_paged.sampling.cancellation import Cancellation
 from hf_paged.sampling.row_streamer import RowStreamer
 from hf_paged.scheduling.request import Request
@@ -61,7 +61,7 @@ def scheduled_sample(
         streamer=streamer,
         **model_kwargs,
     )
-    count(registry.counts_of(model).fallbacks, why, "generate runs transformers' own loop, not packed")
+    count_and_log(registry.counts_of(model).fallbacks, why, "generate runs transformers' own loop, not packed")
     return output
 
 
