@@ -47,7 +47,7 @@ def iterate(
     """``get_iterator`` of a `TextGenerationPipeline` whose model is "paged"; `original` is transformers' own."""
     why = _why_one_by_one(pipe, forward_params)
     if why is not None:
-        logger.info(f"hf_paged: the pipeline's items run one after another, because of {why}. Remedy: {why.remedy}.")
+        logger.info(f"hf_paged: the pipeline's items run one after another, because {why}. Remedy: {why.remedy}.")
         return original(pipe, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess)
     news = threading.Condition()
     is_sized = isinstance(inputs, collections.abc.Sized)
