@@ -1,4 +1,4 @@
-"""What a decode step costs before and after the forward: schedule, pack and commit (with the prefix cache), no model.
+"""The cost of a decode step around its forward: schedule, prepare, commit (with the prefix cache). No model runs.
 
 python evals/scheduler_cost.py [--rows 64 --rows 256 --rows 1024] [--context 512] [--window 256] [--steps 32]
 
@@ -11,8 +11,8 @@ from statistics import median
 
 import torch
 
-from hf_paged.execution.packed_cache import pack
 from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.execution.step_inputs import prepare_inputs
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Scheduler
@@ -21,7 +21,7 @@ BLOCK_SIZE = 16
 
 
 class Group:
-    """Blocks without tensors behind them: `pack` asks a storage for nothing."""
+    """Blocks without tensors behind them: `prepare_inputs` asks a storage for nothing."""
 
     def __init__(self, num_blocks: int, window: int | None):
         self.blocks, self.window = BlockPool(num_blocks, BLOCK_SIZE), window
@@ -54,12 +54,12 @@ def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str,
         request.salt = ""  # Its blocks are hashed and stored.
         scheduler.add(request)
     buffers = StepBuffers(torch.device("cpu"))
-    seconds = {"schedule": [], "pack": [], "commit": []}
+    seconds = {"schedule": [], "prepare": [], "commit": []}
     for step in range(1 + steps):
         times = [time.perf_counter()]
         schedule = scheduler.schedule()
         times.append(time.perf_counter())
-        pack(schedule.chunks, [group.window for group in groups], [g.layers for g in groups], buffers)
+        prepare_inputs(schedule.chunks, groups, buffers)
         times.append(time.perf_counter())
         scheduler.commit(schedule)
         times.append(time.perf_counter())

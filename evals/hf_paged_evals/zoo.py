@@ -1,9 +1,9 @@
 """Every causal model type: does "paged" give the tokens that dense gives, and does it read pages?
 
-python evals/zoo.py [TYPE ...] [--write README.md]
+python -m hf_paged_evals.zoo [TYPE ... | --write]
 
-Prints a table of outcomes; with ``--write`` puts it between the zoo marks of a Markdown file. Exits with 1
-if any type gives other tokens, or fails where dense does not.
+Prints a table of outcomes; with ``--write`` puts it on the documentation's page of models. Exits with 1 if any type
+gives other tokens, or fails where dense does not.
 """
 
 import argparse
@@ -11,13 +11,13 @@ import contextlib
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 import hf_paged
+from hf_paged_evals.doc_pages import find_page, rewrite
 from hf_paged_evals.equality import differences
 from hf_paged_evals.tiny import VOCAB, tiny_config, tiny_model
 
@@ -26,7 +26,6 @@ MODES = {
     "sample": {"do_sample": True, "num_return_sequences": 2},
     "beams": {"num_beams": 3},
 }
-MARKS = "<!-- zoo -->", "<!-- /zoo -->"
 
 PAGES, MIXED, GATHER, OWN, REFUSED, UNBUILT, WRONG = (
     "pages",
@@ -126,8 +125,11 @@ def table(outcomes: dict[str, Outcome]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types (default: all causal ones)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file whose zoo table is replaced")
+    parser.add_argument("--write", action="store_true", help="replace the table of docs/models.md in this checkout")
     arguments = parser.parse_args()
+    if arguments.write and arguments.types:
+        parser.error("--write makes the whole table: name no types")
+    page = find_page("models.md") if arguments.write else None  # Before the table is made: that takes long.
     logging.set_verbosity_error()
     outcomes = {}
     for model_type in arguments.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -136,10 +138,8 @@ def main() -> int:
         print(f"{model_type:24} {outcome.kind:18} {outcome.reason}", file=sys.stderr, flush=True)
     text = table(outcomes)
     print(text)
-    if arguments.write:
-        before, _, rest = arguments.write.read_text().partition(MARKS[0])
-        _, _, after = rest.partition(MARKS[1])
-        arguments.write.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+    if page is not None:
+        rewrite("zoo", text, page)
     return int(any(outcome.kind == WRONG for outcome in outcomes.values()))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import DynamicCache
 
-from hf_paged.cache.group_rows import GroupRows
+from hf_paged.cache.batch_state import GroupRows
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.reasons import Reason, Why
 from hf_paged.scheduling.request import Request
@@ -12,13 +12,13 @@ from hf_paged.scheduling.request import Request
 
 def why_not_hand_over(cache: DynamicCache, pool: KVPool) -> Why | None:
     """Why an empty cache cannot take over what is stored in `pool`; None if it can."""
-    sequences = cache.layers[0].sequences
-    if sequences.pool not in (None, pool):
+    batch = cache.layers[0].batch
+    if batch.is_bound and batch.pool is not pool:
         return Reason.OTHER_POOL
     windows = {index: key.window for key, group in pool.groups.items() for index in group.layers}
     if windows != {index: layer.window for index, layer in enumerate(cache.layers)}:
         return Reason.OTHER_LAYERS
-    return Reason.RECORDED_PAST if sequences.record_past else None
+    return Reason.RECORDED_PAST if batch.record_past else None
 
 
 def hand_over(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequence[KVCacheSpec]) -> None:
@@ -35,14 +35,14 @@ def hand_over(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequenc
     keys : sequence of KVCacheSpec
         The attention group of each of the request's tables.
     """
-    sequences = cache.layers[0].sequences
-    sequences.bind(pool)
-    sequences.batch_size = 1
+    batch = cache.layers[0].batch
+    batch.bind(pool)
+    batch.batch_size = 1
     for key, table in zip(keys, request.tables):
         group = pool.groups[key]
-        sequences.groups[key] = rows = GroupRows(group, 0)
+        batch.groups[key] = rows = GroupRows(group, 0)
         rows.tables = [table.fork()]
         for index, storage in group.layers.items():
             rows.lengths[index] = request.num_stored
             cache.layers[index].lazy_initialization(*(storage.new_states(is_key, 1, 0) for is_key in (True, False)))
-            cache.layers[index].epoch = sequences.epoch
+            cache.layers[index].epoch = batch.epoch

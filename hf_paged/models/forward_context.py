@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_paged.compat.transformers import supports_flash_attention, supports_sdpa
 from hf_paged.models import registration
 
 _HOOKS = "_hf_paged_hooks"
@@ -59,6 +60,9 @@ class Forward:
         self._model, self.inputs = weakref.ref(model), inputs
         self._frame = id(frame), frame.f_code
         self.times_off = registration.times_off()  # When it began.
+        # Asked by every layer.
+        self.supports_sdpa = supports_sdpa(model)
+        self.supports_fused = self.supports_sdpa or supports_flash_attention(model)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -72,7 +76,7 @@ class Forward:
 class MaskRequest:
     """A paged layer was asked for its mask sizes: the mask function that comes next belongs to it."""
 
-    sequences: weakref.ref  # Of the `BatchState` that the layer belongs to.
+    batch: weakref.ref  # Of the `BatchState` that the layer belongs to.
     layer: int
     sizes: tuple[int, int, int]  # query length, kv length, kv offset
 
@@ -107,9 +111,9 @@ def argument(name: str) -> Any:
     return next((call.inputs[name] for call in reversed(_thread.calls) if call.inputs.get(name) is not None), None)
 
 
-def request_mask(sequences: Any, layer: int, sizes: tuple[int, int, int]) -> None:
+def request_mask(batch: Any, layer: int, sizes: tuple[int, int, int]) -> None:
     """Announce to the mask function, on this thread, which cache its next mask is for."""
-    _thread.mask_request = MaskRequest(weakref.ref(sequences), layer, sizes)
+    _thread.mask_request = MaskRequest(weakref.ref(batch), layer, sizes)
 
 
 def take_mask_request(sizes: tuple[int, int, int]) -> tuple[Any, int] | None:
@@ -117,8 +121,8 @@ def take_mask_request(sizes: tuple[int, int, int]) -> tuple[Any, int] | None:
     request, _thread.mask_request = _thread.mask_request, None
     if request is None or request.sizes != sizes:
         return None
-    sequences = request.sequences()
-    return None if sequences is None else (sequences, request.layer)
+    batch = request.batch()
+    return None if batch is None else (batch, request.layer)
 
 
 def track(model: PreTrainedModel) -> None:

@@ -5,7 +5,6 @@ import enum
 import functools
 import hashlib
 import logging
-import operator
 import pathlib
 import re
 import sys
@@ -13,10 +12,16 @@ import types
 import weakref
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
+from hf_paged.compat.torch import (
+    compiler_backend,
+    is_part_of_compiler,
+    is_wrapper_subclass,
+    module_parts,
+    version_of,
+)
 from hf_paged.execution.prepacked_linear import PrepackedForward
 from hf_paged.models.snapshot import PACKAGES, Snapshot, is_known
 
@@ -51,7 +56,6 @@ _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 _OF_GENERATE = frozenset(vars(GenerationMixin)) - frozenset(vars(object))
 _SKIPPED = _OF_EVERY_MODULE | _OF_GENERATE
 _NOTHING: dict = {}
-_parts = operator.itemgetter("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _BUILTIN = (
     *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType),
     *(types.MethodWrapperType, types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
@@ -71,6 +75,8 @@ class Inspection:
     ----------
     seen : list of str
         The description: equal for models that compute the same.
+    modules : list of torch.nn.Module
+        Every module that was met.
     contents : list of torch.Tensor
         Every tensor that the model holds, detached.
     trace : Snapshot
@@ -81,7 +87,7 @@ class Inspection:
         self.seen: list[str] = []
         self.contents: list[torch.Tensor] = []
         self.trace = Snapshot()
-        self._modules: list[torch.nn.Module] = []
+        self.modules: list[torch.nn.Module] = []
         self._kinds: dict[type, int] = {}
         self._numbers: dict[int, int] = {}  # By address; `_held` keeps the objects, and so their addresses.
         self._held: list = []
@@ -99,7 +105,7 @@ class Inspection:
             self._at_source(source)
         self.seen.append(repr(self._at(self.trace.attention)))
         self._at(model)
-        for module in self._modules:  # Grows meanwhile.
+        for module in self.modules:  # Grows meanwhile.
             self._at_module(module)
 
     def _at_module(self, module: torch.nn.Module) -> None:
@@ -110,7 +116,7 @@ class Inspection:
         copy = dict(own)
         if isinstance(copy.get("forward"), PrepackedForward):  # There for the length of a step.
             del copy["forward"]
-        live = _parts(own)
+        live = module_parts(own)
         parts = [_copied(part) if part else _NOTHING for part in live]
         self.trace.add_module(module, (own, *live), (copy, *parts))
         for hooks in parts[3:]:
@@ -152,7 +158,7 @@ class Inspection:
         number = self._numbers[id(value)] = len(self._held)
         self._held.append(value)
         if isinstance(value, torch.nn.Module):
-            self._modules.append(value)
+            self.modules.append(value)
             return "module", number
         if isinstance(value, torch.Tensor):
             return number, self._at_tensor(value)
@@ -175,7 +181,7 @@ class Inspection:
     def _at_tensor(self, tensor: torch.Tensor):
         kind = type(tensor)
         is_plain = kind is torch.nn.Parameter or kind is torch.Tensor
-        if not is_plain and is_traceable_wrapper_subclass(tensor):
+        if not is_plain and is_wrapper_subclass(tensor):
             self.trace.add_container(vars(tensor), dict(vars(tensor)))
             names, context = tensor.__tensor_flatten__()
             return kind.__qualname__, repr(context), [self._at(getattr(tensor, name)) for name in names]
@@ -186,7 +192,7 @@ class Inspection:
         content = tensor.detach()
         self.contents.append(content)
         self.trace.add_tensor(tensor, content)
-        version = 0 if tensor.is_inference() else tensor._version
+        version = 0 if tensor.is_inference() else version_of(tensor)
         return tensor.data_ptr(), version, tensor.dtype, tensor.shape
 
     def _at_function(self, function: types.FunctionType):
@@ -223,8 +229,8 @@ class Inspection:
         for wrapper, names in _WRAPPERS.items():
             if isinstance(value, wrapper):
                 return wrapper.__name__, [self._at(getattr(value, name)) for name in names]
-        if kind.__module__.startswith("torch._dynamo."):
-            return kind.__qualname__, self._at(_backend(value))
+        if is_part_of_compiler(kind):
+            return kind.__qualname__, self._at(compiler_backend(value))
         return self._at_state(value)
 
     def _at_builtin(self, function):
@@ -295,7 +301,7 @@ class Inspection:
 def _code_of(source: type | types.ModuleType) -> tuple[Snapshot, str]:
     look = Inspection()
     look._at_code(source)
-    if look._modules or look.contents:
+    if look.modules or look.contents:
         raise UnseenError(f"code of {source.__name__} that holds modules or tensors")
     return look.trace, hashlib.sha256("\n".join(look.seen).encode()).hexdigest()
 
@@ -340,11 +346,3 @@ def _check_passive(hook) -> None:
     home = _home(hook) if isinstance(hook, types.FunctionType) else None
     if home is None or home.partition(".")[0] not in _PASSIVE:
         raise UnseenError(f"a forward hook, {getattr(hook, '__qualname__', type(hook).__qualname__)},")
-
-
-def _backend(compiler):
-    """The backend that a part of torch.compile hands graphs to."""
-    backend = getattr(compiler, "callback", compiler)
-    while hasattr(backend, "_torchdynamo_orig_backend"):
-        backend = backend._torchdynamo_orig_backend
-    return None if backend is compiler else backend

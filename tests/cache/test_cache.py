@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import hf_paged
-from hf_paged.cache.paged_layers import PagedLayer, PagedSlidingWindowLayer
+from hf_paged.cache.layers import PagedLayer
 from support import zoo
 from support.caches import as_arguments, assert_same_next, every_cache, prefill, step, used
 
@@ -19,7 +19,7 @@ def test_layers_are_upstreams_own_subclasses(models):
 
     cache = DynamicCache(config=models[1].config)
     assert type(cache) is DynamicCache and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
-    assert all(isinstance(layer, (PagedLayer, PagedSlidingWindowLayer)) for layer in cache.layers)
+    assert all(isinstance(layer, PagedLayer) for layer in cache.layers)
     assert all(
         type(layer) is DynamicLayer or layer.is_sliding for layer in DynamicCache(config=models[0].config).layers
     )

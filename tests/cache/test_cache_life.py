@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 import hf_paged
-from hf_paged.cache.paged_layers import PagedLayer
+from hf_paged.cache.layers import PagedLayer
 from support import zoo
 from support.caches import as_arguments, assert_same_next, prefill, step, used
 

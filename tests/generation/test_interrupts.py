@@ -19,7 +19,7 @@ from hf_paged.errors import UnsupportedError
 from hf_paged.execution import packed_cache
 from hf_paged.memory import kv_pool
 from hf_paged.models import forward_context, registry
-from hf_paged.sampling import sampler
+from hf_paged.sampling import categorical, sampler
 from hf_paged.sampling.row_streamer import RowStreamer
 from support import zoo
 from support.interrupts import Interrupt, InterruptedAt
@@ -118,8 +118,8 @@ def test_a_time_limit_arrives_wherever_it_rings(place, beside, alarm, monkeypatc
     results: list = []
     company = threading.Thread(target=lambda: results.append(paged.generate(**other, **ENDLESS)))
     owner, name = {
-        "choose": (sampler, "likeliest"),
-        "forward": (packed_cache.StepInputs, "attend"),
+        "choose": (categorical, "argmax"),
+        "forward": (packed_cache.PackedForward, "attend"),
         "copy": (kv_pool.KVCacheGroup, "copy_blocks"),
     }[place]
     if beside:
@@ -204,7 +204,7 @@ def test_an_interrupt_inside_a_forward_leaves_no_call_behind(options):
     settled(paged)
     assert forward_context.running_forward() is None
     cache = DynamicCache(config=paged.config)
-    assert not cache.layers[0].sequences.deferred, "a new cache believes that a forward makes it"
+    assert not cache.layers[0].batch.is_deferring, "a new cache believes that a forward makes it"
     assert torch.equal(paged.generate(**inputs, **SHORT), wanted)
     assert hf_paged.stats(paged).packed_calls == before + 1
     new = zoo.build("llama", "paged")

@@ -167,7 +167,7 @@ def test_a_program_ends_while_items_run_ahead(ending):
     """Nobody will take their results: 32 items of 10,000 tokens would keep it alive for minutes."""
     program = (
         "import os, signal, sys, threading, time; sys.path.insert(0, 'tests')\n"
-        "from pipes import pipes\n"
+        "from support.pipes import pipes\n"
         "pipe = pipes(max_new_tokens=10_000, min_new_tokens=10_000)[1]\n"
         "results = iter(pipe(prompt for prompt in ['a'] * 99))\n"
     )

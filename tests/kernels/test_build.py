@@ -1,4 +1,4 @@
-"""Compiling the kernels: once, by whoever comes first, and never in the way of a machine without a compiler."""
+"""Compiling the kernels: once, by the process that comes first, and never missed without a compiler."""
 
 import os
 import stat
@@ -22,7 +22,7 @@ from hf_paged_kernels import ops
 from hf_paged_kernels.cpu import loader
 caches = [torch.ones(2, 1, 4, 8) for _ in range(2)]
 ops.copy_blocks(*caches, torch.tensor([0]), torch.tensor([1]))
-state = native.state()
+state = loader.state()
 print(state.available, state.isa, state.path)
 """
 

@@ -24,7 +24,7 @@ from hf_paged_kernels import ops
 from hf_paged_kernels.cpu import loader
 caches = [torch.ones(2, 1, 4, 8) for _ in range(2)]
 ops.copy_blocks(*caches, torch.tensor([0]), torch.tensor([1]))
-print(native.state().available)
+print(loader.state().available)
 """
 
 

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import logging
 
-from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.cli.demo_model import load_config
+from hf_paged.compat.transformers import has_model_for
 from hf_paged.errors import PagedError
 from hf_paged_integrations.transformers.hooks import NAME
 
@@ -87,7 +88,8 @@ def read_config(name: str) -> PreTrainedConfig:
     if name == DEMO:
         return load_config()
     try:
-        return AutoConfig.from_pretrained(name)
+        # Not asked for: by default transformers would offer to run the code of the folder.
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # Each kind of broken config raises an exception of its own.
         if os.path.isdir(name):
             raise PagedError(f"the folder {name} holds no config that transformers can read: {_line(error)}") from error
@@ -125,7 +127,7 @@ def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
             f'{kind} cannot be planned: with attn_implementation="{NAME}" and without weights it does not run '
             f"({type(error).__name__}: {_line(error)}); if it does with its weights, hf_paged.stats(model) measures it"
         ) from error
-    paged, others = [layer for layer in cache.layers if isinstance(layer, PagedLayerMixin)], Counter()
+    paged, others = [layer for layer in cache.layers if isinstance(layer, PagedLayer)], Counter()
     groups: dict[int | None, list[LayerStates]] = {}
     state_bytes = 0
     for layer in cache.layers:
@@ -134,7 +136,7 @@ def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
             state_bytes += sum(state.nbytes for state in states if state is not None)
         if getattr(layer, "keys", None) is None:
             continue
-        if not isinstance(layer, PagedLayerMixin):
+        if not isinstance(layer, PagedLayer):
             others[type(layer).__name__] += 1
             continue
         if layer.keys.shape[2] != 1:
@@ -165,7 +167,7 @@ def _run_without_weights(config: PreTrainedConfig, dtype: torch.dtype):
     config = copy.deepcopy(config)
     config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = None  # Or some look for pads in the ids.
     auto = AutoModelForCausalLM
-    if type(config) not in auto._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
+    if not has_model_for(auto, config) and has_model_for(AutoModelForImageTextToText, config):
         auto = AutoModelForImageTextToText
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # Advice about weights and speed does not concern a model without weights.

@@ -10,14 +10,20 @@ import functools
 import threading
 from collections.abc import Iterator
 
-from transformers import GenerationMixin, Pipeline, TextGenerationPipeline
+from transformers import GenerationMixin, TextGenerationPipeline
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
+from hf_paged.compat.transformers import (
+    complete_generation_config,
+    generate_options,
+    has_own_forward,
+    replace_forwards,
+)
 from hf_paged.reasons import Reason, Why
-from hf_paged.sampling.rng_replay import free_draws, is_unseeded
+from hf_paged.sampling.rng_replay import is_unseeded, no_replay
 from hf_paged_integrations.pipelines.prefetch import Arrivals, Prefetch, Reader
-from hf_paged_integrations.transformers.generate import why_not_packable
+from hf_paged_integrations.transformers.eligibility import why_not_packable
 
 logger = logging.get_logger(__name__)
 
@@ -41,29 +47,24 @@ def iterate(
     """``get_iterator`` of a `TextGenerationPipeline` whose model is "paged"; `original` is transformers' own."""
     why = _why_one_by_one(pipe, forward_params)
     if why is not None:
-        logger.info(f"hf_paged: the pipeline's items run one after another, because of {why}. Remedy: {why.remedy}.")
+        logger.info(f"hf_paged: the pipeline's items run one after another, because {why}. Remedy: {why.remedy}.")
         return original(pipe, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess)
     news = threading.Condition()
     is_sized = isinstance(inputs, collections.abc.Sized)
     arrivals = None if is_sized or num_workers else Arrivals(inputs, news)
     source = inputs if arrivals is None else arrivals
     results = original(pipe, source, num_workers, batch_size, preprocess_params, forward_params, postprocess)
-    forwards = results.loader
-    forwards.loader = _Forwards(forwards, arrivals, not is_sized, batch_size, news)
-    forwards.infer, forwards.params = _as_it_is, {}
+    outputs = functools.partial(_Forwards, arrivals=arrivals, may_wait=not is_sized, batch_size=batch_size, news=news)
+    replace_forwards(results, outputs)
     return results
-
-
-def _as_it_is(outputs):
-    return outputs
 
 
 class _Forwards:
     """The forwards of a pipeline's batches, which run ahead of whoever takes them."""
 
-    def __init__(self, forwards, arrivals: Arrivals | None, may_wait: bool, batch_size: int, news):
-        self._loader, self._arrivals, self._may_wait, self._news = forwards.loader, arrivals, may_wait, news
-        self._batch_size, self._function = batch_size, functools.partial(_forward, forwards.infer, forwards.params)
+    def __init__(self, loader, forward, params: dict, arrivals: Arrivals | None, may_wait: bool, batch_size: int, news):
+        self._loader, self._arrivals, self._may_wait, self._news = loader, arrivals, may_wait, news
+        self._batch_size, self._function = batch_size, functools.partial(_forward, forward, params)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -79,22 +80,22 @@ class _Forwards:
 
 
 def _forward(forward, params: dict, batch, cancellation):
-    with free_draws():  # Items that sample are here only if nobody has seeded torch.
+    with no_replay():  # Items that sample are here only if torch was never seeded.
         return forward(batch, **{**params, "stopping_criteria": [cancellation]})
 
 
 def _why_one_by_one(pipe: TextGenerationPipeline, forward_params: dict) -> Why | None:
     """Why items cannot run together with the results of one after another; None if they can."""
-    kind, model = type(pipe), pipe.model
-    if kind._forward is not TextGenerationPipeline._forward or kind.forward is not Pipeline.forward:
-        return Reason.OWN_FORWARD.of(kind.__name__)
+    model = pipe.model
+    if has_own_forward(pipe):
+        return Reason.OWN_FORWARD.of(type(pipe).__name__)
     generate = getattr(model, "generate", None)
     if getattr(generate, "__func__", None) is not GenerationMixin.generate:
         return Reason.OWN_GENERATE.of(type(model).__name__)
     options = {name: value for name, value in forward_params.items() if name != "prefix_length"}
     try:
-        options = {name: value for name, value in pipe._prepare_generate_kwargs(options).items() if value is not None}
-        config, others = model._prepare_generation_config(options.pop("generation_config", None), **options)
+        options = {name: value for name, value in generate_options(pipe, options).items() if value is not None}
+        config, others = complete_generation_config(model, options.pop("generation_config", None), options)
     except Exception as error:  # The pipeline raises it again, where the caller expects it.
         return Reason.WRONG_ARGUMENTS.of(type(error).__name__)
     unknown = sorted(name for name in others if others[name] is not None and name not in _KNOWN_ARGUMENTS)

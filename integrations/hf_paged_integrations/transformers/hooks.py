@@ -9,7 +9,6 @@ of their text-generation pipelines together. Two functions of transformers' cont
 """
 
 import functools
-import inspect
 import threading
 from importlib.metadata import version
 
@@ -19,15 +18,13 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     DynamicCache,
-    GenerationMixin,
-    Pipeline,
     PreTrainedModel,
     TextGenerationPipeline,
 )
-from transformers.generation.continuous_batching import ContinuousBatchingManager, input_outputs
 
 from hf_paged.attention.mask import paged_mask
-from hf_paged.cache.paged_layers import page_layers
+from hf_paged.cache.layers import page_layers
+from hf_paged.compat import transformers as upstream
 from hf_paged.errors import PagedError
 from hf_paged.models import forward_context, registration, registry
 from hf_paged.sampling.row_streamer import RowStreamer, by_rows
@@ -44,27 +41,6 @@ from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
 
 NAME = "paged"
 TESTED_TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
-_SIGNATURES = {
-    (DynamicCache, "__init__"): ["self", "ddp_cache_data", "config", "offloading", "offload_only_non_sliding"],
-    (GenerationMixin, "_sample"): [
-        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
-        *("streamer", "model_kwargs"),
-    ],
-    (GenerationMixin, "_beam_search"): [
-        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
-        "model_kwargs",
-    ],
-    (GenerationMixin, "_assisted_decoding"): [
-        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
-        *("streamer", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "model_kwargs"),
-    ],
-    (PreTrainedModel, "get_correct_attn_implementation"): ["self", "requested_attention", "is_init_check"],
-    (Pipeline, "get_iterator"): [
-        *("self", "inputs", "num_workers", "batch_size", "preprocess_params", "forward_params", "postprocess_params"),
-    ],
-    (ContinuousBatchingManager, "switch_to_cb_friendly_attn"): ["self", "model", "auto_switch_to_flash"],
-    (input_outputs, "attn_mask_is_needed"): ["config"],
-}
 _GUARDS = "_hf_paged_guards"
 _WRAPPED = "_hf_paged_original"
 _lock = threading.Lock()
@@ -82,14 +58,14 @@ def enable() -> None:
         _check_transformers()
         AttentionInterface.register(NAME, attention_forward)
         AttentionMaskInterface.register(NAME, paged_mask)
-        _wrap(DynamicCache, "__init__", _after(_page_new_cache))
-        _wrap(PreTrainedModel, "get_correct_attn_implementation", _after(_track_paged_model))
-        _wrap(GenerationMixin, "_sample", _sample)
-        _wrap(GenerationMixin, "_beam_search", _for_paged(run_upstream_loop))
-        _wrap(GenerationMixin, "_assisted_decoding", _for_paged(run_upstream_loop))
-        _wrap(Pipeline, "get_iterator", _get_iterator)
-        _wrap(ContinuousBatchingManager, "switch_to_cb_friendly_attn", switch_attention)
-        _wrap(input_outputs, "attn_mask_is_needed", _after(is_mask_needed))
+        _wrap(upstream.CACHE_CONSTRUCTOR, _after(_page_new_cache))
+        _wrap(upstream.ATTENTION_CHOICE, _after(_track_paged_model))
+        _wrap(upstream.SAMPLING_LOOP, _sample)
+        _wrap(upstream.BEAM_SEARCH_LOOP, _for_paged(run_upstream_loop))
+        _wrap(upstream.ASSISTED_LOOP, _for_paged(run_upstream_loop))
+        _wrap(upstream.PIPELINE_ITERATOR, _get_iterator)
+        _wrap(upstream.ATTENTION_SWITCH, switch_attention)
+        _wrap(upstream.MASK_RULE, _after(is_mask_needed))
         registration.turn(on=True)
 
 
@@ -101,17 +77,16 @@ def disable() -> None:
     """
     with _lock:
         registration.turn(on=False)
-        for registry in (AttentionInterface, AttentionMaskInterface):
-            registry._global_mapping.pop(NAME, None)
-        for owner, method in _SIGNATURES:
-            original = getattr(owner.__dict__[method], _WRAPPED, None)
+        upstream.unregister_attention(NAME)
+        for function in upstream.WRAPPED_FUNCTIONS:
+            original = getattr(function.current(), _WRAPPED, None)
             if original is not None:
-                setattr(owner, method, original)
+                function.replace(original)
 
 
 def is_enabled() -> bool:
     """Whether "paged" is registered with transformers."""
-    return NAME in AttentionInterface._global_mapping
+    return upstream.is_attention_registered(NAME)
 
 
 def _check_transformers() -> None:
@@ -121,18 +96,17 @@ def _check_transformers() -> None:
             f"hf_paged hooks into private parts of transformers and is tested with {TESTED_TRANSFORMERS}; "
             f"transformers {found} is installed: install a tested one, or a newer hf_paged"
         )
-    for (owner, method), expected in _SIGNATURES.items():
-        function = inspect.unwrap(owner.__dict__[method])
-        if list(inspect.signature(function).parameters) != expected:
+    for function in upstream.WRAPPED_FUNCTIONS:
+        if not function.is_as_expected():
             raise PagedError(
-                f"{owner.__name__}.{method} of transformers {found} takes other arguments than hf_paged expects "
+                f"{function} of transformers {found} takes other arguments than hf_paged expects "
                 "(is it patched by another library?): hf_paged stays disabled"
             )
 
 
-def _wrap(owner, method: str, around) -> None:
-    """Let ``around(original, instance, *args, **kwargs)`` stand for ``owner.method``."""
-    original = owner.__dict__[method]
+def _wrap(function: upstream.UpstreamFunction, around) -> None:
+    """Let ``around(original, instance, *args, **kwargs)`` stand for a function of transformers."""
+    original = function.current()
     if hasattr(original, _WRAPPED):
         return
 
@@ -141,7 +115,7 @@ def _wrap(owner, method: str, around) -> None:
         return around(original, self, *args, **kwargs)
 
     setattr(wrapper, _WRAPPED, original)
-    setattr(owner, method, wrapper)
+    function.replace(wrapper)
 
 
 def _after(function):
@@ -150,7 +124,7 @@ def _after(function):
 
 
 def _is_paged(model) -> bool:
-    return model.config.get_text_config(decoder=True)._attn_implementation == NAME
+    return upstream.attention_implementation(model.config.get_text_config(decoder=True)) == NAME
 
 
 def _for_paged(loop):
@@ -197,7 +171,7 @@ def _page_new_cache(
 ) -> None:
     if type(cache) is not DynamicCache or config is None or ddp_cache_data is not None or offloading:
         return
-    if config.get_text_config(decoder=True)._attn_implementation == NAME:
+    if upstream.attention_implementation(config.get_text_config(decoder=True)) == NAME:
         page_layers(cache)
 
 

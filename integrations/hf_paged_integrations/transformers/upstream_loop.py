@@ -2,8 +2,8 @@
 
 import torch
 
-from hf_paged.cache.duplicate_rows import same_rows
-from hf_paged.cache.paged_layers import PagedLayer, PagedSlidingWindowLayer
+from hf_paged.cache.duplicate_rows import first_equal_rows
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.memory.kv_pool import KVCacheGroup
 from hf_paged.memory.reservation import reserve
 from hf_paged.memory.sizing import row_blocks
@@ -30,23 +30,21 @@ def _cache_of(kwargs: dict):
 
 def _needs(pool, ids: torch.Tensor, mask: torch.Tensor | None, max_length: int, cache) -> dict[KVCacheGroup, int]:
     """Blocks that a call's rows hold at most, by attention group, besides those that its cache has already."""
-    layers = [
-        layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PagedLayer | PagedSlidingWindowLayer)
-    ]
+    layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PagedLayer)]
     if not layers or layers[0].is_dense:
         return {}
-    held = layers[0].sequences.groups
+    held = layers[0].batch.groups
     has_mask = mask is not None and mask.dim() == 2 and len(mask) == len(ids)
     valid = mask.bool() if has_mask else torch.ones_like(ids, dtype=torch.bool)
     prompts, new = valid.sum(1).tolist(), max(0, max_length - ids.shape[1])
-    twins = same_rows(ids, valid) if ids.shape == valid.shape else None
+    duplicate_of = first_equal_rows(ids, valid) if ids.shape == valid.shape else None
     needs = {}
     for key, group in pool.groups.items():
         if any(layer.window == key.window for layer in layers):
             size, window = group.blocks.block_size, key.window
             count = sum(row_blocks(prompt + new, size, window) for prompt in prompts)
-            if window is None and twins is not None:  # Full blocks of a prompt are stored once for equal rows.
-                count -= sum(prompt // size for row, prompt in enumerate(prompts) if twins[row] != row)
+            if window is None and duplicate_of is not None:  # Full blocks of a prompt are stored once for equal rows.
+                count -= sum(prompt // size for row, prompt in enumerate(prompts) if duplicate_of[row] != row)
             if key in held:
                 count -= sum(len(table.blocks) for table in held[key].tables)
             needs[group] = max(0, count)

@@ -1,44 +1,26 @@
-"""The README's table of results, from committed runs.
+"""The tables of results on the documentation's page of benchmarks, from committed runs.
 
-python -m hf_paged_evals.report.readme [README.md]
+python -m hf_paged_evals.report.benchmarks_page
 
-Every ``evals/results/*.json`` gives a table: date, machine and command above it, a row for each figure.
+Every ``results/*.json`` of the package gives a table: date, machine and command above it, a row for each figure.
 """
 
 import argparse
 import re
 from pathlib import Path
 
+from hf_paged_evals.doc_pages import find_page, rewrite
 from hf_paged_evals.suite.results import load
 
 from .markdown import table
 from .text import interval, number
 
-MARKS = "<!-- results -->", "<!-- /results -->"
 RUNS = Path(__file__).resolve().parent.parent / "results"
-README = RUNS.parents[2] / "README.md"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="?", type=Path, default=README, help="whose table is replaced")
-    path = parser.parse_args().file
-    path.write_text(replaced(path.read_text(encoding="utf-8"), tables()), encoding="utf-8")
-
-
-def replaced(text: str, results: str) -> str:
-    """`text` with what lies between the marks replaced.
-
-    Raises
-    ------
-    ValueError
-        If the marks are not there, once each and in order.
-    """
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not begin or not end:
-        raise ValueError(f"the file must hold {MARKS[0]} and, after it, {MARKS[1]}: the table goes between them")
-    return f"{before}{begin}\n{results}\n{end}{after}"
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    rewrite("results", tables(), find_page("benchmarks.md"))
 
 
 def tables(folder: Path = RUNS) -> str:
