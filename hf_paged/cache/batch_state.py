@@ -93,7 +93,7 @@ class GroupRows:
         """
         tables = [self.tables[row] for row in writes]
         ranges = [(token, last[row]) for row, token in writes.items()]
-        copies = make_writable(tables, ranges, lambda count: self.group.allocate(count, promised))
+        copies = make_writable(tables, ranges, lambda count: self.group.allocate_or_grow(count, promised))
         self._copy_sources.blocks += [source for source, _ in copies]
         self._copies += copies
 

@@ -109,7 +109,7 @@ class Drive:
     ----------
     planned : SchedulerOutput
     states : dict of Request to CallState
-        Of the rows that run, and of their followers.
+        Of the rows that run, and of their duplicates.
     began : float
         When it was planned, in seconds.
     must_check : bool

@@ -51,7 +51,8 @@ from hf_paged.generation.generate_call import Choice, GenerateCall
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
-from hf_paged.memory.reservation import StallDetector, entered, is_inside
+from hf_paged.memory.reservation import entered, is_inside
+from hf_paged.memory.stall_detector import StallDetector
 from hf_paged.models.fingerprint import Identity, identify
 from hf_paged.sampling.sampler import sample_together
 from hf_paged.scheduling.cache_salt import current_salt
@@ -113,8 +114,7 @@ class Engine:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.specs = list(pool.groups)
-        self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget)
-        self.scheduler.prefix.counts = pool.prefix_counts
+        self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget, pool.prefix_counts)
         self.runner = make_runner(pool)
         self._stall_detector = StallDetector(pool)
         self._identity: Identity | None = None  # Of the model that the prefix cache serves, while rows run.
@@ -305,11 +305,11 @@ class Engine:
 
     @staticmethod
     def _deliveries(order: Drive, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[Delivery]:
-        """Logits ``[samples, vocab]`` by call. Followers of a row whose prompt is stored now start from its logits."""
+        """Logits ``[samples, vocab]`` by call. Duplicates of a row whose prompt is stored now start from its logits."""
         places: dict[CallState, dict[Request, int]] = {}
         sampled = [chunk.request for chunk in chunks if chunk.samples]
         for place, request in enumerate(sampled):
-            rows = [request, *(row for row in request.followers if row in order.states)]
+            rows = [request, *(row for row in request.duplicates if row in order.states)]
             places.setdefault(order.states[request], {}).update(dict.fromkeys(rows, place))
         deliveries = []
         for state, place_of in places.items():
@@ -322,8 +322,8 @@ class Engine:
     @staticmethod
     def _choose_for(deliveries: list[Delivery], report: StepReport) -> None:
         """Choose tokens for quick calls, those that choose alike together."""
-        recipes = [delivery.state.call.recipe for delivery in deliveries]
-        chosen = sample_together(recipes, [delivery.logits for delivery in deliveries])
+        samplers = [delivery.state.call.sampler for delivery in deliveries]
+        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries])
         alone: list[Delivery] = []
         failed_together: dict[int, tuple[Exception, list[Delivery]]] = {}  # By the error's identity.
         for delivery, tokens in zip(deliveries, chosen):
@@ -392,11 +392,12 @@ class Engine:
         """Plan a step; None if no row can run."""
         began = time.monotonic()
         self._cancel_calls()
-        self.scheduler.is_closed = self.pool.num_waiting > 0
         # A call from inside another one cannot wait for it.
         is_awaited = any(state.is_inside for state in self._state_of.values())
-        self.scheduler.keeps_budget = self._stall_detector.is_for_reserved_calls and not is_awaited
-        planned = self.scheduler.schedule()
+        planned = self.scheduler.schedule(
+            admits_waiting=not self.pool.num_waiting,
+            may_exceed_budget=not self._stall_detector.expects_blocks() or is_awaited,
+        )
         for request, error in planned.failed:
             self._state_of[request].failed.append((request, error))
             self._state_of[request].wake()
@@ -404,7 +405,7 @@ class Engine:
             return None
         self._under_way = planned
         must_check, self._must_check = self._must_check, False
-        rows = [row for chunk in planned.chunks for row in (chunk.request, *chunk.request.followers)]
+        rows = [row for chunk in planned.chunks for row in (chunk.request, *chunk.request.duplicates)]
         states = {row: self._state_of[row] for row in rows if row in self._state_of}
         return Drive(planned, states, began, must_check)
 
@@ -419,7 +420,7 @@ class Engine:
         assert planned is not None, "a report of a step that is not under way"
         if not report.is_same_model:
             self.scheduler.prefix.suspend()
-        self.scheduler.done(SchedulerOutput(report.chunks, planned.copies, []))
+        self.scheduler.commit(SchedulerOutput(report.chunks, planned.copies, []))
         for state, error in report.errors:
             self._fail(state, error)
         for delivery in report.deliveries:
@@ -433,7 +434,7 @@ class Engine:
         """Give a call the logits of its rows, or the tokens that were chosen from them."""
         state = delivery.state
         for request in delivery.requests:
-            self.scheduler.follow(request)
+            self.scheduler.start_duplicates(request)
         if delivery.choice is None:
             state.logits.append((delivery.requests, delivery.logits))
             state.is_sampling = True

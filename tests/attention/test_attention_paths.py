@@ -69,7 +69,7 @@ def test_training_mode_with_dropout_runs_on_a_cache():
     with torch.no_grad():
         model(zoo.prompts([8])["input_ids"], past_key_values=cache)
         model(torch.tensor([[5]]), past_key_values=cache)
-    assert "attention dropout" in hf_paged.stats(model).gathers
+    assert "attention dropout is on" in hf_paged.stats(model).gathers
     del cache
 
 
@@ -106,7 +106,7 @@ def test_custom_4d_masks(name):
         logits.append(torch.cat(rows, 1))
         del cache
     assert_close(*logits)
-    assert "a custom attention mask" in hf_paged.stats(models[1]).gathers
+    assert "the attention mask is a custom one" in hf_paged.stats(models[1]).gathers
 
 
 def test_a_mask_with_a_custom_overlay_is_not_taken_for_causal(monkeypatch):

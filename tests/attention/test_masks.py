@@ -135,4 +135,4 @@ def test_masks_of_other_values_do_not():
     hf_paged.release(models[1])
     assert torch.equal(*(model.generate(IDS, attention_mask=CONTENTS["twos"], **FEW) for model in models))
     stats = hf_paged.stats(models[1])
-    assert stats.fallbacks == {"an attention mask with values other than 0 and 1": 1} and stats.page_reads
+    assert stats.fallbacks == {"the attention mask has values other than 0 and 1": 1} and stats.page_reads

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo
 
 import hf_paged
-from hf_paged.attention.paged_attention import _check_arguments
+from hf_paged.attention.arguments import check_arguments
 from hf_paged_evals.tiny import tiny_config, tiny_model
 from support import zoo
 from support.packing import LENGTHS, compare, pair, watch_steps
@@ -68,7 +68,7 @@ class Attention(torch.nn.Module):
 
     def forward(self, states, tree=None, **kwargs):
         own = {} if tree is None else {"tree_mask": tree}
-        _check_arguments(self, {**own, **kwargs})
+        check_arguments(self, {**own, **kwargs})
         return states + 1
 
 

@@ -37,7 +37,7 @@ from hf_paged.execution.packed_cache import packed_mask
 from hf_paged.generation import engine as engine_module
 from hf_paged.generation.engine import CallState, Engine
 from hf_paged.generation.generate_call import GenerateCall
-from hf_paged.memory import reservation
+from hf_paged.memory import reservation, stall_detector
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from support.interrupts import Interrupt, InterruptedAt
 
@@ -292,6 +292,7 @@ class Run:
                 (engine_module, "time", clock),
                 (engine_module, "identify", FakeIdentity),
                 (reservation, "time", clock),
+                (stall_detector, "time", clock),
             ):
                 patches.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, value)

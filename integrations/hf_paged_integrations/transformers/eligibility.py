@@ -22,9 +22,9 @@ from hf_paged.cache.layers import PagedLayer
 from hf_paged.cache.padding import Padding, is_binary
 from hf_paged.compat.torch import forward_pre_hooks
 from hf_paged.compat.transformers import is_callers_cache, replaced_loop_method, supports_logits_to_keep
-from hf_paged.generation.generate_call import ROW_WISE, ROW_WISE_CRITERIA
 from hf_paged.reasons import Reason, Why
 from hf_paged.sampling.cancellation import Cancellation
+from hf_paged.sampling.processors import properties_of
 from hf_paged.sampling.row_streamer import RowStreamer
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
@@ -196,12 +196,13 @@ def _why_not_this_return(arguments: LoopArguments) -> Why | None:
 
 
 def _why_not_these_hooks(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> Why | None:
-    unknown = [type(processor).__name__ for processor in processors if type(processor) not in ROW_WISE]
-    if unknown:
-        return Reason.PROCESSOR.of(unknown[0])
+    mixing = [type(processor).__name__ for processor in processors if not properties_of(processor).row_wise]
+    if mixing:
+        return Reason.PROCESSOR.of(mixing[0])
+    mixing = sorted(type(criterion).__name__ for criterion in criteria if not properties_of(criterion).row_wise)
+    if mixing:
+        return Reason.CRITERION.of(mixing[0])
     kinds = {type(criterion) for criterion in criteria}
-    if unknown := sorted(kind.__name__ for kind in kinds - ROW_WISE_CRITERIA):
-        return Reason.CRITERION.of(unknown[0])
     if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds - {Cancellation}) > 1:
         return Reason.ENDLESS_ROWS
     return None

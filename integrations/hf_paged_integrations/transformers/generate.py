@@ -13,7 +13,7 @@ from hf_paged.generation.engine import Engine
 from hf_paged.generation.generate_call import GenerateCall
 from hf_paged.models import registry
 from hf_paged.models.refusal import Refusal
-from hf_paged.reasons import Why, count
+from hf_paged.reasons import Why
 from hf_paged_integrations.transformers import trial
 from hf_paged_integrations.transformers.eligibility import LoopArguments, start_device, why_not_this_call
 from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
@@ -54,7 +54,7 @@ def scheduled_sample(
         streamer=streamer,
         **model_kwargs,
     )
-    count(registry.counts_of(model).fallbacks, why, "generate runs transformers' own loop, not packed")
+    count_and_log(registry.counts_of(model).fallbacks, why, "generate runs transformers' own loop, not packed")
     return output
 
 
