@@ -167,7 +167,7 @@ def test_writing_into_returned_keys_is_refused():
     cache = DynamicCache(config=paged.config)
     with torch.no_grad():
         paged(zoo.prompts([9])["input_ids"], past_key_values=cache)
-        forward_context._thread.calls.append(
+        forward_context._thread.forwards.append(
             forward_context.Forward(paged.model, forward_context.Inputs((), {}), sys._getframe())
         )
         try:
@@ -176,7 +176,7 @@ def test_writing_into_returned_keys_is_refused():
             with pytest.raises(RuntimeError, match="in place"):
                 keys.mul_(2)
         finally:
-            forward_context._thread.calls.clear()
+            forward_context._thread.forwards.clear()
     del cache, keys, values
 
 
@@ -241,7 +241,7 @@ def test_hand_over_is_cleared_when_a_forward_fails(monkeypatch):
         assert forward_context._thread.mask_request is not None
         with pytest.raises(IndexError):
             paged(torch.tensor([[10**6]]), past_key_values=cache)
-    assert forward_context._thread.mask_request is None and not forward_context._thread.calls
+    assert forward_context._thread.mask_request is None and not forward_context._thread.forwards
     del cache
 
 
@@ -256,7 +256,7 @@ def test_layers_that_failed_halfway_do_not_poison_the_next_call():
     with pytest.raises(KeyError, match="halfway"):
         paged.generate(ids, max_new_tokens=4)
     hook.remove()
-    assert not forward_context._thread.calls
+    assert not forward_context._thread.forwards
     assert torch.equal(dense.generate(ids, max_new_tokens=8), paged.generate(ids, max_new_tokens=8))
 
 
