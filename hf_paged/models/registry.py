@@ -19,7 +19,7 @@ from hf_paged.models.structure import structure
 
 _pools: "weakref.WeakKeyDictionary[torch.nn.Module, KVPool]" = weakref.WeakKeyDictionary()
 # The dtype and device that a model had when its pool was made.
-_places: "weakref.WeakKeyDictionary[torch.nn.Module, tuple]" = weakref.WeakKeyDictionary()
+_made_for: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.dtype, torch.device]]" = weakref.WeakKeyDictionary()
 _configs: "weakref.WeakKeyDictionary[torch.nn.Module, PagedConfig]" = weakref.WeakKeyDictionary()
 _counts: "weakref.WeakKeyDictionary[torch.nn.Module, CallCounts]" = weakref.WeakKeyDictionary()
 # An engine holds its pool, not the reverse.
@@ -64,7 +64,7 @@ class _KeptEngine:
 def pool_of(model: PreTrainedModel) -> KVPool:
     """The pool of a model that runs, made at first use, and anew after ``model.to(...)``."""
     with _registry_lock:
-        if model not in _pools or _places[model] != (model.dtype, model.device):
+        if model not in _pools or _made_for[model] != (model.dtype, model.device):
             _make_pool(model)
         return _pools[model]
 
@@ -76,7 +76,7 @@ def _make_pool(model: PreTrainedModel) -> None:
         new.page_reads, new.gathers, new.prefix_counts = old.page_reads, old.gathers, old.prefix_counts
         for owner in [owner for owner, kept in _engines.items() if getattr(kept.made, "pool", None) is old]:
             del _engines[owner]
-    _pools[model], _places[model] = new, (model.dtype, model.device)
+    _pools[model], _made_for[model] = new, (model.dtype, model.device)
 
 
 def renew_pools(model: torch.nn.Module, even_good: bool = False) -> None:
@@ -89,7 +89,9 @@ def renew_pools(model: torch.nn.Module, even_good: bool = False) -> None:
     """
     with _registry_lock:
         for module in _submodules(model):
-            if module in _pools and (even_good or _places[module] != (module.dtype, module.device)):
+            if not isinstance(module, PreTrainedModel) or module not in _pools:
+                continue
+            if even_good or _made_for[module] != (module.dtype, module.device):
                 _make_pool(module)
 
 
@@ -179,7 +181,7 @@ def forget_pools(model: torch.nn.Module) -> None:
     with _registry_lock:
         for module in _submodules(model):
             _pools.pop(module, None)
-            _places.pop(module, None)
+            _made_for.pop(module, None)
             _engines.pop(module, None)
             _counts.pop(module, None)
 

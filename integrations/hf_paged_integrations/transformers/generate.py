@@ -13,7 +13,7 @@ from hf_paged.generation.engine import Engine
 from hf_paged.generation.generate_call import GenerateCall
 from hf_paged.models import registry
 from hf_paged.models.refusal import Refusal
-from hf_paged.reasons import Why
+from hf_paged.reasons import Why, count_and_log
 from hf_paged_integrations.transformers import trial
 from hf_paged_integrations.transformers.eligibility import LoopArguments, start_device, why_not_this_call
 from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
