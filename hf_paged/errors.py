@@ -1,4 +1,6 @@
-"""The exceptions a user of hf_paged can meet."""
+"""The exceptions that a user of hf_paged can meet."""
+
+import torch
 
 
 class PagedError(Exception):
@@ -11,11 +13,15 @@ class OutOfBlocksError(PagedError, RuntimeError):
     Attributes
     ----------
     needed, free, total : int
-        Blocks asked for, blocks available (free or evictable), blocks in the pool.
+        Blocks asked for, blocks available (free or cached), blocks in the pool.
+    sequences : torch.Tensor or None
+        Where ``generate`` raises it: the tokens of all rows, ``[batch, positions]``; rows that the pool could not
+        hold end early.
     """
 
     def __init__(self, needed: int, free: int, total: int):
         self.needed, self.free, self.total = needed, free, total
+        self.sequences: torch.Tensor | None = None
         super().__init__(
             f"needs {needed} blocks, {free} of {total} are free: lower the batch or the context, "
             "or raise memory_budget with hf_paged.configure(model, hf_paged.PagedConfig(memory_budget=...))"

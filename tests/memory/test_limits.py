@@ -1,4 +1,4 @@
-"""How much memory this process may take: by the machine, its control groups and its resource limits."""
+"""The memory that this process may take: by the machine, its control groups and its resource limits."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def version_2(root, group="/app", top="/", point="/sys/fs/cgroup", **files):
 
 
 def of_groups(root) -> dict[str, Limit]:
-    """What the control groups in a tree allow."""
+    """The limits of the control groups in a tree."""
     return {limit.name: limit for limit in limits._control_groups(root)}
 
 

@@ -1,4 +1,4 @@
-"""Calls with a dense loop come in when all their blocks are free, and keep them; none waits for what never comes."""
+"""Calls through transformers' own loop come in when all their blocks are free, and keep them; none waits in vain."""
 
 import threading
 import time
@@ -48,7 +48,7 @@ def test_beams_and_packed_rows_of_other_threads_share_a_pool_within_its_budget(m
     assert only_group(paged).blocks.reserved == 0
 
 
-def test_a_rectangular_call_waits_for_the_rows_that_run(models):
+def test_a_call_through_the_own_loop_waits_for_the_rows_that_run(models):
     dense, paged = models
     order, may_go_on = [], threading.Event()
 

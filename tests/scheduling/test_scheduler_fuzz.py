@@ -156,7 +156,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         assert all(arrivals[row] > last for row in preempted), "not the last one was preempted"
 
     def finds_more(self, request):
-        """Whether the step computes a block that the row could find."""
+        """Tell whether the step computes a block that the row could find."""
         computed = set()
         for chunk in self.step.chunks:
             if self.born[chunk.request] == self.weights:
