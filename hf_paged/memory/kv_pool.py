@@ -1,4 +1,4 @@
-"""KVPool: all the KV memory of one model, and the attention groups it is divided into."""
+"""KVPool: all the KV memory of one model, and the KV cache groups it is divided into."""
 
 import threading
 import weakref
@@ -13,9 +13,10 @@ from hf_paged.atomic import after_fork_in_child
 from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.eviction import EVICTION_POLICIES
 from hf_paged.memory.kv_format import BlockShape, KVFormat, make_kv_format
 from hf_paged.memory.kv_storage import KVStorage
-from hf_paged.memory.reservation import Reservation, of_this_thread
+from hf_paged.memory.reservation import Reservation
 from hf_paged.memory.sizing import budget_bytes, physical_memory
 
 logger = logging.get_logger(__name__)
@@ -31,7 +32,7 @@ class KVCacheSpec:
 
 
 class KVCacheGroup:
-    """The blocks of one attention group: ids in a `BlockPool`, and the tensors of its layers.
+    """The blocks of the layers of one spec: ids in a `BlockPool`, and the tensors of its layers.
 
     A block id names one block in each layer of the group.
     """
@@ -42,7 +43,8 @@ class KVCacheGroup:
         # Address space past the budget: a call that cannot wait may exceed it rather than fail.
         self.capacity = max(self.budget_blocks, physical_memory(key.device) // bytes_per_block)
         cache_blocks = int(self.budget_blocks * config.prefix_cache_share)
-        self.blocks = BlockPool(self.budget_blocks, config.block_size, cache_blocks)
+        policy = EVICTION_POLICIES[config.eviction_policy]()
+        self.blocks = BlockPool(self.budget_blocks, config.block_size, cache_blocks, policy)
         self.layers: dict[int, KVStorage] = {}
 
     @property
@@ -56,21 +58,22 @@ class KVCacheGroup:
             self.layers[index] = KVStorage(self.kv_format, shape, key.device, self.capacity, self.budget_blocks)
         return self.layers[index]
 
-    def allocate(self, num_blocks: int, promised: Sequence[Reservation] | None = None) -> list[int]:
-        """As `BlockPool.allocate`; past the budget the pool grows, with one warning.
+    def allocate_or_grow(self, num_blocks: int, reservations: Sequence[Reservation] = ()) -> list[int]:
+        """As `BlockPool.allocate`; where the budget does not hold them the pool grows, with one warning.
 
         Parameters
         ----------
-        promised : sequence of Reservation or None
-            Those that the blocks are taken from, as far as they go; None: those of this thread.
+        num_blocks : int
+        reservations : sequence of Reservation
+            The caller's: the blocks are taken from what these promise, as far as it goes.
 
         Raises
         ------
         OutOfBlocksError
             If the memory of the device cannot hold them.
         """
-        for reservation in of_this_thread() if promised is None else promised:
-            reservation.draw(self, num_blocks)
+        for reservation in reservations:
+            reservation.spend(self, num_blocks)
         try:
             return self.blocks.allocate(num_blocks)
         except OutOfBlocksError as error:

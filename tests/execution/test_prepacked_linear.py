@@ -27,7 +27,7 @@ def prepacked(name="llama", dtype=torch.float32):
 
 def copies(model):
     (engine,) = registry.pools_under(model)[0].engines
-    return engine._linears_for.__self__._copies
+    return engine.runner.linears._copies
 
 
 def linears(model):

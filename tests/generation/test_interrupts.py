@@ -19,7 +19,7 @@ from hf_paged.errors import UnsupportedError
 from hf_paged.execution import packed_cache
 from hf_paged.memory import kv_pool
 from hf_paged.models import forward_context, registry
-from hf_paged.sampling import sampler
+from hf_paged.sampling import categorical, sampler
 from hf_paged.sampling.row_streamer import RowStreamer
 from support import zoo
 from support.interrupts import Interrupt, InterruptedAt
@@ -118,7 +118,7 @@ def test_a_time_limit_arrives_wherever_it_rings(place, beside, alarm, monkeypatc
     results: list = []
     company = threading.Thread(target=lambda: results.append(paged.generate(**other, **ENDLESS)))
     owner, name = {
-        "choose": (sampler, "likeliest"),
+        "choose": (categorical, "argmax"),
         "forward": (packed_cache.PackedForward, "attend"),
         "copy": (kv_pool.KVCacheGroup, "copy_blocks"),
     }[place]

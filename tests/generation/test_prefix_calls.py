@@ -188,7 +188,7 @@ def test_learned_prompts_are_not_packed():
                 torch.nn.init.constant_(weight, 0.7)
         outputs.append(wrapped.eval().generate(**inputs, **LENGTHS))
     assert torch.equal(*outputs)
-    assert list(hf_paged.stats(models[1]).fallbacks) == ["the model has a prepare_inputs_for_generation of its own"]
+    assert list(hf_paged.stats(models[1]).fallbacks) == ["the model has its own prepare_inputs_for_generation"]
 
 
 def test_under_a_forward_hook_nothing_is_found_or_stored():
@@ -235,7 +235,7 @@ def test_frequencies_that_depend_on_the_whole_forward(kind):
     for _ in range(2):
         assert_rows_equal(models[0], prompts([30]), *(model.generate(**prompts([30]), **LENGTHS) for model in models))
     stats = hf_paged.stats(models[1])
-    assert stats.fallbacks == {"frequencies that depend on the whole forward": 2}
+    assert stats.fallbacks == {"the rotary frequencies depend on the whole forward": 2}
     assert (stats.prefix_lookups, stats.cached_blocks) == (0, 0)
 
 

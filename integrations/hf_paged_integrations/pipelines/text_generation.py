@@ -21,9 +21,9 @@ from hf_paged.compat.transformers import (
     replace_forwards,
 )
 from hf_paged.reasons import Reason, Why
-from hf_paged.sampling.rng_replay import free_draws, is_unseeded
+from hf_paged.sampling.rng_replay import is_unseeded, no_replay
 from hf_paged_integrations.pipelines.prefetch import Arrivals, Prefetch, Reader
-from hf_paged_integrations.transformers.generate import why_not_packable
+from hf_paged_integrations.transformers.eligibility import why_not_packable
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +47,7 @@ def iterate(
     """``get_iterator`` of a `TextGenerationPipeline` whose model is "paged"; `original` is transformers' own."""
     why = _why_one_by_one(pipe, forward_params)
     if why is not None:
-        logger.info(f"hf_paged: the pipeline's items run one after another, because of {why}. Remedy: {why.remedy}.")
+        logger.info(f"hf_paged: the pipeline's items run one after another, because {why}. Remedy: {why.remedy}.")
         return original(pipe, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess)
     news = threading.Condition()
     is_sized = isinstance(inputs, collections.abc.Sized)
@@ -80,7 +80,7 @@ class _Forwards:
 
 
 def _forward(forward, params: dict, batch, cancellation):
-    with free_draws():  # Items that sample are here only if nobody has seeded torch.
+    with no_replay():  # Items that sample are here only if torch was never seeded.
         return forward(batch, **{**params, "stopping_criteria": [cancellation]})
 
 
