@@ -67,7 +67,7 @@ class GroupRows:
 
     @property
     def window(self) -> int | None:
-        return self.group.key.window
+        return self.group.spec.window
 
     @property
     def owning_tables(self) -> list[BlockTable]:
@@ -329,7 +329,7 @@ class BatchState:
             for row, original in enumerate(duplicate_of or ()):
                 if original != row:
                     rows.tables[row] = rows.tables[original].fork()
-            tables, device = list(rows.tables), rows.group.key.device
+            tables, device = list(rows.tables), rows.group.spec.device
             rows.step = AppendStep(tables, start, end, first, last, writes, duplicate_of, valid, device)
 
         self._change_tables(begin)

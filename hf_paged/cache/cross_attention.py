@@ -88,7 +88,7 @@ def stored_metadata(layer: "PagedLayer", queries: int, mask: PagedMask | None) -
 
 
 def _make_metadata(rows: GroupRows, queries: int, lens: Sequence[int]) -> AttentionMetadata:
-    device = rows.group.key.device
+    device = rows.group.spec.device
     block_tables = padded_block_tables(rows.tables, device).repeat_interleave(queries, 0)
     context_lens = torch.tensor(lens, dtype=torch.long, device=device).repeat_interleave(queries)
     starts = torch.arange(len(lens) * queries + 1, device=device)

@@ -62,7 +62,7 @@ class ModelRunner:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.groups = list(pool.groups.values())
-        self.buffers = StepBuffers(self.groups[0].key.device)
+        self.buffers = StepBuffers(self.groups[0].spec.device)
         self.linears = PrepackedLinears() if pool.config.prepack_weights else None
 
     @classmethod
