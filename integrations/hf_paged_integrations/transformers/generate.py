@@ -13,7 +13,7 @@ from hf_paged.generation.engine import Engine
 from hf_paged.generation.generate_call import GenerateCall
 from hf_paged.models import registry
 from hf_paged.models.refusal import Refusal
-from hf_paged.reasons import Why
+from hf_paged.reasons import Why, count_and_log
 from hf_paged_integrations.transformers import trial
 from hf_paged_integrations.transformers.eligibility import LoopArguments, start_device, why_not_this_call
 from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
@@ -118,4 +118,10 @@ def _run_on_engine(model: PreTrainedModel, arguments: LoopArguments, may_retry: 
     registry.counts_of(model).packed += 1
     if not config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=call.scores, logits=call.logits, past_key_values=cache)
+    # The annotations of the class are narrower than what transformers' own loop gives it.
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,  # type: ignore[arg-type]
+        scores=call.scores,  # type: ignore[arg-type]
+        logits=call.logits,  # type: ignore[arg-type]
+        past_key_values=cache,
+    )
