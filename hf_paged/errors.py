@@ -1,6 +1,9 @@
 """The exceptions a user of hf_paged can meet."""
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # The allocator raises these, and imports no torch.
+    import torch
 
 
 class PagedError(Exception):
