@@ -75,7 +75,7 @@ class GroupRows:
         return [*self.tables, self._copy_sources]
 
     def make_writable(self, writes: dict[int, int], last: list[int], promised: Sequence[Reservation]) -> None:
-        """Give rows blocks of their own for the tokens that they are about to store. Runs in an atomic section.
+        """Give rows private blocks for the tokens that they are about to store. Runs in an atomic section.
 
         Parameters
         ----------
@@ -219,7 +219,7 @@ class BatchState:
             self._change_tables(lambda: pool.caches.add(self))
 
     def tables_in(self, key: KVCacheSpec) -> list[BlockTable]:
-        """Every table that owns blocks of an attention group."""
+        """Every table that owns blocks of the attention group `key`."""
         return self.groups[key].owning_tables if key in self.groups else []
 
     def _change_tables(self, change: Callable[[], None]) -> None:

@@ -74,7 +74,7 @@ class StoredStates(LazyTensor):
 def stored_metadata(layer: "PagedLayer", queries: int, mask: PagedMask | None) -> AttentionMetadata:
     """Describe how `queries` tokens of every row read all that the layer holds.
 
-    The op is causal: a query sees what comes before it, so each query is a row of its own that comes last.
+    The op is causal: a query sees what comes before it, so each query is a separate row, of which it is the last token.
     """
     rows = layer.batch.group_rows(layer.index)
     lens = None if mask is None else mask.visible_lens

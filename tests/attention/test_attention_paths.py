@@ -1,4 +1,4 @@
-"""What pages cannot serve goes dense and stays right; what nobody knows is refused."""
+"""Calls that pages cannot serve go dense and stay right; arguments that are not known are refused."""
 
 import gc
 import inspect
@@ -113,12 +113,12 @@ def test_a_mask_with_a_custom_overlay_is_not_taken_for_causal(monkeypatch):
     """A model that adds its own mask function (image tokens that see each other) gathers."""
     from transformers.models.llama import modeling_llama
 
-    def see_twins(batch, head, q, kv):
+    def see_pairs(batch, head, q, kv):
         return q // 2 == kv // 2
 
     original = modeling_llama.create_causal_mask
     monkeypatch.setattr(
-        modeling_llama, "create_causal_mask", lambda **kwargs: original(**kwargs, or_mask_function=see_twins)
+        modeling_llama, "create_causal_mask", lambda **kwargs: original(**kwargs, or_mask_function=see_pairs)
     )
     models = zoo.pair("llama")
     hf_paged.release(models[1])
@@ -232,7 +232,7 @@ def test_everything_else_is_not():
         assert causal_pattern(function) is None
 
 
-def test_hand_over_is_cleared_when_a_forward_fails(monkeypatch):
+def test_the_request_for_a_mask_is_cleared_when_a_forward_fails():
     dense, paged = zoo.pair("llama")
     cache = DynamicCache(config=paged.config)
     with torch.no_grad():
