@@ -1,6 +1,9 @@
-"""The exceptions that a user of hf_paged can meet."""
+"""The exceptions a user of hf_paged can meet."""
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # The allocator raises these, and imports no torch.
+    import torch
 
 
 class PagedError(Exception):
@@ -15,8 +18,7 @@ class OutOfBlocksError(PagedError, RuntimeError):
     needed, free, total : int
         Blocks asked for, blocks available (free or cached), blocks in the pool.
     sequences : torch.Tensor or None
-        Where ``generate`` raises it: the tokens of all rows, ``[batch, positions]``; rows that the pool could not
-        hold end early.
+        ``[batch, positions]`` int64: the tokens of all rows so far, where a packed call of ``generate`` raises this.
     """
 
     def __init__(self, needed: int, free: int, total: int):

@@ -198,7 +198,7 @@ class Engine:
                 # Tokens that a row brings along may have been stored in any way.
                 request.salt = salt if identity is not None and request.num_stored == 0 else None
                 self._state_of[request] = state
-            for request in call.leaders:
+            for request in call.distinct_requests:
                 self.scheduler.add(request)
 
         self._change(enter)

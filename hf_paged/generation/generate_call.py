@@ -1,4 +1,4 @@
-"""Call: one `generate` call as its caller's thread sees it: rows in, logits to tokens, tokens out."""
+"""GenerateCall: one call of ``generate`` as its caller sees it: rows in, logits to tokens, tokens out."""
 
 import copy
 from collections.abc import Iterable
@@ -55,9 +55,24 @@ class GenerateCall:
     processors, criteria, generation_config, streamer
         As ``GenerationMixin._sample`` gets them.
     pools : list of BlockPool
-        One per attention group.
+        One per KV cache group.
     cache : DynamicCache or None
         A cache of the caller's, empty so far: it gets the blocks of the call's only row when that is finished.
+
+    Attributes
+    ----------
+    requests : list of Request
+        The rows, in the order of the batch.
+    distinct_requests : list of Request
+        Those to queue: the first row of each prompt. Its duplicates start over its blocks.
+    failures : list of OutOfBlocksError
+        One for each row that the pool could not hold.
+    is_quick : bool
+        Whether another call's thread may choose for this one: nothing of the caller's runs, nothing is slow.
+    sampler : Sampler or None
+        How tokens are chosen together with those of other calls, if they can be.
+    logits, scores : tuple of torch.Tensor or None
+        ``[1, vocab]`` for each token of a lone row, where the call returns them.
     """
 
     def __init__(
@@ -68,10 +83,9 @@ class GenerateCall:
         self._of_processors = shared_properties(processors)
         self._stopping_rules = StoppingRules(criteria) if StoppingRules.KINDS.issuperset(map(type, criteria)) else None
         self._do_sample, self._pad = generation_config.do_sample, pad_token(generation_config)
-        # What `generate` returns besides the tokens of a lone row, a tensor ``[1, vocab]`` a step.
         returns = generation_config.return_dict_in_generate
-        self.logits = () if returns and generation_config.output_logits else None
-        self.scores = () if returns and generation_config.output_scores else None
+        self.logits: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_logits else None
+        self.scores: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_scores else None
         self._replayed_noise: ReplayedNoise | None = None
         self._is_replaying = is_replaying()
         prompts = (
@@ -81,7 +95,7 @@ class GenerateCall:
         )
         self.requests = [Request(tokens, pools) for tokens in prompts]
         self._row_of = {request: row for row, request in enumerate(self.requests)}
-        self._lead(first_equal_rows(input_ids, valid))
+        self.distinct_requests = self._join_duplicates(first_equal_rows(input_ids, valid))
         batch, self._width = input_ids.shape
         room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
         with torch.inference_mode(False):  # Another thread may write to it.
@@ -91,7 +105,6 @@ class GenerateCall:
         self.failures: list[OutOfBlocksError] = []
 
         self._row_streamer = streamer if isinstance(streamer, RowStreamer) else None
-        # Another call's thread may choose for this one: nothing of the caller's runs, nothing is slow.
         is_cheap = self._of_processors.cheap and shared_properties(criteria).cheap
         self.is_quick = streamer is self._row_streamer and is_cheap
         self.sampler = self._make_sampler()
@@ -104,15 +117,16 @@ class GenerateCall:
             return None
         return Sampler.of(self._processors, self._do_sample, self.input_ids.device)
 
-    def _lead(self, twins: list[int] | None) -> None:
-        """Let rows with the same prompt follow the first of them."""
-        self.leaders = []
+    def _join_duplicates(self, duplicate_of: list[int] | None) -> list[Request]:
+        """Note rows as duplicates of the first row with the same prompt. Returns these first rows."""
+        distinct = []
         for row, request in enumerate(self.requests):
-            leader = row if twins is None else twins[row]
-            if leader == row:
-                self.leaders.append(request)
+            first = row if duplicate_of is None else duplicate_of[row]
+            if first == row:
+                distinct.append(request)
             else:
-                self.requests[leader].duplicates.append(request)
+                self.requests[first].duplicates.append(request)
+        return distinct
 
     def _pads(self, count: int) -> torch.Tensor:
         fill = 0 if self._pad is None else int(self._pad)
@@ -120,12 +134,12 @@ class GenerateCall:
 
     @property
     def is_done(self) -> bool:
-        """Whether every row is finished or has failed."""
+        """Tell whether every row is finished or has failed."""
         return not self._open
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether the call shall end with the tokens it has."""
+        """Tell whether the call shall end with the tokens that it has."""
         is_closed = self._row_streamer is not None and self._row_streamer.is_closed
         return is_closed or any(cancellation.is_cancelled for cancellation in self._cancellations)
 
@@ -135,11 +149,11 @@ class GenerateCall:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a token was sampled: the call cannot start anew in another loop."""
+        """Tell whether a token was sampled: the call cannot start anew in another loop."""
         return any(self._counts)
 
     def fail(self, request: Request, error: OutOfBlocksError) -> None:
-        """Note that a row, and those that follow it, cannot go on."""
+        """Note that a row and its duplicates cannot go on."""
         for lost in (request, *request.duplicates):
             self._open.discard(self._row_of[lost])
             self.failures.append(error)
@@ -179,9 +193,9 @@ class GenerateCall:
             None for a row that is finished.
         """
         rows, tokens = [self._row_of[request] for request in requests], choice.tokens
-        if self.logits is not None:
+        if self.logits is not None and choice.logits is not None:
             self.logits += (choice.logits,)
-        if self.scores is not None:
+        if self.scores is not None and choice.scores is not None:
             self.scores += (choice.scores,)
         with torch.inference_mode(False), torch.no_grad():
             if self.streamer is not self._row_streamer:
@@ -196,12 +210,12 @@ class GenerateCall:
             self._replayed_noise.forget_before(min(self._counts[row] for row in self._open))
         return [(request, None if over else token) for request, token, over in zip(requests, chosen, finished)]
 
-    def _steps(self, rows: list[int]) -> dict[int, list[int]]:
-        """Indices into `rows`, by logical step."""
-        steps: dict[int, list[int]] = {}
+    def _by_count(self, rows: list[int]) -> dict[int, list[int]]:
+        """Indices into `rows`, by the number of tokens that the rows have generated."""
+        indices: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
-            steps.setdefault(self._counts[row], []).append(index)
-        return steps
+            indices.setdefault(self._counts[row], []).append(index)
+        return indices
 
     def _process(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
         if not self._processors:
@@ -209,9 +223,9 @@ class GenerateCall:
         if self._of_processors.token_free:
             return apply_token_free(self._processors, logits)
         scores = torch.empty_like(logits)
-        for step, indices in self._steps(rows).items():
+        for count, indices in self._by_count(rows).items():
             chosen = [rows[index] for index in indices]
-            scores[indices] = self._processors_of(chosen)(self._ids[chosen, : self._width + step], logits[indices])
+            scores[indices] = self._processors_of(chosen)(self._ids[chosen, : self._width + count], logits[indices])
         return scores
 
     def _processors_of(self, rows: list[int]):
@@ -234,8 +248,8 @@ class GenerateCall:
         if self._replayed_noise is None:
             self._replayed_noise = ReplayedNoise(len(self.input_ids), scores.shape[1])
         tokens = scores.new_empty(len(rows), dtype=torch.long)
-        for step, indices in self._steps(rows).items():
-            noise = self._replayed_noise.rows(step, [rows[index] for index in indices])
+        for count, indices in self._by_count(rows).items():
+            noise = self._replayed_noise.rows(count, [rows[index] for index in indices])
             tokens[indices] = categorical.argmax(probabilities[indices] / noise)
         return tokens
 
@@ -257,12 +271,12 @@ class GenerateCall:
         return finished
 
     def _judged(self, rows: list[int], scores: torch.Tensor | None) -> list[bool]:
-        """Which rows end, as the criteria say of rows at one logical step."""
+        """Which rows end, as the criteria say of rows with as many tokens each."""
         finished = [False] * len(rows)
-        for step, indices in self._steps(rows).items():
+        for count, indices in self._by_count(rows).items():
             chosen = [rows[index] for index in indices]
             over = self._criteria(
-                self._ids[chosen, : self._width + step], None if scores is None else (scores[indices],)
+                self._ids[chosen, : self._width + count], None if scores is None else (scores[indices],)
             )
             for index, is_over in zip(indices, over.tolist()):
                 finished[index] = is_over

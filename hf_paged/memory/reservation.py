@@ -1,8 +1,8 @@
 """Reservations: blocks that a call through transformers' own loop will need, promised to it at entry. No tensors here.
 
-Packed rows queue and can be preempted, one by one. Beams, assisted decoding and fallbacks run transformers' own loop and
-hold the blocks of all their rows to their end. So such a call comes in when all of these are free, or when no other
-call is left that could free them.
+Packed rows queue and can be preempted, one by one. Beams, assisted decoding and fallbacks run transformers' own loop
+and hold the blocks of all their rows to their end. So such a call comes in when all of these are free, or when no
+other call is left that could free them.
 """
 
 import contextlib
@@ -126,7 +126,7 @@ def entered(pool: "KVPool", *reservations: Reservation) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reserve(pool: "KVPool", needs: "Mapping[KVCacheGroup, int]") -> Iterator[None]:
-    """Run a call through transformers' own loop: wait until its blocks are free, all of them, and keep them for this thread.
+    """Run a call through transformers' own loop: wait until all its blocks are free, and keep them for this thread.
 
     Where no other call runs on the pool, or this call is made from inside another, there is nothing to wait for: it
     takes blocks as it needs them, past the budget if it must.

@@ -1,4 +1,4 @@
-"""What belongs to each model: its pool, its configuration, its engine, and the counts of its calls."""
+"""The registry of models: the pool of each, its configuration, its engine, and the counts of its calls."""
 
 import threading
 import weakref

@@ -113,7 +113,7 @@ def test_a_kind_serves_the_pools_that_it_says(registered):
 
 
 def test_a_trial_runs_eagerly(registered):
-    """What a capture would replay is checked before."""
+    """It checks all that a captured step would replay unchecked."""
 
     class Refusing(ModelRunner):
         def execute(self, model, inputs):

@@ -78,7 +78,7 @@ def test_nothing_but_packed_steps_uses_the_copies():
     compare((dense, paged), inputs)
     with torch.no_grad():
         for weight in copies(paged):
-            copies(paged)[weight] = None  # Who used them would fail.
+            copies(paged)[weight] = None  # A forward that used them would fail.
         assert torch.equal(paged(**inputs).logits, dense(**inputs).logits)
         beams = {**LENGTHS, "num_beams": 2}
         assert torch.equal(paged.generate(**inputs, **beams), dense.generate(**inputs, **beams))

@@ -1,4 +1,4 @@
-"""The packed loop: rows queue, are preempted and run with those of other calls, and nobody can tell."""
+"""The packed loop: rows queue, are preempted and run with those of other calls, and their tokens do not tell."""
 
 import pytest
 import torch

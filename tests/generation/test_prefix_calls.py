@@ -49,7 +49,7 @@ def test_a_small_pool_evicts_and_preempts(options):
         compare(models, prompts([13, 14, 30, 19, 21, 11] * 2, shared=10, seed=seed), **options)
     stats = hf_paged.stats(models[1])
     assert stats.prefix_hit_tokens and stats.evictions and stats.total_blocks == 22
-    assert stats.prefix_lookups > 3 * 12, "nobody was preempted"
+    assert stats.prefix_lookups > 3 * 12, "no row was preempted"
 
 
 def test_returned_sequences_are_prefilled_once_and_found_later():
@@ -192,7 +192,7 @@ def test_learned_prompts_are_not_packed():
 
 
 def test_under_a_forward_hook_nothing_is_found_or_stored():
-    """What a hook does may change without a trace: here it steers by a number that the test changes."""
+    """A hook may change what it does, and nothing shows it: this one steers by a number that the test changes."""
     models, inputs, by = own_pair(), prompts([30]), {"how much": 0.0}
     compare(models, inputs)
     handles = [

@@ -1,4 +1,4 @@
-"""What a packed call leaves behind besides its tokens: scores, logits, and a cache to go on from."""
+"""Packed calls leave more than tokens behind: scores, logits, and a cache to go on from."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Zero-code activation: "paged" works without ``import hf_paged``; nothing that goes wrong breaks other imports."""
+"""Zero-code activation: "paged" works without ``import hf_paged``; its errors break no other import."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_switched_off(installed, folder):
     assert done.stdout.startswith('ValueError Specified `attn_implementation="paged"` is not supported.'), done.stderr
 
 
-# Loads a model as everybody does, then asks for "paged"; says how that fails.
+# Loads a dense model, then asks for "paged"; says how that fails.
 ASK = """
 import torch, warnings
 warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Registration: explicit, idempotent, reversible; nobody else is touched."""
+"""Registration is explicit, idempotent and reversible, and touches no other implementation."""
 
 import subprocess
 import sys

@@ -22,12 +22,12 @@ def pair(blocks: int | None = None, token_budget: int = 16, name: str = "llama")
     return dense, paged
 
 
-def watch_steps(monkeypatch, look) -> list:
-    """What `look` makes of the inputs of each step that an engine runs from now on."""
+def watch_steps(monkeypatch, observe) -> list:
+    """A list that gets ``observe(inputs)`` of each step that an engine runs from now on."""
     seen, execute = [], ModelRunner.execute
 
     def watched(self, model, inputs):
-        seen.append(look(inputs))
+        seen.append(observe(inputs))
         return execute(self, model, inputs)
 
     monkeypatch.setattr(ModelRunner, "execute", watched)

@@ -118,4 +118,10 @@ def _run_on_engine(model: PreTrainedModel, arguments: LoopArguments, may_retry: 
     registry.counts_of(model).packed += 1
     if not config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=call.scores, logits=call.logits, past_key_values=cache)
+    # The annotations of the class are narrower than what transformers' own loop gives it.
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,  # type: ignore[arg-type]
+        scores=call.scores,  # type: ignore[arg-type]
+        logits=call.logits,  # type: ignore[arg-type]
+        past_key_values=cache,
+    )
