@@ -6,7 +6,7 @@ import torch._dynamo
 
 import hf_paged
 from hf_paged.attention.arguments import check_arguments
-from hf_paged_evals.tiny import tiny_config, tiny_model
+from hf_paged_evals.models.tiny import tiny_config, tiny_model
 from support import zoo
 from support.packing import LENGTHS, compare, pair, watch_steps
 

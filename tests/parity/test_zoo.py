@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hf_paged_evals.tiny import tiny_config, tiny_model
 
 import hf_paged
+from hf_paged_evals.models.tiny import tiny_config, tiny_model
 from support import zoo
 from support.architectures import models
 from support.parity import assert_rows_equal
