@@ -20,7 +20,9 @@ def dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "gpt2", "gpt_oss"))]
+)
 def test_a_compiled_step_has_no_graph_break(name, dynamo):
     dense, paged = pair(name=name)
     hf_paged.release(paged)  # The engine is made anew, after the model was compiled.
@@ -34,6 +36,7 @@ def test_a_compiled_step_has_no_graph_break(name, dynamo):
     assert not dynamo["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_few_graphs_serve_steps_of_every_length(dynamo):
     dense, paged = pair()
     forward = paged.forward
@@ -84,6 +87,7 @@ def test_a_compiled_forward_refuses_what_its_attention_adds(dynamo):
         compiled(torch.zeros(2), tree=torch.ones(3))
 
 
+@pytest.mark.slow
 def test_a_compiled_mixture_of_experts(dynamo):
     """It hands its output_router_logits down to its attention."""
     logits = []

@@ -132,6 +132,7 @@ def test_prefixes_are_found_while_another_thread_steps():
         assert call_in_thread(lambda: fingerprint(paged, "", [])) == expected
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_no_graph_break_and_no_copies():
     dense, paged = prepacked()
     torch._dynamo.reset()

@@ -111,6 +111,7 @@ def run(code: str, folder: Path = ROOT) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_checkout_does_not_shadow_the_package_kernels(tmp_path):
     """From the checkout's root `import kernels` is Hugging Face's, for transformers too."""
     code = (

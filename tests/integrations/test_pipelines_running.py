@@ -162,6 +162,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_program_ends_while_items_run_ahead(ending):
     """Their results are lost: 32 items of 10,000 tokens would keep it alive for minutes."""

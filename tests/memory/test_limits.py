@@ -182,6 +182,7 @@ print(all(map(torch.equal, expected, got)), stats.page_reads > 0, budget, reserv
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, used", [("RLIMIT_AS", "vms"), ("RLIMIT_DATA", "data")])
 def test_a_process_with_a_resource_limit(name, used):
     """The pool reserved as much address space as the machine has memory, and could not be made."""

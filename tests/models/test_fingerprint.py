@@ -416,7 +416,14 @@ def dispatched(model):
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
 
 
-@pytest.mark.parametrize("wrap", [compiled, compiled_in_place, compiled_inside, dispatched])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        *(pytest.param(wrap, marks=pytest.mark.slow) for wrap in (compiled, compiled_in_place)),
+        compiled_inside,
+        dispatched,
+    ],
+)
 def test_what_wraps_a_forward_and_leaves_it_alone_keeps_the_cache(wrap):
     dense, paged = own_pair()
     tokens(paged)
