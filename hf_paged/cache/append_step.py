@@ -31,10 +31,9 @@ class AppendStep:
     first, last : list of int
         For each row, its tokens before `start` and before `end`.
     writes : dict of int to int
-        For each row that stores tokens of its own, the first token it stores. Rows left out share the
-        blocks of a row with the same input.
+        By row, the first token that it stores. Rows left out share the blocks of a row with the same input.
     duplicate_of : list of int or None
-        For each row the row whose blocks hold it, where rows have the same input; None: no two do.
+        For each row the first row with the same input, whose blocks hold both; None: all rows differ.
     valid : torch.Tensor or None
         ``[batch, end - start]`` bool: which positions hold tokens; None: all.
     device : torch.device

@@ -67,7 +67,7 @@ class GroupRows:
 
     @property
     def window(self) -> int | None:
-        return self.group.key.window
+        return self.group.spec.window
 
     @property
     def owning_tables(self) -> list[BlockTable]:
@@ -75,7 +75,7 @@ class GroupRows:
         return [*self.tables, self._copy_sources]
 
     def make_writable(self, writes: dict[int, int], last: list[int], promised: Sequence[Reservation]) -> None:
-        """Give rows blocks of their own for the tokens that they are about to store. Runs in an atomic section.
+        """Give rows private blocks for the tokens that they are about to store. Runs in an atomic section.
 
         Parameters
         ----------
@@ -93,7 +93,7 @@ class GroupRows:
         """
         tables = [self.tables[row] for row in writes]
         ranges = [(token, last[row]) for row, token in writes.items()]
-        copies = make_writable(tables, ranges, lambda count: self.group.allocate(count, promised))
+        copies = make_writable(tables, ranges, lambda count: self.group.allocate_or_grow(count, promised))
         self._copy_sources.blocks += [source for source, _ in copies]
         self._copies += copies
 
@@ -219,7 +219,7 @@ class BatchState:
             self._change_tables(lambda: pool.caches.add(self))
 
     def tables_in(self, key: KVCacheSpec) -> list[BlockTable]:
-        """Every table that owns blocks of an attention group."""
+        """Every table that owns blocks of the attention group `key`."""
         return self.groups[key].owning_tables if key in self.groups else []
 
     def _change_tables(self, change: Callable[[], None]) -> None:
@@ -329,7 +329,7 @@ class BatchState:
             for row, original in enumerate(duplicate_of or ()):
                 if original != row:
                     rows.tables[row] = rows.tables[original].fork()
-            tables, device = list(rows.tables), rows.group.key.device
+            tables, device = list(rows.tables), rows.group.spec.device
             rows.step = AppendStep(tables, start, end, first, last, writes, duplicate_of, valid, device)
 
         self._change_tables(begin)

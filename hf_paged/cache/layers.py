@@ -14,7 +14,7 @@ from hf_paged.cache.edits import same_bits
 from hf_paged.cache.lazy_tensors import PagedStates, PageView
 from hf_paged.memory.kv_pool import KVCacheSpec
 from hf_paged.models import forward_context, registry
-from hf_paged.reasons import Reason, Why, count
+from hf_paged.reasons import Reason, Why, count_and_log
 
 _KEYS, _VALUES = 0, 1
 
@@ -114,7 +114,7 @@ class PagedLayer(DynamicLayer):
         if deferred is not None:
             return (deferred.key, deferred.value)[which][:, :, start:]
         if end > 0:
-            count(self.batch.pool.gathers, reason, "keys or values are gathered")
+            count_and_log(self.batch.pool.gathers, reason, "keys or values are gathered")
         with torch.inference_mode(False), torch.no_grad():  # A reader may edit them, in whatever mode.
             return self.batch.gather(self.index, which == _KEYS, start, end)
 
@@ -261,7 +261,7 @@ class PagedLayer(DynamicLayer):
         deferred = self.batch.deferred_states(self.index)
         if deferred is not None:
             is_like = deferred.key.dtype == key.dtype and deferred.key.device == key.device
-            return None if is_like else Reason.CHANGED_DTYPE
+            return None if is_like else Reason.CHANGED_PLACE
         expected = KVCacheSpec(self.window, key.dtype, key.device)
         for spec, rows in self.batch.groups.items():
             if self.index in rows.lengths and spec != expected:

@@ -17,7 +17,7 @@ from hf_paged.cache.append_step import AppendStep
 from hf_paged.cache.batch_state import BatchState, GroupRows
 from hf_paged.cache.edits import same_bits
 from hf_paged.compat.torch import TO_COPY, make_wrapper_subclass, tree_map_only, writes_to_input
-from hf_paged.reasons import Reason, Why, count
+from hf_paged.reasons import Reason, Why, count_and_log
 
 if TYPE_CHECKING:
     from hf_paged.cache.layers import PagedLayer
@@ -124,7 +124,7 @@ class PagedStates(LazyTensor):
             return self.fresh.clone(memory_format=torch.contiguous_format)
         self.pages.check()
         batch, step = self.pages.batch, self.pages.step
-        count(batch.pool.gathers, reason, "keys or values are gathered")
+        count_and_log(batch.pool.gathers, reason, "keys or values are gathered")
         return batch.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
 
     def take_edits(self) -> bool:

@@ -13,7 +13,7 @@ operation, compiled or not.
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_paged.execution.step_inputs import StepInputs
 from hf_paged.reasons import Reason, Why
@@ -187,10 +187,10 @@ class PackedCache(Cache):
 
     def __init__(self, forward: PackedForward):
         windows = {index: metadata.window for index, (_, metadata) in forward.inputs.layers.items()}
-        layers = []
-        for index in range(max(windows) + 1):
-            window = windows.get(index)
-            layer = PackedLayer() if window is None else PackedSlidingWindowLayer(sliding_window=window)
-            layer.forward, layer.index = forward, index
-            layers.append(layer)
-        super().__init__(layers=layers)
+        super().__init__(layers=[_make_layer(forward, index, windows.get(index)) for index in range(max(windows) + 1)])
+
+
+def _make_layer(forward: PackedForward, index: int, window: int | None) -> CacheLayerMixin:
+    layer = PackedLayer() if window is None else PackedSlidingWindowLayer(sliding_window=window)
+    layer.forward, layer.index = forward, index
+    return layer

@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class KVFormat(abc.ABC):
-    """How states of one dtype are stored in pages, attended to and read back.
+    """The way in which states of one dtype are stored in pages, attended to and read back.
 
     The keys of a layer lie in one tensor of pages for each of ``parts(key_dim)``, its values in one for each of
     ``parts(value_dim)``. Slots that hold no token contain anything, NaN included, and must never matter.
@@ -208,7 +208,7 @@ DEFAULT_FORMAT = "native"
 
 
 def make_kv_format(states_dtype: torch.dtype) -> KVFormat:
-    """The format in which a pool keeps states of this dtype.
+    """Make the format in which pools keep states of this dtype: the one place that chooses it.
 
     Raises
     ------

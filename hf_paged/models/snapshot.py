@@ -1,4 +1,4 @@
-"""Snapshot: what a model was made of at one look, held to tell at every step that it is still so."""
+"""Snapshot: the parts of a model as one inspection found them, held to tell at every step that they are still so."""
 
 import operator
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ PACKAGES = {
 
 
 def is_known(kind: type) -> bool:
-    """Tell whether a class comes from a package that keeps all state of its objects where a look finds it."""
+    """Tell whether a class comes from a package that keeps all state of its objects where an inspection finds it."""
     return (kind.__module__ or "").partition(".")[0] in PACKAGES
 
 
@@ -36,18 +36,18 @@ class Snapshot:
     """Objects of a model beside copies of what they held.
 
     The copies refer to the objects themselves, so an address is never given to another object meanwhile. They keep
-    modules and tensors alive: the owner of a trace lets go of it when no row runs any more.
+    modules and tensors alive: the owner of a snapshot lets go of it when no row runs any more.
     """
 
     def __init__(self):
         self._live: list = []  # Namespaces, lists, dicts and sets, as they are now.
-        self._copies: list = []  # What each of them held.
-        self._owners: list[dict] = []  # Where containers were found: an equal one in its place is a change, too.
+        self._copies: list = []  # A copy of each as it was.
+        self._owners: list[dict] = []  # Namespaces with containers in them: an equal one in its place is a change, too.
         self._names: list = []
         self._contained: list = []
         self._modules: list[torch.nn.Module] = []
         self._kinds: list[type] = []
-        self._globals: list[tuple[operator.itemgetter, dict, object]] = []
+        self._globals: list[tuple[operator.itemgetter, Mapping, object]] = []
         self._functions: list = []
         self._codes: list = []
         self._tensors: list[torch.Tensor] = []

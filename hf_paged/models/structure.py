@@ -1,4 +1,4 @@
-"""The structure of a model: what decides whether packed steps work in it, as far as that can be seen."""
+"""The structure of a model: all that decides whether packed steps work in it, as far as that can be seen."""
 
 import torch
 

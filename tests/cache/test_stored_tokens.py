@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hf_paged
+from hf_paged.cache.duplicate_rows import first_equal_rows, have_equal_states
 from support import zoo
 from support.caches import assert_same_next, every_cache, prefill, step, used
 
@@ -65,8 +66,6 @@ def test_equal_rows_are_stored_once():
 
 
 def test_rows_with_the_same_tokens_and_other_padding_are_told_apart():
-    from hf_paged.cache.duplicate_rows import first_equal_rows
-
     ids = torch.ones(3, 4, dtype=torch.long)
     valid = torch.ones(3, 4, dtype=torch.bool)
     assert first_equal_rows(ids, None) == first_equal_rows(ids, valid) == [0, 0, 0]
@@ -77,8 +76,6 @@ def test_rows_with_the_same_tokens_and_other_padding_are_told_apart():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_small_differences_part_rows_in_every_dtype(dtype):
-    from hf_paged.cache.duplicate_rows import have_equal_states
-
     states = torch.randn(1, 2, 6, 16).to(dtype).repeat(3, 1, 1, 1)
     assert have_equal_states([0, 0, 0], states)
     states[2, 1, 3] *= 1.02

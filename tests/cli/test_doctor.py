@@ -155,6 +155,7 @@ def command(*arguments, **environment):
     return subprocess.run(script, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_the_command_outlives_an_import_that_fails(tmp_path):
     """As after ``pip install transformers==6``: importing hf_paged raises before any of its code runs."""
     about = tmp_path / "transformers-6.0.0.dist-info"
@@ -167,6 +168,7 @@ def test_the_command_outlives_an_import_that_fails(tmp_path):
     assert second == "hf-paged: transformers is 6.0.0: pip install 'transformers<5.24,>=5.23'"
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_package():
     done = command("plan", "demo", "--batch", "0", "--context", "1")
     assert done.returncode == 1 and done.stderr == "hf-paged: --batch must be at least 1; got 0\n"

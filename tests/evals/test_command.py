@@ -9,12 +9,12 @@ import sys
 import time
 
 import pytest
-
-import hf_paged_evals
-from hf_paged.cli import main
 from hf_paged_evals.suite import results
 from hf_paged_evals.suite.command import _options, _parser
 from hf_paged_evals.suite.registry import TASKS
+
+import hf_paged_evals
+from hf_paged.cli import main
 from support.tiny_eval import save_model, save_texts
 
 PERPLEXITY = {"length": 64, "stride": 32, "windows": 24, "chunk": 16, "batch": 2}
@@ -69,6 +69,7 @@ def start(command: list[str], **environment) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_report(files, whole, tmp_path):
     child = start([sys.executable, "-m", "hf_paged.cli.main", *arguments(files, tmp_path)])
     shard, deadline = tmp_path / "samples" / "perplexity.0.jsonl", time.monotonic() + 120
@@ -85,6 +86,7 @@ def test_a_killed_run_goes_on_to_the_same_report(files, whole, tmp_path):
     assert shard.read_bytes().startswith(whole_lines), "what was finished was not run again"
 
 
+@pytest.mark.slow
 def test_processes_of_accelerate_share_the_samples(files, whole, tmp_path):
     # "--multi_gpu" is accelerate's word for several processes; without GPUs they run on the CPU.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -6,6 +6,8 @@ import mmap
 
 import pytest
 import torch
+from hf_paged_evals.suite import registry, results, runner
+from hf_paged_evals.suite.models import Models
 
 import hf_paged
 from hf_paged_evals import report
@@ -19,8 +21,6 @@ from hf_paged_evals.speed.pressure import Pressure
 from hf_paged_evals.speed.tasks import TASKS
 from hf_paged_evals.speed.throughput import Throughput
 from hf_paged_evals.speed.timing import prefix_hits
-from hf_paged_evals.suite import registry, results, runner
-from hf_paged_evals.suite.models import Models
 from support import tiny_eval
 
 SMALL = {
@@ -129,6 +129,7 @@ def test_every_turn_runs_every_contender_once(options_of):
     assert {"dense, batch 1", "dense, batch 3", "paged, batch 3", "generate_batch", "llama.cpp", "vLLM"} <= batches
 
 
+@pytest.mark.slow
 def test_contenders_give_the_same_answers_in_float32(options_of):
     task = Throughput()
     options = options_of(task)
@@ -245,6 +246,7 @@ def test_a_tiny_model_stands_in_for_what_is_too_long(options_of):
     assert all(record["first"] > 0 and record["each"] > 0 for record in records)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(options_of):
     task = Memory()
     options = options_of(task)
@@ -253,6 +255,7 @@ def test_memory_is_measured_in_a_process_of_its_own(options_of):
     assert record["contender"] == "dense" and record["rows"] == 3 and record["peak"] >= 0 and record["course"]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why(options_of):
     task = Memory()
     options = options_of(task)

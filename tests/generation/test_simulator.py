@@ -53,9 +53,9 @@ def in_place(section):
     return section()
 
 
-def tell_only(self, seat, error):
-    seat.error = error
-    seat.wake()
+def tell_only(self, state, error):
+    state.error = error
+    state.wake()
 
 
 MUTATIONS = {

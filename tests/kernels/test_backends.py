@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hf_paged
+from hf_paged.cli.doctor import report
 from hf_paged_kernels import backends, ops, reference
 from hf_paged_kernels.backends import Backend, BackendState
 from support import zoo
@@ -159,9 +160,19 @@ def test_generate_runs_on_a_backend(register):
     assert torch.equal(paged.generate(**inputs, max_new_tokens=6), expected) and len(seen) == count
 
 
+def test_the_doctor_prints_the_state_of_a_backend(register):
+    assert len(report.kernel_state(has_gpu=False)) == 2
+    register("mine", state=lambda: BackendState(False, "HF_PAGED_MINE=0 turns it off"))
+    register("second", LAST)
+    *_, first, last = report.kernel_state(has_gpu=False)
+    assert first == ("mine", "a backend for cpu, cannot be used: HF_PAGED_MINE=0 turns it off")
+    assert last == ("second", "a backend for cpu, can be used")
+
+
 GENERATE = """
 import torch
 import hf_paged
+from hf_paged.cli.doctor import report
 from hf_paged_kernels import backends, ops, reference
 from hf_paged_kernels.cpu import loader
 from support import zoo

@@ -1,4 +1,4 @@
-"""How much memory this process may take: by the machine, its control groups and its resource limits."""
+"""The memory that this process may take: by the machine, its control groups and its resource limits."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def version_2(root, group="/app", top="/", point="/sys/fs/cgroup", **files):
 
 
 def of_groups(root) -> dict[str, Limit]:
-    """What the control groups in a tree allow."""
+    """The limits of the control groups in a tree."""
     return {limit.name: limit for limit in limits._control_groups(root)}
 
 
@@ -182,6 +182,7 @@ print(all(map(torch.equal, expected, got)), stats.page_reads > 0, budget, reserv
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, used", [("RLIMIT_AS", "vms"), ("RLIMIT_DATA", "data")])
 def test_a_process_with_a_resource_limit(name, used):
     """The pool reserved as much address space as the machine has memory, and could not be made."""

@@ -40,7 +40,7 @@ def test_equal_to_dense(name, mode, padded, size):
     stats = hf_paged.stats(models[1])
     assert stats.page_reads > 0
     # T5's self-attention adds a position bias in every layer; its cross-attention adds zeros.
-    assert set(stats.gathers) == ({"position bias"} if name == "t5" else set())
+    assert set(stats.gathers) == ({"a position bias is added to the scores"} if name == "t5" else set())
 
 
 def test_cross_attention_is_stored_once_for_all_beams(monkeypatch):
@@ -62,7 +62,7 @@ def test_left_padding_of_the_encoder_is_gathered_once():
     inputs = zoo.prompts([11, 6])
     assert torch.equal(*(model.generate(**inputs, max_new_tokens=12, min_new_tokens=12) for model in models))
     layers = models[1].config.decoder_layers
-    assert hf_paged.stats(models[1]).gathers == {"a custom attention mask": 2 * layers}
+    assert hf_paged.stats(models[1]).gathers == {"the attention mask is a custom one": 2 * layers}
 
 
 def test_keys_read_outside_a_forward_are_plain_tensors():

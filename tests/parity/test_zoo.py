@@ -4,19 +4,16 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged_evals.tiny import tiny_config, tiny_model
+from hf_paged_evals.models.tiny import tiny_config, tiny_model
 from support import zoo
 from support.architectures import models
 from support.parity import assert_rows_equal
 
-PAGES = [
-    *("llama", "qwen2", "qwen3", "smollm3", "mistral", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text"),
-    *("gpt_oss", "mixtral", "olmo2", "granite", "starcoder2", "phi", "phi3", "stablelm", "cohere", "cohere2"),
-    *("gpt2", "opt", "gpt_neox", "qwen3_next", "granitemoehybrid", "jamba"),
-]
-GATHERS = [
-    *("deepseek_v3", "bloom", "diffllama", "jetmoe", "doge", "llama4_text", "gpt_neox_japanese", "moshi"),
-]
+PAGES = """
+    llama qwen2 qwen3 smollm3 mistral gemma2 gemma3_text gemma3n_text gemma4_text gpt_oss mixtral olmo2 granite
+    starcoder2 phi phi3 stablelm cohere cohere2 gpt2 opt gpt_neox qwen3_next granitemoehybrid jamba
+""".split()
+GATHERS = "deepseek_v3 bloom diffllama jetmoe doge llama4_text gpt_neox_japanese moshi".split()
 OWN = ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text", "falcon_h1", "mamba", "recurrent_gemma"]
 MODES = {
     "greedy": {},

@@ -2,7 +2,7 @@
 
 import functools
 
-from hf_paged_evals.tiny import tiny_config, tiny_model
+from hf_paged_evals.models.tiny import tiny_config, tiny_model
 
 _OVERRIDES = {
     "gemma2": {"attn_logit_softcapping": 0.7, "query_pre_attn_scalar": 5},  # Low enough to matter.

@@ -1,9 +1,9 @@
-"""What "equal to dense" means, in one place."""
+"""The one place that says when outputs are equal to those of dense."""
 
 import torch
 
 import hf_paged
-from hf_paged_evals.equality import differences
+from hf_paged_evals.accuracy.equality import differences
 
 
 def assert_rows_equal(dense_model, inputs, dense: torch.Tensor, paged: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ pools: "weakref.WeakSet[KVPool]" = weakref.WeakSet()
 
 
 def poison(dtype: torch.dtype) -> float:
-    """What no token may be computed from: NaN, or the largest number of a dtype without NaN."""
+    """A number that no token may be computed from: NaN, or the largest one of a dtype without NaN."""
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
 
 

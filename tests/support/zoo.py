@@ -57,7 +57,7 @@ def pair(name: str, dtype: torch.dtype = torch.float32):
 
 
 def dense_implementation(name: str) -> str:
-    """What transformers picks for the model by itself."""
+    """The implementation that transformers picks for the model."""
     return "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
 
 

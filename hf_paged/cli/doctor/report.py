@@ -17,6 +17,7 @@ from hf_paged.memory.sizing import DEFAULT_SHARE, budget_bytes
 from hf_paged.self_check import check_paged
 from hf_paged_integrations import autoload
 from hf_paged_integrations.transformers.hooks import NAME, TESTED_TRANSFORMERS, enable
+from hf_paged_kernels import backends
 from hf_paged_kernels.cpu import loader
 from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 from hf_paged_kernels.triton import dispatch
@@ -86,7 +87,18 @@ def kernel_state(has_gpu: bool) -> list[Line]:
         on_gpu = "Triton kernels read the pages in place (float32, bfloat16, float16)"
     else:
         on_gpu = f"plain torch: gathers the blocks of a layer, then SDPA. No Triton kernels: {triton.reason}"
-    return [("CPU attention", cpu), ("GPU attention", on_gpu)]
+    return [("CPU attention", cpu), ("GPU attention", on_gpu), *_other_backends()]
+
+
+def _other_backends() -> list[Line]:
+    """Attention backends that are not built in, in the order in which they are asked."""
+    lines = []
+    for backend in backends.registered():
+        if backend.name not in ("cpp", "triton", "torch"):
+            state = backend.state()
+            use = "can be used" if state.available else f"cannot be used: {state.reason}"
+            lines.append((backend.name, f"a backend for {backend.device_type or 'every device'}, {use}"))
+    return lines
 
 
 def _gpu_check() -> list[Line]:

@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def dense_bytes(self) -> int:
-        """What the same rows take in transformers' own dense cache, which keeps ``window - 1`` tokens."""
+        """Bytes of the same rows in transformers' own dense cache, which keeps ``window - 1`` tokens."""
         per_row = 0
         for group in self.footprint.groups:
             kept = self.context if group.window is None else min(self.context, group.window - 1)
@@ -81,7 +81,7 @@ class Plan:
         return max(self.blocks(group) * self._share_unit(group) for group in self.footprint.groups)
 
     def fits(self, budget: int) -> bool:
-        """Whether a pool of `budget` bytes holds the batch without growing."""
+        """Tell whether a pool of `budget` bytes holds the batch without growing."""
         return all(self.blocks(group) <= self._budget_blocks(group, budget) for group in self.footprint.groups)
 
     def _share_unit(self, group: GroupFootprint) -> int:
@@ -98,7 +98,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """What this machine has for the blocks.
+    """The memory that this machine has for the blocks.
 
     Attributes
     ----------
@@ -123,11 +123,11 @@ class Memory:
         return self.stated if self.stated is not None else int(self.left(plan) * DEFAULT_SHARE)
 
     def can_grow(self, plan: Plan) -> bool:
-        """Whether a pool too small for the plan grows to it: its storage reserves what the machine has."""
+        """Tell whether a pool too small for the plan grows to it: its storage reserves what the machine has."""
         return plan.fits(max(self.budget(plan), self.physical)) and plan.kv_bytes <= self.left(plan)
 
     def fits(self, plan: Plan) -> bool:
-        """Whether the pool holds the plan without growing, and the machine holds the pool."""
+        """Tell whether the pool holds the plan without growing, and the machine holds the pool."""
         return plan.fits(self.budget(plan)) and plan.kv_bytes <= self.left(plan)
 
 
@@ -151,7 +151,7 @@ class Remedy:
 
 
 def remedies(plan: Plan, memory: Memory) -> list[Remedy]:
-    """What would make a plan fit that does not: cheapest for the user first."""
+    """Changes that may make a plan fit that does not: cheapest for the user first."""
     found = []
     if plan.dtype.itemsize > 2:
         found.append(_tried("dtype=torch.bfloat16", replace(plan, dtype=torch.bfloat16), memory.fits))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedConfig
 
 from hf_paged.cli.plan.footprint import Footprint, footprint, read_config
 from hf_paged.cli.plan.plan import BLOCK_SIZES, Memory, Plan, remedies
@@ -36,8 +37,7 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
         if number < 1:
             raise ValueError(f"{name} must be at least 1; got {number}")
     model_config = read_config(model)
-    own = model_config.dtype or model_config.get_text_config(decoder=True).dtype
-    chosen = DTYPES[dtype] if dtype else own or torch.float32
+    chosen = DTYPES[dtype] if dtype else _own_dtype(model_config)
     plan = Plan(footprint(model_config, chosen), batch, context, config.block_size, chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = parse_bytes(config.memory_budget)
@@ -50,6 +50,12 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
     _print_assumptions(plan)
     if getattr(model_config, "quantization_config", None):
         print("The weights are counted without their quantisation; with it they leave more for the KV.")
+
+
+def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype in which ``from_pretrained`` loads a model of this config."""
+    dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def size(num_bytes: float) -> str:
@@ -82,7 +88,7 @@ def _print_model(model: Footprint) -> None:
 def _print_groups(plan: Plan) -> None:
     print(f"\nBatch {plan.batch:,}, context {plan.context:,}, {_name(plan.dtype)}, blocks of {plan.block_size} tokens")
     row = "  {:<22}{:>6}  {:>24}{:>14}{:>10}{:>12}"
-    print(row.format("attention group", "layers", "KV heads x (key + value)", "blocks a row", "blocks", "memory"))
+    print(row.format("KV cache group", "layers", "KV heads x (key + value)", "blocks a row", "blocks", "memory"))
     for group in plan.footprint.groups:
         shapes = list(dict.fromkeys(map(str, group.layers)))
         print(

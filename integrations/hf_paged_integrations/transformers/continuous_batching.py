@@ -31,9 +31,9 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
             f"{type(module).__name__} caps its attention scores (softcap), which transformers' continuous batching "
             "does not: call model.generate, which packs rows too"
         )
-    call = forward_context.current_forward()
+    forward = forward_context.current_forward()
     has_sinks = kwargs.get("s_aux") is not None or kwargs.get("sinks") is not None
-    is_fused = not has_sinks and (call is None or call.supports_sdpa)
+    is_fused = not has_sinks and (forward is None or forward.supports_sdpa)
     attend = sdpa_attention_forward if is_fused else attend_to_continuous_batch
     return attend(module, query, key, value, attention_mask, **kwargs)
 

@@ -1,15 +1,16 @@
 """The hooks in transformers: installed by `enable`, taken out again by `disable`.
 
-Ten places are touched, and only for models and caches whose attention implementation is "paged":
-the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
-``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that
-can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed;
-``_beam_search`` and ``_assisted_decoding`` reserve their blocks first. ``Pipeline.get_iterator`` runs the items
-of their text-generation pipelines together. Two functions of transformers' continuous batching take them as they are.
+Ten places are touched, and only for models and caches whose attention implementation is "paged": the registries of
+attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
+``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that can, the
+forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed; ``_beam_search`` and
+``_assisted_decoding`` reserve their blocks first. ``Pipeline.get_iterator`` runs the items of their text-generation
+pipelines together. Two functions of transformers' continuous batching take such models as they are.
 """
 
 import functools
 import threading
+from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
@@ -85,7 +86,7 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
-    """Whether "paged" is registered with transformers."""
+    """Tell whether "paged" is registered with transformers."""
     return upstream.is_attention_registered(NAME)
 
 
@@ -104,7 +105,7 @@ def _check_transformers() -> None:
             )
 
 
-def _wrap(function: upstream.UpstreamFunction, around) -> None:
+def _wrap(function: upstream.UpstreamFunction, around: Callable) -> None:
     """Let ``around(original, instance, *args, **kwargs)`` stand for a function of transformers."""
     original = function.current()
     if hasattr(original, _WRAPPED):
@@ -118,16 +119,17 @@ def _wrap(function: upstream.UpstreamFunction, around) -> None:
     function.replace(wrapper)
 
 
-def _after(function):
+def _after(function: Callable) -> Callable:
     """Let ``function(instance, result, *args, **kwargs)`` decide what a method returns."""
     return lambda original, self, *args, **kwargs: function(self, original(self, *args, **kwargs), *args, **kwargs)
 
 
-def _is_paged(model) -> bool:
+def _is_paged(model: PreTrainedModel) -> bool:
+    """Tell whether the attention implementation of a model, or of its decoder, is "paged"."""
     return upstream.attention_implementation(model.config.get_text_config(decoder=True)) == NAME
 
 
-def _for_paged(loop):
+def _for_paged(loop: Callable) -> Callable:
     """Let ``loop(original, model, ...)`` decode for "paged" models, and the original for all others."""
 
     def decode(original, model, *args, **kwargs):
@@ -150,7 +152,8 @@ def _for_paged(loop):
     return decode
 
 
-def _sample(original, model, *args, **kwargs):
+def _sample(original: Callable, model: PreTrainedModel, *args, **kwargs):
+    """``GenerationMixin._sample``. A `RowStreamer` is told of an error, wherever it is raised."""
     streamer, sample = kwargs.get("streamer"), by_rows(original)
     try:
         return _for_paged(scheduled_sample)(sample, model, *args, **kwargs)
@@ -160,7 +163,8 @@ def _sample(original, model, *args, **kwargs):
         raise
 
 
-def _get_iterator(original, pipe, *args, **kwargs):
+def _get_iterator(original: Callable, pipe, *args, **kwargs):
+    """``Pipeline.get_iterator``: the items of a text-generation pipeline of a paged model run together."""
     is_ours = isinstance(pipe, TextGenerationPipeline) and isinstance(pipe.model, PreTrainedModel)
     is_ours = is_ours and _is_paged(pipe.model)
     return iterate(original, pipe, *args, **kwargs) if is_ours else original(pipe, *args, **kwargs)
@@ -169,6 +173,7 @@ def _get_iterator(original, pipe, *args, **kwargs):
 def _page_new_cache(
     cache: DynamicCache, _, ddp_cache_data=None, config=None, offloading=False, *args, **kwargs
 ) -> None:
+    """``DynamicCache.__init__``: the layers of a paged model's cache become paged."""
     if type(cache) is not DynamicCache or config is None or ddp_cache_data is not None or offloading:
         return
     if upstream.attention_implementation(config.get_text_config(decoder=True)) == NAME:
@@ -176,6 +181,7 @@ def _page_new_cache(
 
 
 def _track_paged_model(model: PreTrainedModel, implementation: str, *args, **kwargs) -> str:
+    """``PreTrainedModel.get_correct_attn_implementation``: from now on the model's forwards are known, or no longer."""
     if implementation == NAME:
         implementation = resolve_implementation(model, NAME)
     # One check serves all the models that share this config: a base model inside its ForCausalLM.
@@ -191,7 +197,7 @@ def _track(model: PreTrainedModel) -> None:
         model.__dict__[_GUARDS] = (
             model.register_forward_pre_hook(_check_begin),
             model.register_forward_pre_hook(leave_config_alone, with_kwargs=True),
-            model.register_forward_hook(_check_end, prepend=True),  # While the call is on the stack.
+            model.register_forward_hook(_check_end, prepend=True),  # While the forward is on the stack.
         )
 
 
@@ -201,13 +207,15 @@ def _untrack(model: PreTrainedModel) -> None:
         hook.remove()
 
 
-def _check_begin(model, args) -> None:
+def _check_begin(model: PreTrainedModel, args: tuple) -> None:
     # A model may have got another implementation unnoticed, while the hooks were out.
     if not torch.compiler.is_compiling() and not registration.is_on() and _is_paged(model):
         registration.refuse(model)
 
 
-def _check_end(model, args, output) -> None:
-    call = None if torch.compiler.is_compiling() else forward_context.current_forward()
-    if call is not None and call.model is model and call.times_off != registration.times_off() and _is_paged(model):
+def _check_end(model: PreTrainedModel, args: tuple, output: object) -> None:
+    forward = None if torch.compiler.is_compiling() else forward_context.current_forward()
+    if forward is None or not forward.is_of(model):
+        return
+    if forward.times_off != registration.times_off() and _is_paged(model):
         registration.refuse_result(model)

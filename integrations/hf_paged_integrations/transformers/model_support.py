@@ -1,4 +1,4 @@
-"""Which models cannot be "paged", told when they are loaded and in a sentence.
+"""Refuses models that cannot be "paged" when they are loaded, in a sentence.
 
 Some modelling files keep a table of attention classes by implementation name instead of calling
 transformers' attention interface. Left alone they raise ``KeyError('paged')`` while they are built.

@@ -1,4 +1,4 @@
-"""What a decode step costs before and after the forward: schedule, prepare and done (with the prefix cache), no model.
+"""The cost of a decode step around its forward: schedule, prepare, commit (with the prefix cache). No model runs.
 
 python evals/scheduler_cost.py [--rows 64 --rows 256 --rows 1024] [--context 512] [--window 256] [--steps 32]
 
@@ -25,7 +25,7 @@ class Group:
 
     def __init__(self, num_blocks: int, window: int | None):
         self.blocks, self.window = BlockPool(num_blocks, BLOCK_SIZE), window
-        self.allocate = self.blocks.allocate
+        self.allocate_or_grow = self.blocks.allocate
         self.layers = {0 if window is None else 1: None}
 
 
@@ -54,14 +54,14 @@ def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str,
         request.salt = ""  # Its blocks are hashed and stored.
         scheduler.add(request)
     buffers = StepBuffers(torch.device("cpu"))
-    seconds = {"schedule": [], "prepare": [], "done": []}
+    seconds = {"schedule": [], "prepare": [], "commit": []}
     for step in range(1 + steps):
         times = [time.perf_counter()]
         schedule = scheduler.schedule()
         times.append(time.perf_counter())
         prepare_inputs(schedule.chunks, groups, buffers)
         times.append(time.perf_counter())
-        scheduler.done(schedule)
+        scheduler.commit(schedule)
         times.append(time.perf_counter())
         assert len(schedule.chunks) == rows
         for chunk in schedule.chunks:

@@ -6,11 +6,10 @@ import itertools
 import json
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from hf_paged_evals.prompts import answers, first_turns
 from hf_paged_evals.suite.data import load_texts
 from hf_paged_evals.suite.options import Options
+from transformers import PreTrainedTokenizerBase
 
 
 def humaneval_problems() -> list[dict]:

@@ -3,9 +3,10 @@
 import random
 from pathlib import Path
 
-from hf_paged_evals.accuracy import sources
 from hf_paged_evals.suite.models import load_tokenizer
 from hf_paged_evals.suite.options import Options
+
+from hf_paged_evals.accuracy import sources
 
 # Examples before the question in the paper's translation prompts, by their tokens.
 SHOTS = {"1-shot": 80, "5-shot": 341}
