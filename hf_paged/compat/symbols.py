@@ -100,6 +100,8 @@ _ATTRIBUTES = {
     "torch": [
         "Tensor._make_wrapper_subclass",
         "Tensor._version",
+        "_C.DispatchKey.CPU",
+        "_C.DispatchKeySet",
         "_C._len_torch_dispatch_stack",
         "_C._len_torch_function_stack",
         "ops.aten._to_copy.default._schema.is_mutable",

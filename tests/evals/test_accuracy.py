@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from hf_paged_evals.suite.models import Models
+from hf_paged_evals.suite.options import DatasetChoice
+from hf_paged_evals.suite.task import Sample
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -16,9 +19,6 @@ from hf_paged_evals.accuracy.humaneval import HumanEval
 from hf_paged_evals.accuracy.logits import ForcedLogits
 from hf_paged_evals.accuracy.needle import NeedleInHaystack
 from hf_paged_evals.accuracy.perplexity import Perplexity
-from hf_paged_evals.suite.models import Models
-from hf_paged_evals.suite.options import DatasetChoice
-from hf_paged_evals.suite.task import Sample
 from support.tiny_eval import options_for, save_model, save_texts
 
 TASKS = {

@@ -4,7 +4,6 @@ import json
 
 import datasets
 import pytest
-
 from hf_paged_evals.suite.data import load_rows, load_texts
 from hf_paged_evals.suite.options import DatasetChoice
 

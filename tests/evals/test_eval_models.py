@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hf_paged_evals.suite.models import Models
 from transformers import DynamicCache
 
 import hf_paged
@@ -10,7 +11,6 @@ from hf_paged_evals.accuracy.greedy import GreedyMatch
 from hf_paged_evals.accuracy.likelihood import log_likelihoods, split
 from hf_paged_evals.accuracy.near_ties import Divergence, judge
 from hf_paged_evals.accuracy.windows import losses, windows
-from hf_paged_evals.suite.models import Models
 from support.tiny_eval import options_for, save_model
 
 PROMPT = [30, 40, 50, 60, 70, 80]

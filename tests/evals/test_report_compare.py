@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from hf_paged_evals.doc_pages import find_page, with_table
+
 from hf_paged_evals.report import benchmarks_page
 from hf_paged_evals.report.compare import compare
 from support import reports

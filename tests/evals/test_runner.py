@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-
 from hf_paged_evals.suite import runner, store
 from hf_paged_evals.suite.options import Options
 from hf_paged_evals.suite.task import Figure, Sample, Section

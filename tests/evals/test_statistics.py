@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from hf_paged_evals.suite.statistics import PairedOutcomes, bootstrap_mean, bootstrap_ratio, proportion
 
 

@@ -19,6 +19,7 @@ import torch
 import hf_paged_kernels.custom_ops  # noqa: F401  Defines the ops that the kernels register themselves for.
 from hf_paged_kernels import backends
 from hf_paged_kernels.backends import BackendState
+from hf_paged_kernels.compat import cpu_dispatch_keys
 from hf_paged_kernels.cpu.build import build_kernels, library_path
 from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 from hf_paged_kernels.cpu.store import has_library, load_library, open_library
@@ -143,7 +144,7 @@ def _loaded() -> ctypes.CDLL:
 
 def _registered_kernels() -> dict[str, Callable]:
     """The kernels that the library has just registered with torch's dispatcher, callable without it."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # Kernels in C++ do not read it.
+    keys = cpu_dispatch_keys()  # Kernels in C++ do not read them.
     return {op: partial(torch.library.get_kernel(f"hf_paged::{op}", "CPU").call_boxed, keys) for op in backends.OPS}
 
 
