@@ -1,4 +1,4 @@
-"""hf-paged doctor: says what is here, and is wrong about nothing that matters: whether "paged" works."""
+"""hf-paged doctor: it describes the machine, and is right on the point that counts: "paged" works here or not."""
 
 import dataclasses
 import os
@@ -20,6 +20,7 @@ from hf_paged.models import forward_context
 from hf_paged_integrations import autoload
 from hf_paged_integrations.transformers import hooks
 from hf_paged_kernels import ops
+from support.installed import CHECKOUT
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -150,9 +151,11 @@ def test_a_check_that_fails(fault, capsys, monkeypatch):
     assert 'does not work here: use attn_implementation="sdpa"; install the tested versions' in out
 
 
-def command(*arguments, **environment):
+def command(*arguments, before=()):
+    """Run the command of the checkout; the folders `before` it may hide other packages."""
     script = [sys.executable, str(ROOT / "hf_paged_command.py"), *arguments]
-    return subprocess.run(script, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    path = os.pathsep.join(map(str, (*before, *CHECKOUT)))
+    return subprocess.run(script, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
 
 
 @pytest.mark.slow
@@ -161,7 +164,7 @@ def test_the_command_outlives_an_import_that_fails(tmp_path):
     about = tmp_path / "transformers-6.0.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 6.0.0\n")
-    done = command("doctor", PYTHONPATH=str(tmp_path))
+    done = command("doctor", before=[tmp_path])
     assert done.returncode == 1 and not done.stdout
     first, second = done.stderr.splitlines()
     assert "cannot work here: " in first and "transformers 6.0.0 is installed" in first
