@@ -104,6 +104,6 @@ def test_a_stored_pad_is_seen(loop, monkeypatch):
 
 def test_plain_sdpa_in_disguise_is_seen(loop, monkeypatch):
     monkeypatch.setattr(paged_attention, "_obstacle", lambda *args: Reason.OTHER_FORWARD)
-    monkeypatch.setattr(generate, "_why_not_this_call", lambda *args: Reason.OTHER_FORWARD)
+    monkeypatch.setattr(generate, "why_not_this_call", lambda *args: Reason.OTHER_FORWARD)
     with pytest.raises(AssertionError, match="sdpa in disguise"):
         check("llama", loop)
