@@ -263,7 +263,7 @@ def test_a_processor_in_the_table_runs_packed(toy, options, table):
 def test_a_processor_outside_the_table_runs_in_transformers_own_loop(table):
     _, paged = pair()
     paged.generate(**zoo.prompts([5, 3]), **LENGTHS, logits_processor=LogitsProcessorList([Flatten()]))
-    assert "a processor that may look at other rows: Flatten" in hf_paged.stats(paged).fallbacks
+    assert "a processor may look at other rows: Flatten" in hf_paged.stats(paged).fallbacks
 
 
 @pytest.mark.parametrize("properties", [Properties(row_wise=True), Properties(row_wise=True, cheap=True)], ids=str)
