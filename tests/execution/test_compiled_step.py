@@ -7,7 +7,7 @@ import torch._dynamo
 import hf_paged
 from hf_paged.attention.paged_attention import _check_arguments
 from hf_paged.generation import engine
-from hf_paged_evals.tiny import tiny_config, tiny_model
+from hf_paged_evals.models.tiny import tiny_config, tiny_model
 from support import zoo
 from support.packing import LENGTHS, compare, pair
 

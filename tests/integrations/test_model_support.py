@@ -5,7 +5,7 @@ from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 import hf_paged
-from hf_paged_evals.tiny import tiny_config, tiny_model
+from hf_paged_evals.models.tiny import tiny_config, tiny_model
 
 INSTEAD = {"falcon": '"sdpa" or "eager"', "gptj": '"eager"', "gpt_neo": '"eager"'}
 

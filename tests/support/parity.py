@@ -3,7 +3,7 @@
 import torch
 
 import hf_paged
-from hf_paged_evals.equality import differences
+from hf_paged_evals.accuracy.equality import differences
 
 
 def assert_rows_equal(dense_model, inputs, dense: torch.Tensor, paged: torch.Tensor) -> None:

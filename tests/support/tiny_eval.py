@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from hf_paged_evals.suite.options import DatasetChoice, Options
+from hf_paged_evals.runner.options import DatasetChoice, Options
 from support import zoo
 
 TEXT = "The keeper of the lighthouse counts the ships that pass, and writes their names into a book that nobody reads. "

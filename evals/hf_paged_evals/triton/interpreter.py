@@ -1,8 +1,8 @@
 """Triton's interpreter made fit for proofs: right bfloat16, a check of every address, a count of every byte.
 
 Import this in a process that has ``TRITON_INTERPRET=1`` set, before any kernel is imported. The interpreter as it
-comes computes on the bit patterns of bfloat16, truncates where it should round, and reads whatever lies behind a
-tensor's end.
+comes computes on the bit patterns of bfloat16, truncates where it should round, and reads on behind a tensor's
+end.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ def _init_args_hst(self, args_dev, kwargs):
 
 
 def _check(addresses: np.ndarray, mask: np.ndarray, itemsize: int, counters: list[Counter]) -> None:
-    """That all lanes that are not masked lie in one of the kernel's tensors, and in the same."""
+    """Raise unless all lanes that are not masked lie in one of the kernel's tensors, and in the same."""
     wanted = addresses[np.broadcast_to(mask, addresses.shape)]
     if not wanted.size:
         return
