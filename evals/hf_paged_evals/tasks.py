@@ -1,9 +1,8 @@
 """The tasks that ``hf-paged eval`` knows, in the order of the report."""
 
 from hf_paged_evals.accuracy.tasks import TASKS as ACCURACY
+from hf_paged_evals.runner.task import Task
 from hf_paged_evals.speed.tasks import TASKS as SPEED
-
-from .task import Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (*ACCURACY, *SPEED)}
 

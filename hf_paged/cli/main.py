@@ -161,8 +161,8 @@ def _default_context(config: PreTrainedConfig) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    # Imported here: it needs the packages of the evals extra.
-    from hf_paged_evals.suite.command import main as evaluate
+    # Imported when it is asked for: the other commands need none of it.
+    from hf_paged_evals.command import main as evaluate
 
     return evaluate(argv)
 
@@ -170,7 +170,3 @@ def _evaluate(argv: list[str]) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     print(f"compiled: {build_kernels(find_compiler())}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

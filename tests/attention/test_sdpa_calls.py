@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
-from support import architectures, zoo
+from support import zoo
 
 EQUAL, RAGGED = zoo.prompts([11, 11]), zoo.prompts([11, 6])
 FEW = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -77,7 +77,7 @@ def test_sdpa_is_asked_the_same(name, call, inputs, asked):
 @pytest.mark.parametrize("inputs", [EQUAL, RAGGED], ids=["equal", "ragged"])
 @pytest.mark.parametrize("call", ["lone_last_logit", "no_cache_last_logit", "generate_no_cache"])
 def test_a_model_that_drops_queries_asks_the_same_for_one_logit(call, inputs, asked):
-    asks_the_same(asked, architectures.models("gemma4_text"), CALLS[call], inputs)
+    asks_the_same(asked, zoo.pair("gemma4_text"), CALLS[call], inputs)
 
 
 @pytest.mark.parametrize("inputs", [EQUAL, RAGGED], ids=["equal", "ragged"])
@@ -85,7 +85,7 @@ def test_a_model_that_drops_queries_asks_the_same_for_one_logit(call, inputs, as
 def test_a_model_that_drops_queries_is_right(call, inputs):
     """gemma4 drops them where no implementation is named "sdpa": without a mask they would count from the first key."""
     with torch.no_grad():
-        results = [call(model, inputs) for model in architectures.models("gemma4_text")]
+        results = [call(model, inputs) for model in zoo.pair("gemma4_text")]
     real = slice(None) if results[0].dim() < 3 else inputs["attention_mask"][:, -results[0].shape[1] :].bool()
     torch.testing.assert_close(results[0][real], results[1][real], atol=2e-4, rtol=1e-4)
 
@@ -93,7 +93,7 @@ def test_a_model_that_drops_queries_is_right(call, inputs):
 @pytest.mark.slow
 def test_a_compiled_model_that_drops_queries_is_right():
     results = []
-    for model in architectures.models("gemma4_text"):
+    for model in zoo.pair("gemma4_text"):
         torch._dynamo.reset()
         compiled = torch.compile(model.forward, backend="eager", dynamic=True)
         with torch.no_grad():

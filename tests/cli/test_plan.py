@@ -4,16 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MllamaConfig, MllamaForCausalLM
+from transformers import MllamaConfig, MllamaForCausalLM
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import hf_paged
 from hf_paged import PagedConfig
 from hf_paged.cli.plan.footprint import footprint
 from hf_paged.cli.plan.plan import MIB, Memory, Plan, remedies
 from hf_paged.models import registry
+from hf_paged_evals.models.tiny import tiny_config, tiny_model
 from support import zoo
 
 BATCH, PROMPT, CONTEXT = 3, 2, 30
@@ -51,9 +50,7 @@ _OWN = {
 def build(name, implementation):
     if name not in _OWN:
         return zoo.build(name, implementation)
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[name](**{**zoo._COMMON, **_OWN[name]})
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    return tiny_model(tiny_config(name, **_OWN[name]), implementation)
 
 
 def planned(model, block_size=4, context=CONTEXT):
@@ -141,7 +138,7 @@ def test_layers_that_never_store_count_in_the_budget_as_they_do_in_the_pool():
         "num_hidden_layers": 3,
         "head_dim": 8,
     }  # Without an image the second stores nothing.
-    text = MllamaTextConfig(**{**zoo._COMMON, **options})
+    text = tiny_config("mllama_text_model", **options)
     model = MllamaForCausalLM._from_config(text, attn_implementation="paged").eval()
     config = MllamaConfig(text_config=text.to_dict())
     plan = Plan(footprint(config, torch.float32), BATCH, CONTEXT, 4, torch.float32)

@@ -4,14 +4,11 @@ import json
 
 import pytest
 import torch
-from hf_paged_evals.suite.models import Models
-from hf_paged_evals.suite.options import DatasetChoice
-from hf_paged_evals.suite.task import Sample
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_paged_evals.accuracy import humaneval, sources
+from hf_paged_evals.accuracy import humaneval
 from hf_paged_evals.accuracy.batches import BatchInvariance
 from hf_paged_evals.accuracy.choice import MultipleChoice
 from hf_paged_evals.accuracy.greedy import GreedyMatch
@@ -19,6 +16,10 @@ from hf_paged_evals.accuracy.humaneval import HumanEval
 from hf_paged_evals.accuracy.logits import ForcedLogits
 from hf_paged_evals.accuracy.needle import NeedleInHaystack
 from hf_paged_evals.accuracy.perplexity import Perplexity
+from hf_paged_evals.data import offline
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.runner.options import DatasetChoice
+from hf_paged_evals.runner.task import Sample
 from support.tiny_eval import options_for, save_model, save_texts
 
 TASKS = {
@@ -53,7 +54,7 @@ def files(tmp_path_factory):
 
 def evaluate(task, options, change=None):
     """The section of a task, its records through JSON as the runner has them."""
-    models = Models(options)
+    models = ModelPair(options)
     if change is not None:
         change(models)
     records = [json.loads(json.dumps(task.run(sample, models))) for sample in task.samples(options)]
@@ -197,7 +198,7 @@ PROBLEM = {
 @pytest.fixture
 def problems(monkeypatch):
     found = [{**PROBLEM, "task_id": f"Tiny/{n}", "canonical_solution": f"    return {n} * x\n"} for n in range(10)]
-    monkeypatch.setattr(sources, "humaneval_problems", lambda: found)
+    monkeypatch.setattr(offline, "humaneval_problems", lambda: found)
     return found
 
 
@@ -225,9 +226,9 @@ def test_the_records_of_a_sample_depend_on_nothing_else(files):
     task = next(iter(TASKS))
     options = options_for(task, *files, settings=TASKS[task])
     first, second = task.samples(options)
-    models = Models(options)
+    models = ModelPair(options)
     in_order = [task.run(first, models), task.run(second, models)]
-    models = Models(options)
+    models = ModelPair(options)
     reverse = [task.run(second, models), task.run(first, models)]
     assert in_order[0]["rows"] == reverse[1]["rows"] and in_order[1]["rows"] == reverse[0]["rows"]
     assert isinstance(first, Sample) and first.id != second.id

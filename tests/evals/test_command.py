@@ -9,12 +9,11 @@ import sys
 import time
 
 import pytest
-from hf_paged_evals.suite import results
-from hf_paged_evals.suite.command import _options, _parser
-from hf_paged_evals.suite.registry import TASKS
 
-import hf_paged_evals
 from hf_paged.cli import main
+from hf_paged_evals.evaluate import options_of, parser
+from hf_paged_evals.runner import results
+from hf_paged_evals.tasks import TASKS
 from support.tiny_eval import save_model, save_texts
 
 PERPLEXITY = {"length": 64, "stride": 32, "windows": 24, "chunk": 16, "batch": 2}
@@ -35,7 +34,7 @@ def arguments(files, out) -> list[str]:
 
 
 def sections(out) -> list[dict]:
-    """What the report of a folder says, without its times."""
+    """The sections of the report of a folder, without their times."""
     return [{**section, "seconds": 0} for section in results.load(out)["sections"]]
 
 
@@ -71,7 +70,7 @@ def start(command: list[str], **environment) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_report(files, whole, tmp_path):
-    child = start([sys.executable, "-m", "hf_paged.cli.main", *arguments(files, tmp_path)])
+    child = start([sys.executable, "-m", "hf_paged.cli", *arguments(files, tmp_path)])
     shard, deadline = tmp_path / "samples" / "perplexity.0.jsonl", time.monotonic() + 120
     while not (shard.exists() and shard.read_bytes().count(b"\n") >= 2):
         assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
@@ -91,7 +90,7 @@ def test_processes_of_accelerate_share_the_samples(files, whole, tmp_path):
     # "--multi_gpu" is accelerate's word for several processes; without GPUs they run on the CPU.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    child = start([*launch, "-m", "hf_paged.cli.main", *arguments(files, tmp_path)])
+    child = start([*launch, "-m", "hf_paged.cli", *arguments(files, tmp_path)])
     output, _ = child.communicate(timeout=240)
     assert child.returncode == 0, output
     ids = [
@@ -133,7 +132,7 @@ def test_what_is_refused(words, message, tmp_path, capsys, monkeypatch):
 def test_options_of_the_command_line():
     words = "--quick --limit 3 --dtype bfloat16 --backend eager --memory-budget 1MiB --seed 7 --dataset a/b".split()
     words += ["--dataset-column", "q", "--set", "greedy.new_tokens=5", "--set", "choice.question_column=ask"]
-    options = _options(_parser().parse_args(words), ["greedy", "choice"])
+    options = options_of(parser().parse_args(words), ["greedy", "choice"])
     assert options.quick and (options.limit, options.dtype, options.backend) == (3, "bfloat16", "eager")
     assert dataclasses.asdict(options.dataset) == {"name": "a/b", "subset": None, "split": None, "column": "q"}
     assert options.extra == {"greedy": {"new_tokens": 5}, "choice": {"question_column": "ask"}}
@@ -147,16 +146,28 @@ def test_the_list_of_tasks(capsys):
         assert task.quick.keys() <= task.settings.keys()
 
 
-def test_a_missing_package_is_named(capsys, monkeypatch):
+def test_a_missing_package_is_named_before_anything_runs(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [name for name in sys.modules if name.startswith("hf_paged_evals.report")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(hf_paged_evals, "report", raising=False)
-    assert main.main(["eval", "--list"]) == 1
+    assert main.main(arguments(files, tmp_path / "out")) == 1
     assert 'matplotlib is not installed: pip install -c constraints.txt -e ".[evals]"' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def help_of(*words, capsys) -> str:
+    with pytest.raises(SystemExit) as left:
+        main.main([*words, "--help"])
+    assert left.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_help_names_the_command(capsys):
-    with pytest.raises(SystemExit):
-        main.main(["--help"])
-    assert "eval" in capsys.readouterr().out
+    assert "eval" in help_of(capsys=capsys)
+
+
+def test_help_of_eval_names_the_commands_below_it(capsys):
+    shown = help_of("eval", capsys=capsys)
+    for word in ("compare", "microbench", "model-types", "lm-eval", "triton", "figures"):
+        assert f"\n  {word} " in shown
+        assert f"usage: hf-paged eval {word} " in help_of("eval", word, capsys=capsys)

@@ -4,8 +4,9 @@ import json
 
 import datasets
 import pytest
-from hf_paged_evals.suite.data import load_rows, load_texts
-from hf_paged_evals.suite.options import DatasetChoice
+
+from hf_paged_evals.data.user_dataset import load_rows, load_texts
+from hf_paged_evals.runner.options import DatasetChoice
 
 TEXTS = ["first text", "second text"]
 

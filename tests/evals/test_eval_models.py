@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hf_paged_evals.suite.models import Models
 from transformers import DynamicCache
 
 import hf_paged
@@ -11,6 +10,7 @@ from hf_paged_evals.accuracy.greedy import GreedyMatch
 from hf_paged_evals.accuracy.likelihood import log_likelihoods, split
 from hf_paged_evals.accuracy.near_ties import Divergence, judge
 from hf_paged_evals.accuracy.windows import losses, windows
+from hf_paged_evals.models.pair import ModelPair
 from support.tiny_eval import options_for, save_model
 
 PROMPT = [30, 40, 50, 60, 70, 80]
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def models(folder):
-    return Models(options_for(GreedyMatch(), folder, "unused"))
+    return ModelPair(options_for(GreedyMatch(), folder, "unused"))
 
 
 def test_the_contenders_share_their_weights_and_nothing_else(models):
@@ -46,7 +46,7 @@ def test_only_what_happens_within_is_counted(models):
 
 def test_pages_hold_what_the_rounding_leaves(folder):
     options = options_for(GreedyMatch(), folder, "unused", kv_dtype="float8_e5m2")
-    model = Models(options).backend
+    model = ModelPair(options).backend
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.tensor([PROMPT]), past_key_values=cache, use_cache=True)
@@ -60,7 +60,7 @@ def test_pages_hold_what_the_rounding_leaves(folder):
 @pytest.mark.parametrize("dtype", ["int8", "float9", "Tensor"])
 def test_wrong_dtypes_are_refused(folder, dtype):
     with pytest.raises(ValueError, match=f"kv_dtype must be a floating-point dtype of torch.*got '{dtype}'"):
-        _ = Models(options_for(GreedyMatch(), folder, "unused", kv_dtype=dtype)).backend
+        _ = ModelPair(options_for(GreedyMatch(), folder, "unused", kv_dtype=dtype)).backend
 
 
 def test_first_differences():

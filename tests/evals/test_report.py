@@ -8,14 +8,14 @@ import matplotlib.colors
 import numpy
 import pytest
 
-from hf_paged_evals import report
 from hf_paged_evals.report import plots
 from hf_paged_evals.report.text import interval, number
+from hf_paged_evals.report.write import write
 from support import reports
 
 
 class Page(HTMLParser):
-    """Cells of tables, references, and whatever else the tests look for."""
+    """Cells of tables, references, tags, descriptions of pictures, and words."""
 
     def __init__(self, text):
         super().__init__()
@@ -45,7 +45,7 @@ class Page(HTMLParser):
 def written(tmp_path):
     """Results, the page and the Markdown made of them, and their folder."""
     results = reports.results()
-    report.write(results, tmp_path)
+    write(results, tmp_path)
     return results, Page((tmp_path / "report.html").read_text()), (tmp_path / "report.md").read_text(), tmp_path
 
 
@@ -92,7 +92,7 @@ def test_every_cell_comes_from_the_results(written):
 def test_a_changed_result_changes_page_and_markdown(written):
     results, page, markdown, folder = written
     results["sections"][0]["figures"][0]["value"] = 7654.25
-    report.write(results, folder)
+    write(results, folder)
     assert "7,654" not in page.cells and "7,654" not in markdown
     assert "7,654" in Page((folder / "report.html").read_text()).cells
     assert "| paged | 7,654 | tokens/s |" in (folder / "report.md").read_text()
@@ -101,7 +101,7 @@ def test_a_changed_result_changes_page_and_markdown(written):
 def test_equal_results_give_equal_files(written, tmp_path_factory):
     results, _, _, folder = written
     again = tmp_path_factory.mktemp("again")
-    report.write(results, again)
+    write(results, again)
     names = ["report.html", "report.md", *(f"plots/{path.name}" for path in (folder / "plots").iterdir())]
     assert len(names) == 5
     assert all((folder / name).read_bytes() == (again / name).read_bytes() for name in names)
@@ -211,8 +211,17 @@ def test_an_unknown_kind_is_refused():
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        *((1234, "1,234"), (1234.5, "1,234"), (99.95, "100.0"), (27.125, "27.1"), (0.04567, "0.0457")),
-        *((0.0000213, "2.13e-05"), (0.0, "0"), (-3.456, "-3.46"), (True, "yes"), (None, "–"), ("words", "words")),
+        (1234, "1,234"),
+        (1234.5, "1,234"),
+        (99.95, "100.0"),
+        (27.125, "27.1"),
+        (0.04567, "0.0457"),
+        (0.0000213, "2.13e-05"),
+        (0.0, "0"),
+        (-3.456, "-3.46"),
+        (True, "yes"),
+        (None, "–"),
+        ("words", "words"),
     ],
 )
 def test_numbers_keep_three_digits(value, text):

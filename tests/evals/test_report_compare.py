@@ -1,11 +1,9 @@
-"""Two runs side by side, and the tables of the benchmarks page made of committed runs."""
+"""Two runs side by side."""
 
 import json
 
 import pytest
-from hf_paged_evals.doc_pages import find_page, with_table
 
-from hf_paged_evals.report import benchmarks_page
 from hf_paged_evals.report.compare import compare
 from support import reports
 
@@ -93,29 +91,3 @@ def test_the_same_name_in_another_unit_is_another_figure(tmp_path, runs):
     other["sections"][0]["figures"][0]["unit"] = "requests/s"
     text = compare(runs[0], saved(tmp_path / "c", other))
     assert "Only in A: throughput: paged." in text and "Only in B: throughput: paged." in text
-
-
-def test_only_what_lies_between_the_marks_is_replaced():
-    text = with_table("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n", "results", "new")
-    assert text == "before\n<!-- results -->\nnew\n<!-- /results -->\nafter\n"
-
-
-@pytest.mark.parametrize("text", ["none", "<!-- results --> only one", "<!-- /results --> turned <!-- results -->"])
-def test_a_page_without_marks_is_refused(text):
-    with pytest.raises(ValueError, match="must hold <!-- results -->"):
-        with_table(text, "results", "new")
-
-
-def test_the_table_holds_date_machine_command_and_figures(tmp_path):
-    results = reports.results()
-    results["machine"]["CPU kernels"] = "avx2"
-    (tmp_path / "one.json").write_text(json.dumps(results))
-    text = benchmarks_page.tables(tmp_path)
-    for words in ("2026-11-23", "A <fast> one", "`hf-paged eval --quick --out DIR`", "5.15 x (4.75 to 5.50)"):
-        assert words in text
-
-
-def test_the_page_shows_the_committed_results():
-    text = find_page("benchmarks.md").read_text(encoding="utf-8")
-    command = "run python -m hf_paged_evals.report.benchmarks_page"
-    assert with_table(text, "results", benchmarks_page.tables()) == text, command

@@ -4,9 +4,12 @@ import dataclasses
 import json
 
 import pytest
-from hf_paged_evals.suite import runner, store
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.task import Figure, Sample, Section
+
+from hf_paged_evals.runner import store
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.run import run_tasks
+from hf_paged_evals.runner.section import Figure, Section
+from hf_paged_evals.runner.task import Sample
 
 
 class Squares:
@@ -33,7 +36,7 @@ class Squares:
 
 
 def run(task, folder, **fields):
-    (section,) = runner.run(Options(str(folder), (task.name,), model="none", **fields), [task])
+    (section,) = run_tasks(Options(str(folder), (task.name,), model="none", **fields), [task])
     return dataclasses.replace(section, seconds=0.0)
 
 
@@ -61,7 +64,7 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path):
 
 
 def test_times_are_those_of_all_samples(tmp_path):
-    (section,) = runner.run(Options(str(tmp_path), ("squares",), model="none"), [Squares()])
+    (section,) = run_tasks(Options(str(tmp_path), ("squares",), model="none"), [Squares()])
     lines = map(json.loads, (tmp_path / "samples" / "squares.0.jsonl").read_text().splitlines())
     assert section.seconds == sum(line["seconds"] for line in lines) > 0
 

@@ -100,7 +100,7 @@ def test_the_paper_stands_beside_ours():
     ]
     prefixes = [{"shots": "1-shot", "saving": 0.25}]
     gains = {("1-shot", "paged"): Spread(1.5, None, None), ("5-shot", "paged"): Spread(2.5, None, None)}
-    rows = rows_beside_paper({"dense": 0.3, "paged": 0.955}, sharing, prefixes, gains)
+    rows = rows_beside_paper([{"dense": 0.3, "paged": 0.955}], sharing, prefixes, gains)
     assert rows[:2] == [
         ["KV memory that holds tokens, without pages", "20 to 38 %", "30.0 %"],
         ["KV memory that holds tokens, with pages", "96 %", "95.5 %"],

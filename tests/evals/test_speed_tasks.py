@@ -6,12 +6,15 @@ import mmap
 
 import pytest
 import torch
-from hf_paged_evals.suite import registry, results, runner
-from hf_paged_evals.suite.models import Models
 
 import hf_paged
-from hf_paged_evals import report
-from hf_paged_evals.speed import memory_probe, workloads
+from hf_paged_evals import tasks
+from hf_paged_evals.data import workloads
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.report.write import write
+from hf_paged_evals.runner import results
+from hf_paged_evals.runner.run import run_tasks
+from hf_paged_evals.speed import memory_probe
 from hf_paged_evals.speed.contenders import Lengths, contender, label
 from hf_paged_evals.speed.context import Context
 from hf_paged_evals.speed.latency import Latency
@@ -25,15 +28,33 @@ from support import tiny_eval
 
 SMALL = {
     "throughput": {
-        **{"prompts": 5, "new_tokens": 5, "max_prompt": 60, "uniform_prompt": 12, "batches": [1, 3], "repeats": 1},
+        "prompts": 5,
+        "new_tokens": 5,
+        "max_prompt": 60,
+        "uniform_prompt": 12,
+        "batches": [1, 3],
+        "repeats": 1,
         "extras": True,
     },
     "latency": {"requests": 4, "new_tokens": 4, "max_prompt": 60, "rates": [40.0, 80.0], "batches": [1, 2]},
     "memory": {"rows": 3, "max_prompt": 60, "new_tokens": 3, "long_rows": 0, "generate_batch": False},
     "pressure": {"prompts": 6, "max_prompt": 60, "new_tokens": 16, "shares": [1.0, 0.4]},
     "paper": {
-        **{"waste_prompts": 5, "waste_new_tokens": 6, "max_prompt": 60, "prompts": 2, "rows": [2, 3], "new_tokens": 8},
-        **{"short_prompt": 40, "short_new_tokens": 5, "prefix_prompts": 3, "own_tokens": 6, "prefix_new_tokens": 3},
+        "max_prompt": 60,
+        "waste_prompts": 5,
+        "waste_new_tokens": 6,
+        "prompts": 2,
+        "rows": [2, 3],
+        "new_tokens": 8,
+        "short_prompt": 40,
+        "short_new_tokens": 5,
+        "long_prompt": 60,
+        "long_new_tokens": 6,
+        "long_beams": 2,
+        "long_samples": 3,
+        "prefix_prompts": 3,
+        "own_tokens": 6,
+        "prefix_new_tokens": 3,
         "repeats": 1,
     },
     "context": {"lengths": [40, 400], "new_tokens": 3, "repeats": 1},
@@ -63,28 +84,28 @@ def options_of(user, tmp_path):
 
 def records_of(task, options, models=None):
     """Every sample's record, as a file would give it back."""
-    models = models or Models(options)
+    models = models or ModelPair(options)
     return [json.loads(json.dumps(task.run(sample, models))) for sample in task.samples(options)]
 
 
 def test_the_command_knows_them():
-    assert set(SMALL) == {task.name for task in TASKS} <= set(registry.TASKS)
+    assert set(SMALL) == {task.name for task in TASKS} <= set(tasks.TASKS)
     assert all(task.is_timed for task in TASKS)
 
 
 @pytest.mark.parametrize("task", QUICK_TO_TEST, ids=lambda task: task.name)
-def test_a_run_gives_a_report_and_a_second_one_runs_nothing(task, options_of, monkeypatch):
+def test_a_run_gives_a_report_and_a_second_one_runs_nothing(task, options_of, tmp_path, monkeypatch):
     options = options_of(task)
-    sections = runner.run(options, [task])
-    found = results.collect(options, sections, "hf-paged eval")
-    report.write(found, results.save(found, results.Path(options.out)).parent)
+    sections = run_tasks(options, [task])
+    found = results.collect(options.identity(), sections, ["hf-paged", "eval"])
+    write(found, tmp_path)
     assert sections[0].figures and sections[0].tables and sections[0].seconds > 0
     monkeypatch.setattr(type(task), "run", None)
-    assert runner.run(options, [task]) == sections
+    assert run_tasks(options, [task]) == sections
 
 
 def test_an_interrupted_run_goes_on_where_it_was(options_of, monkeypatch):
-    """What was timed before the interruption stays; what follows is the rest, in the same order."""
+    """Timed samples stay; the rest follows, in the same order."""
     task, ran = Context(), []
     options, run = options_of(task, repeats=2), Context.run
 
@@ -97,8 +118,8 @@ def test_an_interrupted_run_goes_on_where_it_was(options_of, monkeypatch):
 
     monkeypatch.setattr(Context, "run", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        runner.run(options, [task])
-    runner.run(options, [task])
+        run_tasks(options, [task])
+    run_tasks(options, [task])
     ran.remove("stop")
     assert ran == [sample.id for sample in task.samples(options)]
 
@@ -127,6 +148,7 @@ def test_every_turn_runs_every_contender_once(options_of):
     assert [sample.payload["turn"] for sample in samples] == sorted(sample.payload["turn"] for sample in samples)
     batches = {name for workload, name in turns[0] if workload == "ragged"}
     assert {"dense, batch 1", "dense, batch 3", "paged, batch 3", "generate_batch", "llama.cpp", "vLLM"} <= batches
+    assert "paged, prepacked, batch 3" in batches and "paged, prepacked, batch 1" not in batches
 
 
 @pytest.mark.slow
@@ -137,10 +159,11 @@ def test_contenders_give_the_same_answers_in_float32(options_of):
     records = [record for record in every if "seconds" in record]
     for workload in ("ragged", "uniform"):
         some = [record for record in records if record["workload"] == workload]
-        assert len({record["contender"] for record in some}) == 3
+        assert len({record["contender"] for record in some}) == 4
         assert all(record["answers"] == some[0]["answers"] for record in some)
         assert len(set(some[0]["answers"])) > 1
-    pools = [record["pool"] for record in records if record["contender"] == "paged"]
+    pools = [record["pool"] for record in records if "pool" in record]
+    assert len(pools) == len([record for record in records if record["contender"].startswith("paged")])
     assert all(pool["page_reads"] > 0 and pool["packed_calls"] > 0 for pool in pools)
     notes = [note for note in task.summarise(every, options).notes if "did not run" in note]
     assert len(notes) == 3 and notes[0].startswith("llama.cpp did not run: no GGUF file of"), "extras say why not"
@@ -161,7 +184,7 @@ def test_the_pool_is_empty_before_a_timed_run(options_of, monkeypatch):
     """A prefix that the warm-up or another run left would flatter the one that is timed."""
     task = Throughput()
     options = options_of(task, extras=False)
-    models, seen = Models(options), []
+    models, seen = ModelPair(options), []
     paged = contender(models, "paged", 3)
     generate = type(paged).generate
 
@@ -204,7 +227,7 @@ def test_a_batch_waits_for_nobody_and_takes_no_more_than_its_rows(options_of):
 def test_a_small_pool_preempts_and_changes_no_answer(options_of):
     task = Pressure()
     options = options_of(task)
-    models = Models(options)
+    models = ModelPair(options)
     full, tight = records_of(task, options, models)
     assert tight["pool"]["total_blocks"] < full["pool"]["total_blocks"] and tight["pool"]["preemptions"] > 0
     assert full["pool"]["preemptions"] == 0 and full["answers"] == tight["answers"]
@@ -223,7 +246,7 @@ def test_sharing_saves_blocks_and_prefixes_are_timed(options_of):
     task = Paper()
     records = records_of(task, options_of(task))
     saving = {(r["mode"], r["rows"], r["workload"]): r["saving"] for r in records if r["kind"] == "sharing"}
-    assert len(saving) == 8 and all(0 < value < 1 for value in saving.values())
+    assert len(saving) == 10 and all(0 < value < 1 for value in saving.values())
     assert saving["samples", 3, "all"] > saving["samples", 2, "all"]
     timed = [record for record in records if record["kind"] == "prefix speed"]
     ways = [("dense", False), ("paged", False), ("paged", True)]
@@ -234,7 +257,44 @@ def test_sharing_saves_blocks_and_prefixes_are_timed(options_of):
     assert found[0] is found[3] is None and found[2] > 0.85 and found[5] > 0.95, "what was stored before is found"
     assert timed[0]["answers"] == timed[1]["answers"] == timed[2]["answers"]
     (waste,) = [record for record in records if record["kind"] == "waste"]
-    assert 0.5 < waste["dense"] < 1 and 0.8 < waste["paged"] < 1
+    assert 0.5 < waste["dense"] < 1 and 0.8 < waste["paged"] < 1 and 0.5 < waste["paged_worst"] <= waste["paged"]
+    long = {r["mode"]: (r["rows"], r["used_at_end"], r["alone_at_end"]) for r in records if r.get("workload") == "long"}
+    blocks_of_a_row = -(-(60 + 6 - 1) // 4)  # The last token is never stored.
+    assert {mode: (rows, alone) for mode, (rows, _, alone) in long.items()} == {
+        "beams": (2, 2 * blocks_of_a_row),
+        "samples": (3, 3 * blocks_of_a_row),
+    }
+    assert all(60 // 4 <= used < alone / rows + 4 * rows for rows, used, alone in long.values())
+
+
+def test_kinds_of_the_paper_can_be_left_out(options_of):
+    task = Paper()
+    options = options_of(task, kinds=["waste"])
+    records = records_of(task, options)
+    assert [record["kind"] for record in records] == ["waste"]
+    names = [figure.name for figure in task.summarise(records, options).figures]
+    assert "padding in the rectangle of the prompts" in names and not any("saved" in name for name in names)
+    with pytest.raises(ValueError, match="paper.kinds names some of waste, sharing, long, prefix; got speed"):
+        task.samples(options_of(task, kinds=["speed"]))
+
+
+def test_one_workload_of_the_throughput_can_be_chosen(options_of):
+    task = Throughput()
+    samples = task.samples(options_of(task, workloads=["uniform"]))
+    assert {sample.payload["workload"] for sample in samples} == {"uniform"}
+    with pytest.raises(ValueError, match="throughput.workloads names some of ragged, uniform; got"):
+        task.samples(options_of(task, workloads=["odd"]))
+
+
+def test_prepacked_weights_are_a_copy_for_their_own_contender(options_of):
+    options = options_of(Throughput())
+    models = ModelPair(options)
+    prompts = workloads.uniform(options, 2, 12)
+    rows = [contender(models, name).generate(prompts, Lengths(4)) for name in ("paged", "paged, prepacked")]
+    assert rows[0] == rows[1]
+    assert hf_paged.stats(models.prepacked).packed_calls == 1 == hf_paged.stats(models.backend).packed_calls
+    models.release()
+    assert hf_paged.stats(models.prepacked).total_blocks == 0 == hf_paged.stats(models.backend).total_blocks
 
 
 def test_a_tiny_model_stands_in_for_what_is_too_long(options_of):
@@ -251,7 +311,8 @@ def test_memory_is_measured_in_a_process_of_its_own(options_of):
     task = Memory()
     options = options_of(task)
     (sample, _) = task.samples(options)
-    record = task.run(sample, Models(options))
+    assert sample.id == "ragged, dense, turn 0"
+    record = task.run(sample, ModelPair(options))
     assert record["contender"] == "dense" and record["rows"] == 3 and record["peak"] >= 0 and record["course"]
 
 
@@ -262,7 +323,7 @@ def test_a_process_that_fails_says_why(options_of):
     sample = task.samples(options)[0]
     lost = dataclasses.replace(options, model="/nowhere/at/all")
     with pytest.raises(RuntimeError, match="ended with 1: .*nowhere"):
-        task.run(sample, Models(lost))
+        task.run(sample, ModelPair(lost))
 
 
 def test_memory_that_is_taken_is_seen():
@@ -278,7 +339,7 @@ def test_memory_that_is_taken_is_seen():
 @pytest.mark.parametrize("stops", [True, False])
 def test_answers_end_where_they_are_told_to(options_of, stops):
     options = options_of(Throughput())
-    models = Models(options)
+    models = ModelPair(options)
     prompts = workloads.ragged(options, 4, 60)
     # The token that the first row says second becomes the end.
     free = contender(models, "dense").generate(prompts, Lengths(6, stops=False))

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hf_paged_evals.suite.statistics import PairedOutcomes, bootstrap_mean, bootstrap_ratio, proportion
+
+from hf_paged_evals.runner.statistics import PairedOutcomes, bootstrap_mean, bootstrap_ratio, proportion
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_the_command_prints_any_path(tmp_path, monkeypatch):
     environment = {**os.environ, "HF_PAGED_CACHE": os.fsdecode(bytes(tmp_path) + b"/\xff"), "PYTHONIOENCODING": "ascii"}
     shutil.copytree(loader.state().path.parent, environment["HF_PAGED_CACHE"])
     os.chmod(environment["HF_PAGED_CACHE"], 0o700)
-    command = [sys.executable, "-m", "hf_paged.cli.main", "build"]
+    command = [sys.executable, "-m", "hf_paged.cli", "build"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.startswith("compiled: ") and "\\udcff" in done.stdout
 

@@ -86,11 +86,12 @@ def test_loops_are_found():
 def test_the_command(monkeypatch, tmp_path, capsys):
     quick = [(Case("copy"), TARGETS["sm80"]), (Case("write"), TARGETS["gfx942"])]
     monkeypatch.setattr("hf_paged_evals.triton.cases.few_cases", lambda: quick)
-    arguments = ["eval", "triton", "--quick", "--jobs", "1", "--json", str(tmp_path / "out.json")]
+    arguments = ["eval", "triton", "--quick", "--jobs", "1", "--out", str(tmp_path / "out.json")]
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
     assert "All 2 kernels pass" in out and "Estimates, not measurements" in out and "SGLang" in out
-    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
+    (section,) = json.loads((tmp_path / "out.json").read_text())["sections"]
+    assert len(section["tables"][0]["rows"]) == 2
     monkeypatch.setattr("hf_paged_evals.triton.measure.THRESHOLDS", [dataclasses.replace(THRESHOLDS[0], at_most=-1)])
     assert command.main(arguments[2:-2]) == 1
     assert "MISSED: spilled 0, must be <= -1" in capsys.readouterr().out

@@ -6,13 +6,12 @@ import torch
 import hf_paged
 from hf_paged_evals.models.tiny import tiny_config, tiny_model
 from support import zoo
-from support.architectures import models
 from support.parity import assert_rows_equal
 
-PAGES = """
-    llama qwen2 qwen3 smollm3 mistral gemma2 gemma3_text gemma3n_text gemma4_text gpt_oss mixtral olmo2 granite
-    starcoder2 phi phi3 stablelm cohere cohere2 gpt2 opt gpt_neox qwen3_next granitemoehybrid jamba
-""".split()
+PAGES = (
+    "llama qwen2 qwen3 smollm3 mistral gemma2 gemma3_text gemma3n_text gemma4_text gpt_oss mixtral olmo2 granite "
+    "starcoder2 phi phi3 stablelm cohere cohere2 gpt2 opt gpt_neox qwen3_next granitemoehybrid jamba"
+).split()
 GATHERS = "deepseek_v3 bloom diffllama jetmoe doge llama4_text gpt_neox_japanese moshi".split()
 OWN = ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text", "falcon_h1", "mamba", "recurrent_gemma"]
 MODES = {
@@ -36,7 +35,7 @@ def outcome(model, inputs, options):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", PAGES + GATHERS + OWN)
 def test_every_mode_of_every_architecture(name, mode):
-    dense_model, paged_model = models(name)
+    dense_model, paged_model = zoo.pair(name)
     inputs = zoo.prompts([11] if mode == "assisted" else [11, 4])
     dense = outcome(dense_model, inputs, MODES[mode])
     hf_paged.release(paged_model)
@@ -93,7 +92,7 @@ def test_an_indexer_is_heard(name):
 @pytest.mark.parametrize("kept", [1, 3])
 def test_few_logits_of_a_model_that_drops_queries(kept):
     """gemma4 attends with the last queries only, unless it finds an implementation named sdpa without a mask."""
-    dense_model, paged_model = models("gemma4_text")
+    dense_model, paged_model = zoo.pair("gemma4_text")
     ids = zoo.prompts([6])["input_ids"]
     with torch.no_grad():
         dense, paged = (model(ids, logits_to_keep=kept).logits for model in (dense_model, paged_model))

@@ -1,10 +1,10 @@
 """A tiny random model with a tokenizer in a folder, and options of evaluations that use it."""
 
-from hf_paged_evals.suite.options import DatasetChoice, Options
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from hf_paged_evals.runner.options import DatasetChoice, Options
 from support import zoo
 
 TEXT = "The keeper of the lighthouse counts the ships that pass, and writes their names into a book that nobody reads. "

@@ -1,14 +1,14 @@
-"""Batch invariance: does a prompt alone get the tokens that it gets among others?"""
+"""Batch invariance: a prompt alone should get the tokens that it gets among others."""
 
-from hf_paged_evals.suite.models import Models, load_tokenizer
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.statistics import proportion
-from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
-
-from . import sources
-from .evidence import pages
-from .generation import first_difference, forced_length, generate
-from .near_ties import judge
+from hf_paged_evals.accuracy.evidence import pages
+from hf_paged_evals.accuracy.generation import first_difference, forced_length, generate
+from hf_paged_evals.accuracy.near_ties import judge
+from hf_paged_evals.data import sources
+from hf_paged_evals.models.pair import ModelPair, load_tokenizer
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Plot, Section, Table
+from hf_paged_evals.runner.statistics import proportion
+from hf_paged_evals.runner.task import Sample
 
 
 class BatchInvariance:
@@ -34,7 +34,7 @@ class BatchInvariance:
             for number, some in enumerate(sources.batches(names, settings["probes"]))
         ]
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         baseline = _run(models, models.baseline, sample.payload)
         with models.counting() as counts:
             backend = _run(models, models.backend, sample.payload)
@@ -76,7 +76,7 @@ class BatchInvariance:
         )
 
 
-def _run(models: Models, model, given: dict) -> list[dict]:
+def _run(models: ModelPair, model, given: dict) -> list[dict]:
     """Each probe in each batch size against the same probe alone."""
     prompts, length = given["prompts"], forced_length(given["new_tokens"])
     probes = given["probes"]

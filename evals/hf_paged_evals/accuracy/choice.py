@@ -1,18 +1,18 @@
-"""Multiple choice by log-likelihood: which continuation does the model find likeliest?"""
+"""Multiple choice by log-likelihood: the continuation that the model finds likeliest is its answer."""
 
 import math
 import random
 
-from hf_paged_evals.suite.data import load_rows
-from hf_paged_evals.suite.models import Models, load_tokenizer
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.statistics import PairedOutcomes
-from hf_paged_evals.suite.task import Figure, Sample, Section, Table
-
-from . import sources
-from .evidence import pages
-from .likelihood import log_likelihoods, split
-from .outcomes import describe
+from hf_paged_evals.accuracy.evidence import pages
+from hf_paged_evals.accuracy.likelihood import log_likelihoods, split
+from hf_paged_evals.accuracy.outcomes import describe
+from hf_paged_evals.data import offline, sources
+from hf_paged_evals.data.user_dataset import load_rows
+from hf_paged_evals.models.pair import ModelPair, load_tokenizer
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Section, Table
+from hf_paged_evals.runner.statistics import PairedOutcomes
+from hf_paged_evals.runner.task import Sample
 
 
 class MultipleChoice:
@@ -42,7 +42,7 @@ class MultipleChoice:
                 found.append(Sample(name, {"context": context, "choices": continuations, "answer": answer}))
         return found[: sources.cut(options, settings["questions"])]
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         given = sample.payload
         baseline = log_likelihoods(models.baseline, given["context"], given["choices"])
         with models.counting() as counts:
@@ -91,7 +91,7 @@ class MultipleChoice:
 
 def _from_humaneval(choices: int, seed: int):
     """(name, question, choices, answer): each prompt with its own solution among those of other problems."""
-    problems = sources.humaneval_problems()
+    problems = offline.humaneval_problems()
     for number, problem in enumerate(problems):
         draw = random.Random(f"{seed} {number}")
         others = draw.sample([one for one in problems if one is not problem], choices - 1)

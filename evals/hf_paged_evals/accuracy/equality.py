@@ -1,4 +1,4 @@
-"""What "equal to dense" means: the same tokens row by row, or a first difference that float64 calls a tie."""
+"""Equality with dense: the same tokens row by row, or a first difference that float64 calls a tie."""
 
 import copy
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ MARGIN = 1e-5
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a row first differs, and the float64 gap between the two likeliest tokens there."""
+    """The first token in which a row differs, and the float64 gap between the two likeliest tokens there."""
 
     row: int
     position: int

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.task import Figure, Table
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Table
 
 
 def pages(records: list[dict], options: Options) -> tuple[Figure, Table, list[str]]:

@@ -21,7 +21,7 @@ class _Forced(LogitsProcessor):
 def forced_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], steps: int
 ) -> torch.Tensor:
-    """Logits for the last `steps` tokens of each row, a decode step each, whatever the model would have chosen.
+    """Logits for the last `steps` tokens of each row, which are given: a decode step for each token.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .sources import batches
+from hf_paged_evals.data.sources import batches
 
 
 def generate(

@@ -1,14 +1,14 @@
-"""Exact greedy match: do both backends generate the same tokens, and where do they first part?"""
+"""Exact greedy match: rows in which both backends generate the same tokens, and the first divergence of the others."""
 
-from hf_paged_evals.suite.models import Models, load_tokenizer
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.statistics import proportion
-from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
-
-from . import sources
-from .evidence import pages
-from .generation import first_difference, forced_length, generate
-from .near_ties import judge
+from hf_paged_evals.accuracy.evidence import pages
+from hf_paged_evals.accuracy.generation import first_difference, forced_length, generate
+from hf_paged_evals.accuracy.near_ties import judge
+from hf_paged_evals.data import sources
+from hf_paged_evals.models.pair import ModelPair, load_tokenizer
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Plot, Section, Table
+from hf_paged_evals.runner.statistics import proportion
+from hf_paged_evals.runner.task import Sample
 
 
 class GreedyMatch:
@@ -36,7 +36,7 @@ class GreedyMatch:
             for number, some in enumerate(sources.batches(list(prompts.items()), settings["batch"]))
         ]
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         given = sample.payload
         prompts, length = list(given["prompts"].values()), forced_length(given["new_tokens"])
         baseline = generate(models.baseline, models.tokenizer, prompts, given["baseline_batch"], **length)
@@ -83,7 +83,7 @@ class GreedyMatch:
         )
 
 
-def _compare(models: Models, name: str, prompt: list[int], baseline: list[int], backend: list[int]) -> dict:
+def _compare(models: ModelPair, name: str, prompt: list[int], baseline: list[int], backend: list[int]) -> dict:
     at = first_difference(baseline, backend)
     row = {"name": name, "prompt_tokens": len(prompt), "at": at, "is_near_tie": None}
     divergence = None if at is None else judge(models, prompt, baseline, backend, at)

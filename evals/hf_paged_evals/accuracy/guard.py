@@ -9,21 +9,12 @@ import sys
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000  # CLONE_NEWUSER and CLONE_NEWNET of Linux
 FINISHED = 93  # The exit code of a program that came to its end; one that leaves early did not pass.
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_FORBIDDEN = (
-    *("socket.", "ctypes.", "subprocess.", "shutil.", "pty.", "webbrowser.", "urllib.", "ftplib.", "http.", "smtplib."),
-    *(
-        "os.exec",
-        "os.fork",
-        "os.spawn",
-        "os.posix_spawn",
-        "os.system",
-        "os.kill",
-        "os.putenv",
-        "os.remove",
-        "os.rename",
-    ),
-    *("os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate", "_posixsubprocess."),
-)
+_MODULES = ("socket", "ctypes", "subprocess", "_posixsubprocess", "shutil", "pty", "webbrowser")
+_CLIENTS = ("urllib", "ftplib", "http", "smtplib")
+_PROCESSES = ("exec", "fork", "spawn", "posix_spawn", "system", "kill", "putenv")
+_FILES = ("remove", "rename", "rmdir", "mkdir", "chmod", "chown", "link", "symlink", "truncate")
+# Beginnings of the names of audit events.
+_FORBIDDEN = tuple(f"{name}." for name in _MODULES + _CLIENTS) + tuple(f"os.{name}" for name in _PROCESSES + _FILES)
 
 
 def leave_network() -> None:

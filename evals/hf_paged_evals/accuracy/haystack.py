@@ -11,7 +11,7 @@ _QUESTION = "\n\nQuestion: what is the secret number of {city}?\nAnswer: The sec
 
 @dataclass(frozen=True)
 class Needle:
-    """What is hidden, what is asked, and the answer."""
+    """A sentence to hide, the question about it, and the answer."""
 
     sentence: str
     question: str

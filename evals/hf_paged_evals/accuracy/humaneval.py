@@ -1,23 +1,23 @@
-"""HumanEval pass@1: do the programs that both backends write pass the problems' tests?"""
+"""HumanEval pass@1: the share of problems whose tests a generated program passes."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 from transformers import StoppingCriteriaList, StopStringCriteria
 
-from hf_paged_evals.suite.models import Models
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.statistics import PairedOutcomes
-from hf_paged_evals.suite.task import Figure, Sample, Section, Table
+from hf_paged_evals.accuracy.evidence import pages
+from hf_paged_evals.accuracy.generation import generate
+from hf_paged_evals.accuracy.outcomes import describe
+from hf_paged_evals.accuracy.sandbox import run_program
+from hf_paged_evals.data import offline, sources
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Section, Table
+from hf_paged_evals.runner.statistics import PairedOutcomes
+from hf_paged_evals.runner.task import Sample
 
-from . import sources
-from .evidence import pages
-from .generation import generate
-from .outcomes import describe
-from .sandbox import run_program
-
-# Where a function is over: what follows is not part of the answer.
+# A function ends here: text that follows is not part of the answer.
 _STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\nassert", "\n```"]
-_PROGRAMS = 2  # That run at the same time.
+_PROGRAMS_AT_ONCE = 2
 
 
 class HumanEval:
@@ -31,13 +31,13 @@ class HumanEval:
 
     def samples(self, options: Options) -> list[Sample]:
         settings = options.settings_of(self)
-        problems = sources.humaneval_problems()[: sources.cut(options, settings["problems"])]
+        problems = offline.humaneval_problems()[: sources.cut(options, settings["problems"])]
         return [
             Sample(f"problems {number}", {**settings, "problems": some})
             for number, some in enumerate(sources.batches(problems, settings["batch"]))
         ]
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         given, tokenizer = sample.payload, models.tokenizer
         problems = given["problems"]
         # Without its last line break: tokens of code hold a line break and the indentation after it.
@@ -53,7 +53,7 @@ class HumanEval:
                 problems, completions(tokenizer, prompts, baseline), completions(tokenizer, prompts, backend)
             )
         ]
-        with ThreadPoolExecutor(_PROGRAMS) as pool:
+        with ThreadPoolExecutor(_PROGRAMS_AT_ONCE) as pool:
             for who in ("baseline", "backend"):
                 programs = [program(problem, row[who]) for problem, row in zip(problems, rows)]
                 failures = pool.map(run_program, programs, [given["seconds"]] * len(rows))
@@ -93,7 +93,7 @@ class HumanEval:
 
 
 def completions(tokenizer, prompts: list[list[int]], rows: list[list[int]]) -> list[str]:
-    """What was added to each prompt, up to where the function is over."""
+    """The text that each row adds to its prompt, up to the end of the function."""
     texts = []
     for prompt, row in zip(prompts, rows):
         # Decoded with its prompt: alone, some tokenizers drop a leading space.

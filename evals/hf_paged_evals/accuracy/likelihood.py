@@ -1,4 +1,4 @@
-"""How likely a model finds each of several continuations of one context, through a cache that they share."""
+"""Log-likelihoods of several continuations of one context, through a cache that they share."""
 
 import copy
 

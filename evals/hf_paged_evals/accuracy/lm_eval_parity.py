@@ -1,11 +1,10 @@
 """lm-evaluation-harness's own command, unchanged, with attn_implementation=sdpa and =paged: scores and wall times.
 
-Writes SmolLM2 and three local tasks of ShareGPT texts to a folder, one for each kind of request that the harness
-knows, and runs ``lm_eval`` on them in turns. Nothing of it imports hf_paged: that is zero-code activation's part,
-so the last two runs show what happens when it is switched off, and what the pool counted where it is on.
+Writes the model and three local tasks of ShareGPT texts to a folder, a task for each kind of request that the harness
+knows, and runs ``lm_eval`` on them in turns. Nothing of it imports hf_paged: zero-code activation does. So the last
+two runs show the counts of the pool where activation is on, and the error where it is switched off.
 
-    pip install -c constraints.txt -e ".[evals]" lm_eval
-    python evals/lm_eval_parity.py --documents 24 --repeats 2
+It needs the packages of the evals extra, and lm_eval.
 """
 
 import argparse
@@ -18,10 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from interleave import machine
-from prompts import sharegpt_conversations
+from hf_paged_evals.data.offline import sharegpt_conversations
+from hf_paged_evals.models.pair import load_model, load_tokenizer
+from hf_paged_evals.runner.arguments import add_model, model_options
+from hf_paged_evals.runner.script import Script
+from hf_paged_evals.runner.section import Figure, Section, Table
 
-from hf_paged.cli.demo_model import load_model, load_tokenizer
+NAME = "lm-eval"
+QUICK = {"documents": 4, "batch_size": 2, "repeats": 1}
 
 _COMMON = """
 task: {name}
@@ -51,7 +54,7 @@ doc_to_target: "{{text}}"
 metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 """,
 }
-# As `python -m lm_eval`, and says afterwards what the pool of the model it made has counted.
+# As `python -m lm_eval`; prints the counts of the pool of the model that it made.
 _WITNESS = """
 import sys
 from lm_eval.models import huggingface
@@ -67,8 +70,57 @@ print(f"page reads {counted.page_reads}, gathers {counted.gathers}, packed calls
 """
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this measurement."""
+    add_model(parser)
+    parser.add_argument("--documents", type=int, default=24, help="of each task (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="turns (default: %(default)s)")
+
+
+def measure(given: argparse.Namespace) -> Section:
+    """Run the command in turns; compare scores, answers and times, and ask for the counts of the pool."""
+    options = model_options(given, NAME)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        load_model(options, "sdpa").save_pretrained(folder / "model")
+        load_tokenizer(options).save_pretrained(folder / "model")
+        write_tasks(folder, given.documents)
+        found: dict[str, dict] = {}
+        seconds: dict[str, list[float]] = {"sdpa": [], "paged": []}
+        for turn in range(given.repeats):
+            for implementation, times in seconds.items():
+                found[implementation], took = evaluate(folder, implementation, given, turn)
+                times.append(took)
+        few = command(folder, "paged", given, "--limit", "4")
+        counted = run(["-c", _WITNESS], few).stdout.strip().splitlines()
+        off = run(["-m", "lm_eval"], few, HF_PAGED_AUTOLOAD="0").stderr.strip().splitlines()
+    columns = ["Task", "Metric", "sdpa", "paged", "Difference"]
+    return Section(
+        NAME,
+        "lm-evaluation-harness, unchanged",
+        f"Its own command over {given.documents} documents in each of {len(_TASKS)} tasks.",
+        [
+            *(Figure(f"{name}, seconds", statistics.median(times), "s") for name, times in seconds.items()),
+            *compare_answers(found["sdpa"], found["paged"]),
+        ],
+        [Table("Scores", columns, score_rows(found["sdpa"], found["paged"]))],
+        notes=[
+            f"With activation, 4 documents a task: {counted[-1] if counted else 'the run failed'}",
+            f"HF_PAGED_AUTOLOAD=0: {off[-1][:70] if off else 'no message'}",
+        ],
+        flags=[] if counted else ["the run that counts page reads failed"],
+    )
+
+
 def write_tasks(folder: Path, count: int) -> None:
-    """Three tasks of `count` documents each: first questions and answers of ShareGPT conversations."""
+    """Write three tasks of `count` documents each: first questions and answers of ShareGPT conversations.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If ShareGPT is not installed.
+    """
     conversations = sharegpt_conversations()
     random.Random(0).shuffle(conversations)
     pairs = []
@@ -92,29 +144,34 @@ def write_tasks(folder: Path, count: int) -> None:
         (folder / f"{name}.yaml").write_text(_COMMON.format(name=name, data=data) + task)
 
 
-def command(folder: Path, implementation: str, batch_size: int, *more: str) -> list[str]:
+def command(folder: Path, implementation: str, given: argparse.Namespace, *more: str) -> list[str]:
     """The arguments of ``lm_eval``."""
-    model = f"pretrained={folder / 'model'},dtype=float32,attn_implementation={implementation}"
+    model = f"pretrained={folder / 'model'},dtype={given.dtype},attn_implementation={implementation}"
     tasks = ["--tasks", ",".join(_TASKS), "--include_path", str(folder)]
-    return ["--model", "hf", "--model_args", model, *tasks, "--device", "cpu", "--batch_size", str(batch_size), *more]
+    size = ["--device", "cpu", "--batch_size", str(given.batch_size)]
+    return ["--model", "hf", "--model_args", model, *tasks, *size, *more]
 
 
 def run(start: list[str], arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
-    """An interpreter of its own, without a hub."""
+    """Run an interpreter without a hub."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, *start, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline, **environment})
 
 
-def evaluate(folder: Path, implementation: str, batch_size: int, turn: int) -> tuple[dict, float]:
-    """What one run of the command scored and answered, and the seconds that it took without loading."""
+def evaluate(folder: Path, implementation: str, given: argparse.Namespace, turn: int) -> tuple[dict, float]:
+    """Scores and answers of one run of the command, and the seconds that it took without loading.
+
+    Raises
+    ------
+    RuntimeError
+        If the command fails.
+    """
     out = folder / f"{implementation}-{turn}"
-    done = run(
-        ["-m", "lm_eval"],
-        command(folder, implementation, batch_size, "--output_path", str(out), "--log_samples"),
-    )
+    logs = ["--output_path", str(out), "--log_samples"]
+    done = run(["-m", "lm_eval"], command(folder, implementation, given, *logs))
     if done.returncode:
-        raise SystemExit(done.stderr)
+        raise RuntimeError(f"lm_eval with {implementation} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     result = json.loads(next(out.rglob("results_*.json")).read_text())
     found = {"scores": result["results"]}
     for name in _TASKS:
@@ -135,49 +192,29 @@ def numbers(responses) -> list[float]:
         return []
 
 
-def compare(sdpa: dict, paged: dict) -> None:
-    """Print the scores side by side, and how many answers are the same."""
+def score_rows(sdpa: dict, paged: dict) -> list[list]:
+    """Task, metric, both scores and their difference of each row."""
+    rows = []
     for task, scores in sdpa["scores"].items():
         for metric, score in scores.items():
             if isinstance(score, float) and "stderr" not in metric:
                 other = paged["scores"][task][metric]
-                verdict = "equal" if score == other else f"differ by {abs(score - other):.2e}"
-                print(f"  {task:8} {metric.split(',')[0]:16} sdpa {score:.6f}   paged {other:.6f}   {verdict}")
+                rows.append([task, metric.split(",")[0], score, other, other - score])
+    return rows
+
+
+def compare_answers(sdpa: dict, paged: dict) -> list[Figure]:
+    """Generated answers that are the same, and the largest differences of log-likelihoods."""
     same = sum(a == b for a, b in zip(sdpa["answers"], paged["answers"]))
-    print(f"  {same} of {len(sdpa['answers'])} generated answers are the same")
+    figures = [Figure("generated answers equal", same, f"of {len(sdpa['answers'])}", better="higher")]
     for name in ("choices", "texts"):
         pairs = list(zip(numbers(sdpa[name]), numbers(paged[name]), strict=True))
-        most = max(abs(a - b) for a, b in pairs)
-        print(f"  {len(pairs)} log-likelihoods in {name}: largest difference {most:.2e}")
+        largest = max(abs(a - b) for a, b in pairs)
+        figures.append(Figure(f"{name}, largest difference of a log-likelihood", largest, "nats", better="lower"))
+    return figures
 
 
-def main() -> None:
-    """Run the command in turns and print scores, answers, times and what the pool counted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=2)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for part in (load_model("sdpa"), load_tokenizer()):
-            part.save_pretrained(folder / "model")
-        write_tasks(folder, arguments.documents)
-        found, seconds = {}, {"sdpa": [], "paged": []}
-        for turn in range(arguments.repeats):
-            for implementation, times in seconds.items():
-                found[implementation], took = evaluate(folder, implementation, arguments.batch_size, turn)
-                times.append(took)
-        print(f"{machine()}, float32, {arguments.documents} documents a task, batches of {arguments.batch_size}")
-        compare(found["sdpa"], found["paged"])
-        for implementation, times in seconds.items():
-            print(f"  {implementation:6} {statistics.median(times):6.1f} s   {[round(took, 1) for took in times]}")
-        few = command(folder, "paged", arguments.batch_size, "--limit", "4")
-        counted = run(["-c", _WITNESS], few).stdout.strip().splitlines()
-        print(f"  4 documents a task: {counted[-1] if counted else 'the run failed'}")
-        off = run(["-m", "lm_eval"], few, HF_PAGED_AUTOLOAD="0").stderr.strip().splitlines()[-1]
-        print(f"  HF_PAGED_AUTOLOAD=0: {off[:70]}")
-
+main = Script(NAME, __doc__, add_settings, measure, QUICK).main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,15 +1,15 @@
-"""Teacher-forced logits: how far are the backend's from the baseline's, step by step, and from the truth?"""
+"""Teacher-forced logits: distances of the backend's from the baseline's and from float64, step by step."""
 
 import torch
 
-from hf_paged_evals.suite.models import Models, load_tokenizer
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.statistics import bootstrap_mean, bootstrap_ratio
-from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
-
-from . import sources
-from .evidence import pages
-from .forcing import exact_logits, forced_logits
+from hf_paged_evals.accuracy.evidence import pages
+from hf_paged_evals.accuracy.forcing import exact_logits, forced_logits
+from hf_paged_evals.data import sources
+from hf_paged_evals.models.pair import ModelPair, load_tokenizer
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Plot, Section, Table
+from hf_paged_evals.runner.statistics import bootstrap_mean, bootstrap_ratio
+from hf_paged_evals.runner.task import Sample
 
 _TOO_MUCH = 3.0  # Times the baseline's own error.
 
@@ -35,7 +35,7 @@ class ForcedLogits:
             for number, some in enumerate(sources.batches(rows, settings["batch"]))
         ]
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         steps, rows = sample.payload["steps"], list(sample.payload["rows"].values())
         baseline = forced_logits(models.baseline, models.tokenizer, rows, steps)
         with models.counting() as counts:

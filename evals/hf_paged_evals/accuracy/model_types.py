@@ -1,9 +1,6 @@
-"""Every causal model type: does "paged" give the tokens that dense gives, and does it read pages?
+"""Every causal model type as a tiny random model: the tokens of "paged" against those of dense, and the way it attends.
 
-python -m hf_paged_evals.zoo [TYPE ... | --write]
-
-Prints a table of outcomes; with ``--write`` puts it on the documentation's page of models. Exits with 1 if any type
-gives other tokens, or fails where dense does not.
+Exits with 1 if any type gives other tokens, or fails where dense does not.
 """
 
 import argparse
@@ -13,29 +10,25 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 import hf_paged
-from hf_paged_evals.doc_pages import find_page, rewrite
-from hf_paged_evals.equality import differences
-from hf_paged_evals.tiny import VOCAB, tiny_config, tiny_model
+from hf_paged_evals.accuracy.equality import differences
+from hf_paged_evals.models.tiny import VOCAB, tiny_config, tiny_model
+from hf_paged_evals.runner.script import Script
+from hf_paged_evals.runner.section import Figure, Section, Table
 
+NAME = "model-types"
+QUICK = {"types": ["llama", "mistral", "bloom", "mamba"]}
 MODES = {
     "greedy": {},
     "sample": {"do_sample": True, "num_return_sequences": 2},
     "beams": {"num_beams": 3},
 }
 
-PAGES, MIXED, GATHER, OWN, REFUSED, UNBUILT, WRONG = (
-    "pages",
-    "pages and gathers",
-    "gather",
-    "its own cache",
-    "refused",
-    "not tried",
-    "WRONG",
-)
+PAGES, MIXED, GATHER = "pages", "pages and gathers", "gather"
+OWN, REFUSED, UNBUILT, WRONG = "its own cache", "refused", "not tried", "WRONG"
 _MEANING = {
     PAGES: "every layer with a KV cache reads pages",
     MIXED: "some calls read pages, others gather",
@@ -49,10 +42,34 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one model type, and why it is not better."""
+    """The way that one model type attends, and the reason why it is not better."""
 
     kind: str
     reason: str = ""
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this measurement."""
+    everything = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    parser.add_argument("--types", nargs="+", metavar="TYPE", default=everything, help="(default: all causal ones)")
+
+
+def measure(given: argparse.Namespace) -> Section:
+    """The outcome of every type, each named on standard error as it comes."""
+    outcomes = {}
+    for model_type in given.types:
+        with contextlib.redirect_stdout(sys.stderr):  # Some models print while they generate.
+            outcomes[model_type] = outcome = try_type(model_type)
+        print(f"{model_type:24} {outcome.kind:18} {outcome.reason}", file=sys.stderr, flush=True)
+    counts = Counter(outcome.kind for outcome in outcomes.values())
+    return Section(
+        NAME,
+        "Causal model types",
+        f"{len(outcomes)} types: {', '.join(f'{counts[kind]} {kind}' for kind in _MEANING if counts[kind])}.",
+        [Figure(kind, counts[kind], "types") for kind in _MEANING],
+        [table(outcomes)],
+        flags=[f"{name}: {one.reason}" for name, one in outcomes.items() if one.kind == WRONG],
+    )
 
 
 def ragged_batch() -> dict[str, torch.Tensor]:
@@ -68,7 +85,7 @@ def try_type(model_type: str) -> Outcome:
     try:
         dense = tiny_model(tiny_config(model_type), None)
         expected = {mode: _generate(dense, options) for mode, options in MODES.items()}
-    except Exception as error:  # Whatever a config or model of an unknown kind may raise: it is in the table.
+    except Exception as error:  # A config or model of an unknown kind may raise anything: it is in the table.
         return Outcome(UNBUILT, _first_line(error))
     try:
         paged = tiny_model(tiny_config(model_type), "paged")
@@ -85,7 +102,7 @@ def try_type(model_type: str) -> Outcome:
     return _judge(hf_paged.stats(paged), expected)
 
 
-def _generate(model, options: dict) -> torch.Tensor | Exception:
+def _generate(model: PreTrainedModel, options: dict) -> torch.Tensor | Exception:
     torch.manual_seed(1)
     try:
         return model.generate(**ragged_batch(), max_new_tokens=8, min_new_tokens=8, pad_token_id=0, **options)
@@ -96,52 +113,34 @@ def _generate(model, options: dict) -> torch.Tensor | Exception:
 def _judge(stats: hf_paged.Stats, expected: dict) -> Outcome:
     if all(isinstance(result, Exception) for result in expected.values()):
         return Outcome(UNBUILT, _first_line(expected["greedy"]))
-    applied = "the model applies "  # Which operation it was says little to a reader.
+    applied = "the model applies "  # The operation that it was says little to a reader.
     reasons = {"the model computes with its keys and values" if r.startswith(applied) else r for r in stats.gathers}
-    reasons = ", ".join(sorted(reasons))
+    reason = ", ".join(sorted(reasons))
     if stats.page_reads:
-        return Outcome(MIXED if stats.gathers else PAGES, reasons)
-    return Outcome(GATHER if stats.gathers else OWN, reasons)
+        return Outcome(MIXED if stats.gathers else PAGES, reason)
+    return Outcome(GATHER if stats.gathers else OWN, reason)
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
-def table(outcomes: dict[str, Outcome]) -> str:
-    """The outcomes as Markdown, one row for each kind and reason."""
-    rows: dict[tuple[str, str], list[str]] = defaultdict(list)
+def table(outcomes: dict[str, Outcome]) -> Table:
+    """The outcomes, a row for each kind and reason."""
+    types: dict[tuple[str, str], list[str]] = defaultdict(list)
     for model_type, outcome in outcomes.items():
         # Why a type could not be tried differs from type to type and says nothing about pages.
-        rows[outcome.kind, "" if outcome.kind == UNBUILT else outcome.reason].append(model_type)
+        types[outcome.kind, "" if outcome.kind == UNBUILT else outcome.reason].append(model_type)
     counts = Counter(outcome.kind for outcome in outcomes.values())
-    lines = ["| Outcome | Why | Model types |", "|---|---|---|"]
+    rows = []
     for kind, meaning in _MEANING.items():
-        for (_, reason), types in sorted(item for item in rows.items() if item[0][0] == kind):
-            lines.append(f"| {kind} ({counts[kind]}) | {reason or meaning} | {', '.join(sorted(types))} |")
-    return "\n".join(lines)
+        for reason in sorted(reason for other, reason in types if other == kind):
+            names = ", ".join(sorted(types[kind, reason]))
+            rows.append([f"{kind} ({counts[kind]})", reason or meaning, names])
+    return Table("By outcome", ["Outcome", "Why", "Model types"], rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types (default: all causal ones)")
-    parser.add_argument("--write", action="store_true", help="replace the table of docs/models.md in this checkout")
-    arguments = parser.parse_args()
-    if arguments.write and arguments.types:
-        parser.error("--write makes the whole table: name no types")
-    page = find_page("models.md") if arguments.write else None  # Before the table is made: that takes long.
-    logging.set_verbosity_error()
-    outcomes = {}
-    for model_type in arguments.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        with contextlib.redirect_stdout(sys.stderr):  # Some models print while they generate.
-            outcomes[model_type] = outcome = try_type(model_type)
-        print(f"{model_type:24} {outcome.kind:18} {outcome.reason}", file=sys.stderr, flush=True)
-    text = table(outcomes)
-    print(text)
-    if page is not None:
-        rewrite("zoo", text, page)
-    return int(any(outcome.kind == WRONG for outcome in outcomes.values()))
-
+main = Script(NAME, __doc__, add_settings, measure, QUICK).main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,17 +1,16 @@
-"""Whether rounding explains that two backends chose different tokens: float64 is asked."""
+"""Near-ties: divergences of two backends that rounding explains, by the judgement of a float64 forward."""
 
 from dataclasses import dataclass
 
 import torch
 
-from hf_paged_evals.suite.models import Models
-
-from .generation import end_tokens
+from hf_paged_evals.accuracy.generation import end_tokens
+from hf_paged_evals.models.pair import ModelPair
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a row first differs, and how near to a tie the model was there.
+    """The first difference of two rows, and how near to a tie the model was there.
 
     Attributes
     ----------
@@ -32,11 +31,11 @@ class Divergence:
 
     @property
     def is_near_tie(self) -> bool:
-        """Whether two backends that both err no more than the baseline could disagree here."""
+        """Tell whether two backends that both err no more than the baseline could disagree here."""
         return self.gap <= 2 * self.error
 
 
-def judge(models: Models, prompt: list[int], baseline: list[int], backend: list[int], at: int) -> Divergence | None:
+def judge(models: ModelPair, prompt: list[int], baseline: list[int], backend: list[int], at: int) -> Divergence | None:
     """The divergence of two continuations of a prompt at new token `at`; None where one of them just ends.
 
     Both were generated with `forced_length`: an end token may be the likeliest, and could not be chosen.

@@ -1,14 +1,15 @@
 """Needle in a haystack over depth and length, both backends on the same haystacks."""
 
-from hf_paged_evals.suite.models import Models, load_tokenizer
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.statistics import PairedOutcomes
-from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
-
-from . import haystack, sources
-from .evidence import pages
-from .generation import generate
-from .outcomes import describe
+from hf_paged_evals.accuracy import haystack
+from hf_paged_evals.accuracy.evidence import pages
+from hf_paged_evals.accuracy.generation import generate
+from hf_paged_evals.accuracy.outcomes import describe
+from hf_paged_evals.data import sources
+from hf_paged_evals.models.pair import ModelPair, load_tokenizer
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Plot, Section, Table
+from hf_paged_evals.runner.statistics import PairedOutcomes
+from hf_paged_evals.runner.task import Sample
 
 
 class NeedleInHaystack:
@@ -36,7 +37,7 @@ class NeedleInHaystack:
             found.append(Sample(f"length {length}", payload))
         return found
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         given, tokenizer = sample.payload, models.tokenizer
         prompts, length = given["prompts"], {"max_new_tokens": given["new_tokens"]}
         baseline = generate(models.baseline, tokenizer, prompts, 1, **length)
@@ -111,15 +112,14 @@ def _heat_map(title: str, rows: list[dict], values: list[float]) -> Plot:
     )
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _answers(rows: list[dict], options: Options) -> Table:
     columns = ["Context", "Depth", "Needle", options.baseline_name, options.backend_name]
     lines = [
-        [
-            row["length"],
-            f"{row['depth']:.0%}",
-            row["answer"],
-            *(" ".join(row[who].split()) for who in ("baseline", "backend")),
-        ]
+        [row["length"], f"{row['depth']:.0%}", row["answer"], _one_line(row["baseline"]), _one_line(row["backend"])]
         for row in rows
     ]
     return Table("Answers", columns, lines)

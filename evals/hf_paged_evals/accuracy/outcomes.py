@@ -1,8 +1,8 @@
-"""How yes-or-no tasks report: both shares, their paired difference, and who got what right."""
+"""The report of a yes-or-no task: both shares, their paired difference, and a table of outcomes."""
 
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.statistics import PairedOutcomes
-from hf_paged_evals.suite.task import Figure, Table
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Table
+from hf_paged_evals.runner.statistics import PairedOutcomes
 
 _LEVEL = 0.05
 

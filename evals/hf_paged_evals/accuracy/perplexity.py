@@ -2,14 +2,14 @@
 
 import math
 
-from hf_paged_evals.suite.models import Models, load_tokenizer
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.statistics import bootstrap_ratio
-from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
-
-from . import sources
-from .evidence import pages
-from .windows import Window, losses, windows
+from hf_paged_evals.accuracy.evidence import pages
+from hf_paged_evals.accuracy.windows import Window, losses, windows
+from hf_paged_evals.data import sources
+from hf_paged_evals.models.pair import ModelPair, load_tokenizer
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Plot, Section, Table
+from hf_paged_evals.runner.statistics import Estimate, bootstrap_ratio
+from hf_paged_evals.runner.task import Sample
 
 
 class Perplexity:
@@ -38,7 +38,7 @@ class Perplexity:
             for number, some in enumerate(sources.batches(found, settings["batch"]))
         ]
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         batch, chunk = sample.payload["windows"], sample.payload["chunk"]
         baseline = losses(models.baseline, batch, chunk)
         with models.counting() as counts:
@@ -76,10 +76,8 @@ class Perplexity:
         if not change.contains_zero and abs(change.value) > settings["margin"]:
             flags.append(f"the backend is {change.value:+.3g} nats/token off the baseline")
         figures = [
-            *(
-                Figure(f"perplexity, {name}", math.exp(one.value), "", math.exp(one.low), math.exp(one.high), "lower")
-                for name, one in ((options.baseline_name, baseline), (options.backend_name, backend))
-            ),
+            _perplexity(options.baseline_name, baseline),
+            _perplexity(options.backend_name, backend),
             Figure("paired difference", change.value, "nats/token", change.low, change.high, "lower"),
             Figure("largest difference of one token", max(row["largest"] for row in finite), "nats", better="lower"),
             reads,
@@ -106,6 +104,10 @@ def _windows(tokenizer, texts: list[str], length: int, stride: int, count: int) 
         if len(ids) >= needed:
             break
     return list(windows(ids[:needed], length, stride))
+
+
+def _perplexity(name: str, loss: Estimate) -> Figure:
+    return Figure(f"perplexity, {name}", math.exp(loss.value), "", math.exp(loss.low), math.exp(loss.high), "lower")
 
 
 def _totals(rows: list[dict]) -> Table:

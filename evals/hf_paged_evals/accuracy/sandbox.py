@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .guard import FINISHED
+from hf_paged_evals.accuracy.guard import FINISHED
 
 _GUARD = Path(__file__).with_name("guard.py")
 _MEMORY = 1 << 30  # bytes

@@ -1,12 +1,12 @@
 """The accuracy tasks, in the order of the report."""
 
-from .batches import BatchInvariance
-from .choice import MultipleChoice
-from .greedy import GreedyMatch
-from .humaneval import HumanEval
-from .logits import ForcedLogits
-from .needle import NeedleInHaystack
-from .perplexity import Perplexity
+from hf_paged_evals.accuracy.batches import BatchInvariance
+from hf_paged_evals.accuracy.choice import MultipleChoice
+from hf_paged_evals.accuracy.greedy import GreedyMatch
+from hf_paged_evals.accuracy.humaneval import HumanEval
+from hf_paged_evals.accuracy.logits import ForcedLogits
+from hf_paged_evals.accuracy.needle import NeedleInHaystack
+from hf_paged_evals.accuracy.perplexity import Perplexity
 
 TASKS = (
     GreedyMatch(),

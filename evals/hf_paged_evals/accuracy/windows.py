@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .likelihood import token_log_likelihoods
+from hf_paged_evals.accuracy.likelihood import token_log_likelihoods
 
 
 @dataclass(frozen=True)

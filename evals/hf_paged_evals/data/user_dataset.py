@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import DatasetChoice
+from hf_paged_evals.runner.options import DatasetChoice
 
 if TYPE_CHECKING:
     from datasets import Dataset

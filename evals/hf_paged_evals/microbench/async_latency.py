@@ -1,69 +1,84 @@
-"""Concurrent async streams against one: time to the first token and between tokens.
+"""Concurrent asyncio streams against one at a time: time to the first token and between tokens.
 
-    python evals/async_latency.py [--dtype bfloat16] [--streams 16] [--new-tokens 64] [--repeats 3]
-
-Greedy, SmolLM2-135M-Instruct, ShareGPT prompts. One stream at a time and all at once, in turns; each stream reads
-its tokens in a task of its own. Prints medians and 99th percentiles over all streams of all turns.
+Greedy, ragged prompts; each stream reads its tokens in a task of its own. Medians and 99th percentiles are over all
+streams of all turns.
 """
 
 import argparse
 import asyncio
+import sys
 import time
 
-import torch
-from interleave import machine
-from prompts import sharegpt_prompts
-from transformers.utils import logging
+import numpy
+from transformers import PreTrainedModel
 
 import hf_paged
-from hf_paged.cli.demo_model import load_model, load_tokenizer
-from hf_paged_integrations.serving.async_engine import AsyncEngine
+from hf_paged_evals.data import workloads
+from hf_paged_evals.models.pair import load_model
+from hf_paged_evals.runner.arguments import add_dataset, add_model, model_options
+from hf_paged_evals.runner.script import Script
+from hf_paged_evals.runner.section import Figure, Section
+
+NAME = "async_latency"
+QUICK = {"streams": 3, "new_tokens": 4, "max_prompt": 64, "repeats": 1}
 
 
-async def stream(engine: AsyncEngine, prompt: list[int], options: dict) -> tuple[float, list[float]]:
-    """Seconds until the first token, and between each two that follow."""
-    began = time.perf_counter()
-    at = []
-    async for _ in engine.stream(prompt, **options):
-        at.append(time.perf_counter())
-    return at[0] - began, [later - earlier for earlier, later in zip(at, at[1:])]
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this microbenchmark."""
+    add_model(parser, "bfloat16")
+    add_dataset(parser)
+    parser.add_argument("--streams", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="at most (default: %(default)s)")
+    parser.add_argument("--max-prompt", type=int, default=1024, help="tokens (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns (default: %(default)s)")
 
 
-async def measure(model, prompts: list[list[int]], options: dict, at_once: bool):
+def measure(given: argparse.Namespace) -> Section:
+    """Latencies of the streams one at a time and at once, in turns."""
+    options = model_options(given, NAME)
+    prompts = workloads.ragged(options, given.streams, given.max_prompt)
+    model = load_model(options, "paged")
+    arguments = {"max_new_tokens": given.new_tokens, "do_sample": False}
+    streams: dict[str, list[list[float]]] = {"one at a time": [], "all at once": []}
+    for _ in range(given.repeats):
+        for name, times in streams.items():
+            times += asyncio.run(_turn(model, prompts, arguments, name == "all at once"))
+    figures = []
+    for name, times in streams.items():
+        first = [moments[0] for moments in times]
+        between = [later - earlier for moments in times for earlier, later in zip(moments, moments[1:])]
+        for what, values in (("first token", first), ("between tokens", between)):
+            for kind, percent in (("median", 50), ("p99", 99)):
+                value = float(1000 * numpy.percentile(values, percent))
+                figures.append(Figure(f"{name}: {what}, {kind}", value, "ms", better="lower"))
+    return Section(
+        NAME,
+        "Asyncio streams",
+        f"{len(prompts)} streams, one at a time and all at once.",
+        figures,
+        notes=[f"Prompts of {sum(map(len, prompts))} tokens in all; {given.repeats} turns."],
+    )
+
+
+async def _turn(model: PreTrainedModel, prompts: list[list[int]], arguments: dict, at_once: bool) -> list[list[float]]:
+    """The times of every stream of one turn, on a new pool."""
     hf_paged.release(model)
-    async with AsyncEngine(model) as engine:
-        await stream(engine, prompts[0], {**options, "max_new_tokens": 2})  # Makes the pool.
+    async with hf_paged.AsyncEngine(model) as engine:
+        await _stream(engine, prompts[0], {**arguments, "max_new_tokens": 2})  # Makes the pool.
         if at_once:
-            return await asyncio.gather(*(stream(engine, prompt, options) for prompt in prompts))
-        return [await stream(engine, prompt, options) for prompt in prompts]
+            return await asyncio.gather(*(_stream(engine, prompt, arguments) for prompt in prompts))
+        return [await _stream(engine, prompt, arguments) for prompt in prompts]
 
 
-def milliseconds(values: list[float]) -> str:
-    median, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.99], dtype=torch.float64))
-    return f"median {1e3 * median:7.1f} ms, p99 {1e3 * high:7.1f} ms"
+async def _stream(engine: hf_paged.AsyncEngine, prompt: list[int], arguments: dict) -> list[float]:
+    """Seconds from the start of a stream to each of its tokens."""
+    began, times = time.perf_counter(), []
+    async for _ in engine.stream(prompt, **arguments):
+        times.append(time.perf_counter() - began)
+    return times
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    prompts = sharegpt_prompts(load_tokenizer(), arguments.streams)
-    model = load_model("paged", getattr(torch, arguments.dtype))
-    options = {"max_new_tokens": arguments.new_tokens, "do_sample": False}
-    found = {"one stream": [], f"{arguments.streams} streams": []}
-    for _ in range(arguments.repeats):
-        for at_once, name in enumerate(found):
-            found[name] += asyncio.run(measure(model, prompts, options, bool(at_once)))
-    print(f"{machine()}, {arguments.dtype}, prompts of {sum(map(len, prompts))} tokens in all")
-    for name, results in found.items():
-        print(f"  {name:12} first token: {milliseconds([first for first, _ in results])}")
-        print(f"  {'':12} between tokens: {milliseconds([gap for _, gaps in results for gap in gaps])}")
-
+main = Script(f"microbench {NAME}", __doc__, add_settings, measure, QUICK).main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

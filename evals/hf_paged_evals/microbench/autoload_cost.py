@@ -1,36 +1,73 @@
-"""What zero-code activation costs a program that imports torch and never asks for "paged".
+"""The cost of zero-code activation for a program that imports torch and never asks for "paged".
 
 Fresh interpreters in turns: hf_paged installed with its entry point, the same switched off, and without one. Then
-the entry point alone, which the noise of ``import torch`` hides, and what it adds to every later import.
-
-    python evals/autoload_cost.py --repeats 25
+the entry point alone, which the noise of ``import torch`` hides, and the time that it adds to every later import.
 """
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median, quantiles
 
-_ROOT = Path(__file__).resolve().parents[2]
-_TORCH = "import time; start = time.perf_counter(); import torch; print(time.perf_counter() - start)"
-_HOOK = """
+import hf_paged_autoload
+from hf_paged_evals.runner.script import Script
+from hf_paged_evals.runner.section import Figure, Section, Table
+
+NAME = "autoload_cost"
+QUICK = {"repeats": 2}
+_IMPORT_TORCH = "import time; start = time.perf_counter(); import torch; print(time.perf_counter() - start)"
+_ENTRY_POINT = """
 import importlib.metadata, time
 start = time.perf_counter()
 import hf_paged_autoload
 hf_paged_autoload.install()
 print(time.perf_counter() - start)
 """
-_FINDER = """
+_LATER_IMPORT = """
 import sys, timeit, hf_paged_autoload
 hf_paged_autoload.install()
 print(min(timeit.repeat(lambda: sys.meta_path[0].find_spec("name"), number=10_000, repeat=5)) / 10_000)
 """
 
 
-def installed(folder: Path, entry_point: bool) -> Path:
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this microbenchmark."""
+    parser.add_argument("--repeats", type=int, default=25, help="timed turns (default: %(default)s)")
+
+
+def measure(given: argparse.Namespace) -> Section:
+    """Median times of what each interpreter prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        on, off = _installed(Path(folder) / "on", True), _installed(Path(folder) / "off", False)
+        runs = {
+            "import torch, with the entry point": lambda: _seconds(_IMPORT_TORCH, on),
+            "import torch, HF_PAGED_AUTOLOAD=0": lambda: _seconds(_IMPORT_TORCH, on, HF_PAGED_AUTOLOAD="0"),
+            "import torch, without it": lambda: _seconds(_IMPORT_TORCH, off),
+            "the entry point alone": lambda: _seconds(_ENTRY_POINT, on),
+            "a later import": lambda: _seconds(_LATER_IMPORT, on),
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(1 + given.repeats):
+            for name, run in runs.items():
+                elapsed = 1000 * run()
+                if turn:  # The first turn compiles and warms the file cache.
+                    times[name].append(elapsed)
+    rows = [[name, *quantiles(values, n=4)] for name, values in times.items()]
+    alone = median(times["the entry point alone"])
+    return Section(
+        NAME,
+        "The entry point that torch calls",
+        f"It takes {alone:.2f} ms of an import of torch.",
+        [Figure(name, median(values), "ms", better="lower") for name, values in times.items()],
+        [Table("Quartiles", ["Interpreter", "25 % (ms)", "50 % (ms)", "75 % (ms)"], rows)],
+        notes=[f"{given.repeats} interpreters each, in turns."],
+    )
+
+
+def _installed(folder: Path, entry_point: bool) -> Path:
     """A folder with the metadata of an installed hf_paged."""
     about = folder / "hf_paged-0.dist-info"
     about.mkdir(parents=True)
@@ -40,38 +77,15 @@ def installed(folder: Path, entry_point: bool) -> Path:
     return folder
 
 
-def seconds(code: str, folder: Path, **environment: str) -> float:
-    """What `code` prints in an interpreter that finds `folder` first."""
-    path = os.pathsep.join(map(str, (folder, _ROOT)))
-    command = [sys.executable, "-c", code]
+def _seconds(code: str, folder: Path, **environment: str) -> float:
+    """The number that `code` prints in an interpreter that finds `folder` first."""
+    path = os.pathsep.join(map(str, (folder, Path(hf_paged_autoload.__file__).parent)))
     environment = {**os.environ, "PYTHONPATH": path, **environment}
+    command = [sys.executable, "-c", code]
     return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
-def main() -> None:
-    """Run the interpreters in turns and print medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=25)
-    repeats = parser.parse_args().repeats
-    with tempfile.TemporaryDirectory() as folder:
-        on, off = installed(Path(folder) / "on", True), installed(Path(folder) / "off", False)
-        runs = {
-            "with the entry point": lambda: seconds(_TORCH, on),
-            "HF_PAGED_AUTOLOAD=0": lambda: seconds(_TORCH, on, HF_PAGED_AUTOLOAD="0"),
-            "without it": lambda: seconds(_TORCH, off),
-            "the entry point alone": lambda: seconds(_HOOK, on),
-            "a later import": lambda: seconds(_FINDER, on),
-        }
-        times = {name: [] for name in runs}
-        for turn in range(repeats + 1):
-            for name, run in runs.items():
-                elapsed = run()
-                if turn:  # The first turn compiles and warms the file cache.
-                    times[name].append(elapsed)
-    for name, measured in times.items():
-        low, middle, high = (number * 1e3 for number in statistics.quantiles(measured, n=4))
-        print(f"  {name:22} median {middle:9.4f} ms   quartiles {low:9.4f} to {high:9.4f} ms")
-
+main = Script(f"microbench {NAME}", __doc__, add_settings, measure, QUICK).main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

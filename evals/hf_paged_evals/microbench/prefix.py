@@ -1,93 +1,105 @@
 """Requests that share a long prefix: `generate` dense, paged without the prefix cache, and paged with it, in turns.
 
-    python evals/prefix.py [--dtype bfloat16] [--requests 16] [--shared 1024] [--own 50] [--new-tokens 32] [--repeats 3]
-
-SmolLM2-135M-Instruct, greedy, text of ShareGPT. First the wall time of one call with all requests, on an empty pool;
-then the time to the first token of one request, and of a second one with the same prefix after it.
+First the wall time of one call with all requests, on an empty pool; then the time to the first token of one request,
+and of a second one with the same prefix after it.
 """
 
 import argparse
+import sys
 import time
 from statistics import median
 
 import torch
-from interleave import machine
-from prompts import sharegpt_prompts
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 import hf_paged
-from hf_paged.cli.demo_model import load_model, load_tokenizer
+from hf_paged_evals.data import workloads
+from hf_paged_evals.models.pair import load_model
+from hf_paged_evals.runner.arguments import add_model, model_options
+from hf_paged_evals.runner.script import Script
+from hf_paged_evals.runner.section import Figure, Section
+
+NAME = "prefix"
+QUICK = {"requests": 3, "shared": 32, "own": 8, "new_tokens": 3, "repeats": 1}
+_DENSE, _WITHOUT, _WITH = "dense", "without prefix cache", "with prefix cache"
 
 
-def requests(tokenizer, count: int, shared: int, own: int) -> torch.Tensor:
-    """Token ids ``[count, shared + own]``."""
-    prompts = sharegpt_prompts(tokenizer, 200 + count)
-    text = [token for prompt in prompts[:200] for token in prompt]
-    tails = [(prompt * own)[:own] for prompt in prompts[200:]]
-    return torch.tensor([text[:shared] + tail for tail in tails])
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this microbenchmark."""
+    add_model(parser, "bfloat16")
+    parser.add_argument("--requests", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--shared", type=int, default=1024, help="tokens that all begin with (default: %(default)s)")
+    parser.add_argument("--own", type=int, default=50, help="tokens that follow, per request (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns (default: %(default)s)")
 
 
-def seconds(model, ids: torch.Tensor, new_tokens: int) -> tuple[float, torch.Tensor]:
-    """The time of one call, and what it returns."""
-    start = time.perf_counter()
+def measure(given: argparse.Namespace) -> Section:
+    """Median times of both workloads."""
+    options = model_options(given, NAME)
+    ids = torch.tensor(workloads.shared_prefix(options, given.requests, given.shared, given.own))
+    models = {_DENSE: load_model(options, "sdpa"), _WITHOUT: load_model(options, "paged")}
+    models[_WITH] = load_model(options, "paged")
+    hf_paged.configure(models[_WITHOUT], hf_paged.PagedConfig(prefix_cache=False))
+    for model in models.values():
+        _generate(model, ids[:2, -given.own :], 4)  # Warms up.
+    seconds, equal = _all_requests(models, ids, given.new_tokens, given.repeats)
+    stats = hf_paged.stats(models[_WITH])
+    first = _first_tokens(models[_DENSE], models[_WITH], ids, given.repeats)
+    gain = seconds[_DENSE] / seconds[_WITH]
+    return Section(
+        NAME,
+        "A shared prefix",
+        f"With the prefix cache, all requests take {seconds[_WITH]:.2f} s: {gain:.1f} times faster than dense.",
+        [
+            *(Figure(f"all requests: {name}", value, "s", better="lower") for name, value in seconds.items()),
+            *(Figure(f"first token: {name}", value, "s", better="lower") for name, value in first.items()),
+            Figure("prompt tokens found", 100 * stats.prefix_hit_tokens / ids.numel(), "%", better="higher"),
+            *(Figure(f"rows equal to dense: {name}", count, f"of {len(ids)}") for name, count in equal.items()),
+        ],
+        notes=[
+            f"{len(ids)} requests of random tokens, {given.shared} shared and {given.own} each, {given.new_tokens} "
+            f"new; medians of {given.repeats} turns."
+        ],
+    )
+
+
+def _generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> tuple[float, torch.Tensor]:
+    """Seconds of one greedy call, and its output."""
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    began = time.perf_counter()
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    return time.perf_counter() - start, output
+    return time.perf_counter() - began, output
 
 
-def wall_times(models, ids: torch.Tensor, new_tokens: int, repeats: int) -> None:
-    times, outputs = {name: [] for name in models}, {}
+def _all_requests(
+    models: dict[str, PreTrainedModel], ids: torch.Tensor, new_tokens: int, repeats: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds of a call with all rows, and its rows that equal dense; by contender."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    outputs = {}
     for _ in range(repeats):
         for name, model in models.items():
             hf_paged.release(model)
-            elapsed, outputs[name] = seconds(model, ids, new_tokens)
+            elapsed, outputs[name] = _generate(model, ids, new_tokens)
             times[name].append(elapsed)
-    stats = hf_paged.stats(models["prefix cache"])
-    found = f"{stats.prefix_hit_tokens} of {ids.numel()} prompt tokens found"
-    for name, values in times.items():
-        equal = int((outputs[name] == outputs["dense"]).all(dim=1).sum())
-        ratio = median(values) / median(times["prefix cache"])
-        print(f"  {name:16} {median(values):7.2f} s   prefix cache x{ratio:.2f}   {equal} rows as dense")
-    print(f"  {found}; {stats.cached_blocks} blocks of {stats.block_size} tokens cached")
+    equal = {name: int((outputs[name] == outputs[_DENSE]).all(dim=1).sum()) for name in (_WITHOUT, _WITH)}
+    return {name: median(values) for name, values in times.items()}, equal
 
 
-def first_tokens(models, ids: torch.Tensor, repeats: int) -> None:
-    times = {"dense": [], "first": [], "second": []}
-    paged = models["prefix cache"]
+def _first_tokens(dense: PreTrainedModel, paged: PreTrainedModel, ids: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Median seconds until the first token: dense, the first paged call, and the second with the same prefix."""
+    times: dict[str, list[float]] = {"dense": [], "first call": [], "second call": []}
     for _ in range(repeats):
-        times["dense"].append(seconds(models["dense"], ids[:1], 1)[0])
+        times["dense"].append(_generate(dense, ids[:1], 1)[0])
         hf_paged.release(paged)
-        seconds(paged, ids[:1, -8:], 1)  # Makes the engine.
-        for row, name in enumerate(("first", "second")):
-            times[name].append(seconds(paged, ids[row : row + 1], 1)[0])
-    first, second, dense = (median(times[name]) for name in ("first", "second", "dense"))
-    print(f"  time to first token: dense {dense:.3f} s, first call {first:.3f} s, second call {second:.3f} s")
-    print(f"  second call x{first / second:.1f} of the first")
+        _generate(paged, ids[:1, -8:], 1)  # Makes the engine.
+        for row, name in enumerate(("first call", "second call")):
+            times[name].append(_generate(paged, ids[row : row + 1], 1)[0])
+    return {name: median(values) for name, values in times.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--shared", type=int, default=1024)
-    parser.add_argument("--own", type=int, default=50)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    ids = requests(load_tokenizer(), arguments.requests, arguments.shared, arguments.own)
-    dtype = getattr(torch, arguments.dtype)
-    names = {"dense": "sdpa", "no prefix cache": "paged", "prefix cache": "paged"}
-    models = {name: load_model(implementation, dtype) for name, implementation in names.items()}
-    hf_paged.configure(models["no prefix cache"], hf_paged.PagedConfig(prefix_cache=False))
-    for model in models.values():
-        seconds(model, ids[:2, -20:], 4)  # Warms up.
-    print(f"{machine()}, {arguments.dtype}")
-    print(f"{len(ids)} requests, {arguments.shared} tokens shared, {arguments.own} own, {arguments.new_tokens} new")
-    wall_times(models, ids, arguments.new_tokens, arguments.repeats)
-    first_tokens(models, ids, arguments.repeats)
-
+main = Script(f"microbench {NAME}", __doc__, add_settings, measure, QUICK).main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

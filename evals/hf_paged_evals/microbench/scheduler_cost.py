@@ -1,11 +1,10 @@
-"""The cost of a decode step around its forward: schedule, prepare, commit (with the prefix cache). No model runs.
+"""The work of a decode step beside its forward: schedule, prepare, commit, with the prefix cache and without a model.
 
-python evals/scheduler_cost.py [--rows 64 --rows 256 --rows 1024] [--context 512] [--window 256] [--steps 32]
-
-Medians in milliseconds over one full group and, with --window, one of a sliding window.
+One full group and, with ``--window``, one of a sliding window.
 """
 
 import argparse
+import sys
 import time
 from statistics import median
 
@@ -16,45 +15,60 @@ from hf_paged.execution.step_inputs import prepare_inputs
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Scheduler
+from hf_paged_evals.runner.script import Script
+from hf_paged_evals.runner.section import Figure, Section
 
-BLOCK_SIZE = 16
+NAME = "scheduler_cost"
+QUICK = {"rows": [4, 8], "context": 64, "steps": 4}
+_BLOCK_SIZE = 16
 
 
 class Group:
     """Blocks without tensors behind them: `prepare_inputs` asks a storage for nothing."""
 
     def __init__(self, num_blocks: int, window: int | None):
-        self.blocks, self.window = BlockPool(num_blocks, BLOCK_SIZE), window
+        self.blocks, self.window = BlockPool(num_blocks, _BLOCK_SIZE), window
         self.allocate_or_grow = self.blocks.allocate
         self.layers = {0 if window is None else 1: None}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, action="append")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--window", type=int)
-    parser.add_argument("--steps", type=int, default=32)
-    arguments = parser.parse_args()
-    windows = [None] if arguments.window is None else [None, arguments.window]
-    print(f"context {arguments.context}, blocks of {BLOCK_SIZE}, windows {windows}")
-    for rows in arguments.rows or [64, 256, 1024]:
-        blocks = rows * (2 + (arguments.context + arguments.steps) // BLOCK_SIZE)
-        seconds = costs(rows, arguments.context, arguments.steps, [Group(blocks, window) for window in windows])
-        columns = " ".join(f"{name} {median(times) * 1e3:.2f}" for name, times in seconds.items())
-        total = sum(map(median, seconds.values()))
-        print(f"{rows:5} rows: {columns} ms, {total / rows * 1e6:.2f} us a row")
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this microbenchmark."""
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024], help="(default: 64 256 1024)")
+    parser.add_argument("--context", type=int, default=512, help="tokens per row (default: %(default)s)")
+    parser.add_argument("--window", type=int, help="of a second group (default: none)")
+    parser.add_argument("--steps", type=int, default=32, help="timed decode steps (default: %(default)s)")
+
+
+def measure(given: argparse.Namespace) -> Section:
+    """Median times of the parts of a step, by number of rows."""
+    windows = [None] if given.window is None else [None, given.window]
+    figures = []
+    for rows in given.rows:
+        blocks = rows * (2 + (given.context + given.steps) // _BLOCK_SIZE)
+        seconds = costs(rows, given.context, given.steps, [Group(blocks, window) for window in windows])
+        parts = {name: median(times) for name, times in seconds.items()}
+        parts["all"] = sum(parts.values())
+        for name, value in parts.items():
+            figures.append(Figure(f"{rows} rows: {name}", 1000 * value, "ms", better="lower"))
+        figures.append(Figure(f"{rows} rows: all, per row", 1e6 * parts["all"] / rows, "us", better="lower"))
+    return Section(
+        NAME,
+        "Scheduling a decode step",
+        f"Medians of {given.steps} decode steps, {given.context} tokens per row, blocks of {_BLOCK_SIZE}.",
+        figures,
+    )
 
 
 def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str, list[float]]:
     """Seconds of each part of each decode step. Rows differ in length, so that few need a block at a time."""
     scheduler = Scheduler(groups, token_budget=rows * context)
     for row in range(rows):
-        request = Request([row] * (context - row % BLOCK_SIZE), [group.blocks for group in groups])
+        request = Request([row] * (context - row % _BLOCK_SIZE), [group.blocks for group in groups])
         request.salt = ""  # Its blocks are hashed and stored.
         scheduler.add(request)
     buffers = StepBuffers(torch.device("cpu"))
-    seconds = {"schedule": [], "prepare": [], "commit": []}
+    seconds: dict[str, list[float]] = {"schedule": [], "prepare": [], "commit": []}
     for step in range(1 + steps):
         times = [time.perf_counter()]
         schedule = scheduler.schedule()
@@ -72,5 +86,7 @@ def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str,
     return seconds
 
 
+main = Script(f"microbench {NAME}", __doc__, add_settings, measure, QUICK).main
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

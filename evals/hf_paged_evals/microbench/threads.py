@@ -1,67 +1,96 @@
 """Calls of several threads at once against the same calls one after another: wall time and equality.
 
-    python evals/threads.py [--threads 8] [--new-tokens 64] [--repeats 3] [--dtype bfloat16]
-
-SmolLM2-135M-Instruct, one ShareGPT prompt a call, greedy; the pool is released before each timed run.
+A ragged prompt per call, greedy. The pool is released before each timed run.
 """
 
 import argparse
-import statistics
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import torch
-from interleave import machine
-from prompts import sharegpt_prompts
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 import hf_paged
-from hf_paged.cli.demo_model import load_model, load_tokenizer
+from hf_paged_evals.data import workloads
+from hf_paged_evals.models.pair import load_model
+from hf_paged_evals.runner.arguments import add_dataset, add_model, model_options
+from hf_paged_evals.runner.script import Script
+from hf_paged_evals.runner.section import Figure, Section
+
+NAME = "threads"
+QUICK = {"threads": 3, "new_tokens": 3, "max_prompt": 64, "repeats": 1}
+_DENSE, _IN_TURN, _AT_ONCE = "dense, one after another", "paged, one after another", "paged, all at once"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    prompts = [torch.tensor([ids]) for ids in sharegpt_prompts(load_tokenizer(), arguments.threads + 1)]
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this microbenchmark."""
+    add_model(parser, "bfloat16")
+    add_dataset(parser)
+    parser.add_argument("--threads", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="at most (default: %(default)s)")
+    parser.add_argument("--max-prompt", type=int, default=1024, help="tokens (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns (default: %(default)s)")
+
+
+def measure(given: argparse.Namespace) -> Section:
+    """Median times of all calls, by the way that they are made."""
+    options = model_options(given, NAME)
+    prompts = [torch.tensor([ids]) for ids in workloads.ragged(options, given.threads + 1, given.max_prompt)]
     warm, prompts = prompts[-1:], prompts[:-1]
-    models = {name: load_model(name, getattr(torch, arguments.dtype)) for name in ("sdpa", "paged")}
-
-    def generate(name, ids):
-        return models[name].generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=arguments.new_tokens, do_sample=False
-        )
-
-    def at_once(name, prompts):
-        with ThreadPoolExecutor(len(prompts)) as threads:
-            return list(threads.map(lambda ids: generate(name, ids), prompts))
-
-    runs = {
-        "dense, one after another": lambda prompts: [generate("sdpa", ids) for ids in prompts],
-        "paged, one after another": lambda prompts: [generate("paged", ids) for ids in prompts],
-        "paged, all at once": lambda prompts: at_once("paged", prompts),
-    }
-    seconds, rows = {name: [] for name in runs}, {}
-    for turn in range(arguments.repeats + 1):
+    paged = load_model(options, "paged")
+    runs = _runs(load_model(options, "sdpa"), paged, given.new_tokens)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    rows = {}
+    for turn in range(1 + given.repeats):  # The first turn warms up.
         for name, run in runs.items():
-            hf_paged.release(models["paged"])
-            start = time.perf_counter()
+            hf_paged.release(paged)
+            began = time.perf_counter()
             rows[name] = run(prompts if turn else warm)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    print(
-        f"{machine()}, {arguments.dtype}, {arguments.threads} calls, prompts of {sum(ids.numel() for ids in prompts)}"
+                times[name].append(time.perf_counter() - began)
+    seconds = {name: median(values) for name, values in times.items()}
+    equal = {name: sum(torch.equal(*pair) for pair in zip(rows[name], rows[_DENSE])) for name in (_IN_TURN, _AT_ONCE)}
+    gain = seconds[_IN_TURN] / seconds[_AT_ONCE]
+    return Section(
+        NAME,
+        "Calls of several threads",
+        f"{len(prompts)} calls at once are {gain:.1f} times faster than one after another.",
+        [
+            *(Figure(name, value, "s", better="lower") for name, value in seconds.items()),
+            Figure("at once over one after another, speed", gain, "x", better="higher"),
+            Figure("at once over dense, speed", seconds[_DENSE] / seconds[_AT_ONCE], "x", better="higher"),
+            *(Figure(f"rows equal to dense: {name}", count, f"of {len(prompts)}") for name, count in equal.items()),
+        ],
+        notes=[
+            f"Prompts of {sum(ids.numel() for ids in prompts)} tokens in all, at most {given.new_tokens} new ones "
+            f"each; medians of {given.repeats} turns."
+        ],
     )
-    least = statistics.median(seconds["paged, all at once"])
-    for name, times in seconds.items():
-        equal = sum(torch.equal(*pair) for pair in zip(rows[name], rows["dense, one after another"]))
-        median = statistics.median(times)
-        print(f"  {name:25} {median:6.2f} s   x{median / least:.2f}   {equal} of {len(prompts)} rows equal dense")
 
+
+def _runs(
+    dense: PreTrainedModel, paged: PreTrainedModel, new_tokens: int
+) -> dict[str, Callable[[list[torch.Tensor]], list[torch.Tensor]]]:
+    """Functions from prompts to outputs, by name."""
+
+    def generate(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+
+    def at_once(prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            return list(threads.map(lambda ids: generate(paged, ids), prompts))
+
+    return {
+        _DENSE: lambda prompts: [generate(dense, ids) for ids in prompts],
+        _IN_TURN: lambda prompts: [generate(paged, ids) for ids in prompts],
+        _AT_ONCE: at_once,
+    }
+
+
+main = Script(f"microbench {NAME}", __doc__, add_settings, measure, QUICK).main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,9 +7,9 @@ from transformers import Cache, PreTrainedModel
 
 
 def round_kv(model: PreTrainedModel, dtype: str) -> None:
-    """Have whatever cache `model` is given store what a cast to `dtype`, without a scale, leaves.
+    """Have every cache that `model` is given store keys and values cast to `dtype` and back, without a scale.
 
-    The pages keep their own dtype: this shows what the rounding costs, not what it saves.
+    The pages keep their own dtype: this shows the cost of the rounding, not the memory that it saves.
 
     Raises
     ------

@@ -1,7 +1,8 @@
-"""The two contenders of a run: one model twice, with the same weights and different attention."""
+"""The models of a run: one model several times, with the same weights and different attention."""
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterator
@@ -18,16 +19,15 @@ from hf_paged import PagedError
 from hf_paged.cli import demo_model
 from hf_paged.generation.engine import Engine
 from hf_paged.models import registry
-
-from .kv_rounding import round_kv
-from .options import Options
+from hf_paged_evals.models.kv_rounding import round_kv
+from hf_paged_evals.runner.options import Options
 
 SMOLLM2 = "smollm2"
 
 
 @dataclass
 class Counts:
-    """What the backend's pool did during a sample; JSON-able by ``vars``."""
+    """Counters of a model's pool; JSON-able by ``vars``."""
 
     page_reads: int = 0
     packed_calls: int = 0
@@ -36,8 +36,8 @@ class Counts:
     fallbacks: dict[str, int] = field(default_factory=dict)
 
 
-class Models:
-    """Tokenizer and models of a run, each loaded when it is first asked for.
+class ModelPair:
+    """Tokenizer, baseline and backend of a run, each loaded when it is first asked for.
 
     Parameters
     ----------
@@ -49,8 +49,10 @@ class Models:
         Pads on the left.
     baseline, backend : PreTrainedModel
         Share their weights. The backend is paged as the options say.
+    prepacked : PreTrainedModel
+        The backend with prepacked weights: a second copy of those of its linear layers.
     exact : PreTrainedModel
-        The baseline in float64: the judge of near-ties and of both contenders' errors.
+        The baseline in float64: the judge of near-ties and of the errors of both.
     """
 
     def __init__(self, options: Options):
@@ -67,13 +69,11 @@ class Models:
 
     @functools.cached_property
     def backend(self) -> PreTrainedModel:
-        model = _twin(self.baseline)
-        model.set_attn_implementation(self.options.backend)
-        if self.options.backend == "paged":
-            hf_paged.configure(model, self.options.paged_config())
-        if self.options.kv_dtype is not None:
-            round_kv(model, self.options.kv_dtype)
-        return model
+        return self._backend()
+
+    @functools.cached_property
+    def prepacked(self) -> PreTrainedModel:
+        return self._backend(prepack_weights=True)
 
     @functools.cached_property
     def exact(self) -> PreTrainedModel:
@@ -81,21 +81,41 @@ class Models:
         model.set_experts_implementation("eager")  # The grouped products of experts know no float64.
         return model
 
+    def _backend(self, **config) -> PreTrainedModel:
+        model = _sharing_tensors(self.baseline)
+        model.set_attn_implementation(self.options.backend)
+        if self.options.backend == "paged":
+            hf_paged.configure(model, dataclasses.replace(self.options.paged_config(), **config))
+        if self.options.kv_dtype is not None:
+            round_kv(model, self.options.kv_dtype)
+        return model
+
+    def release(self) -> None:
+        """Let go of the pools of all paged models, and of the prefixes that they store."""
+        hf_paged.release(self.backend)
+        if "prepacked" in self.__dict__:
+            hf_paged.release(self.prepacked)
+
     @contextlib.contextmanager
-    def counting(self) -> Iterator[Counts]:
-        """Count what the backend's pool does within; nothing may release the pool meanwhile."""
-        before, counts = _counts(self.backend), Counts()
+    def counting(self, model: PreTrainedModel | None = None) -> Iterator[Counts]:
+        """Count the work of a model's pool while this is open; nothing may release the pool meanwhile.
+
+        Parameters
+        ----------
+        model : PreTrainedModel or None
+            None: the backend.
+        """
+        model = self.backend if model is None else model
+        before, counts = _counts(model), Counts()
         yield counts
-        after = _counts(self.backend)
-        for name, value in vars(after).items():
+        for name, value in vars(_counts(model)).items():
             earlier = getattr(before, name)
-            setattr(
-                counts, name, dict(Counter(value) - Counter(earlier)) if isinstance(value, dict) else value - earlier
-            )
+            grown = dict(Counter(value) - Counter(earlier)) if isinstance(value, dict) else value - earlier
+            setattr(counts, name, grown)
 
 
 def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
-    """The tokenizer alone: what making samples needs.
+    """The tokenizer alone: making samples needs no model.
 
     Raises
     ------
@@ -119,7 +139,13 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(options: Options, implementation: str) -> PreTrainedModel:
-    """The model of a run, on the CPU."""
+    """The model of a run, on the CPU, with weights of its own.
+
+    Parameters
+    ----------
+    implementation : str
+        Of its attention, such as ``"sdpa"`` or ``"paged"``.
+    """
     dtype = getattr(torch, options.dtype)
     if options.model == SMOLLM2:
         return demo_model.load_model(implementation, dtype)
@@ -131,8 +157,8 @@ def name_of(options: Options) -> str:
     return "SmolLM2-135M-Instruct" if options.model == SMOLLM2 else Path(options.model).name
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model that shares its tensors."""
+def _sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that shares its parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 

@@ -1,18 +1,34 @@
 """Two runs side by side: ``hf-paged eval compare A B``."""
 
+import argparse
 from pathlib import Path
 
-from hf_paged_evals.suite.results import load
-
-from .markdown import table
-from .text import NONE, facts, interval, number
+from hf_paged_evals.report.markdown import table
+from hf_paged_evals.report.text import NONE, facts, interval, number
+from hf_paged_evals.runner.results import load
 
 _COLUMNS = ["Task", "Figure", "Unit", "A", "A, 95 %", "B", "B, 95 %", "B - A", "B / A", "Verdict"]
 _OF_EVERY_RUN = {"Date", "Command"}
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Print two runs side by side; returns the exit code.
+
+    Raises
+    ------
+    ValueError
+        As `compare`.
+    """
+    parser = argparse.ArgumentParser("hf-paged eval compare", description="The figures of two runs, side by side.")
+    parser.add_argument("first", type=Path, help="a folder that hf-paged eval wrote, or a results file")
+    parser.add_argument("second", type=Path, help="the same of the other run")
+    arguments = parser.parse_args(argv)
+    print(compare(arguments.first, arguments.second))
+    return 0
+
+
 def compare(first: Path, second: Path) -> str:
-    """What differs between two runs, as Markdown.
+    """The figures of two runs, and all else in which they differ, as Markdown.
 
     Parameters
     ----------
@@ -74,7 +90,7 @@ def _row(key: tuple[str, str, str], a: dict, b: dict) -> list[str]:
 
 
 def _verdict(a: dict, b: dict) -> str:
-    """Which run is better, if the intervals do not meet; without intervals nobody can say."""
+    """The better run, if the intervals do not meet. Without intervals a difference proves nothing."""
     if a["value"] == b["value"]:
         return "equal"
     ends = [a.get("low"), a.get("high"), b.get("low"), b.get("high")]

@@ -4,8 +4,8 @@ import base64
 
 from jinja2 import Environment
 
-from . import plots
-from .text import FIGURE_COLUMNS, duration, facts, figure_rows, number, numeric_columns
+from hf_paged_evals.report import plot_names
+from hf_paged_evals.report.text import FIGURE_COLUMNS, duration, facts, figure_rows, number, numeric_columns
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -100,7 +100,7 @@ def render(results: dict, drawn: dict[str, str]) -> str:
     results : dict
         What results.json holds.
     drawn : dict of str to str
-        SVG of each plot, by `plots.name`.
+        SVG of each plot, by `plot_names.name`.
     """
     environment = Environment(autoescape=True)
     environment.filters["number"] = number
@@ -113,9 +113,9 @@ def render(results: dict, drawn: dict[str, str]) -> str:
 def _section(section: dict, index: int, drawn: dict[str, str]) -> dict:
     pictures = []
     for place, plot in enumerate(section["plots"]):
-        svg = drawn[plots.name(section, index, place)]
+        svg = drawn[plot_names.name(section, index, place)]
         data = base64.b64encode(svg.encode()).decode()
-        pictures.append({"data": data, "text": plots.description(plot)})
+        pictures.append({"data": data, "text": plot_names.description(plot)})
     return {
         "anchor": f"s{index}",
         "title": section["title"],

@@ -1,7 +1,7 @@
 """The report as Markdown."""
 
-from . import plots
-from .text import FIGURE_COLUMNS, duration, facts, figure_rows, number, numeric_columns
+from hf_paged_evals.report import plot_names
+from hf_paged_evals.report.text import FIGURE_COLUMNS, duration, facts, figure_rows, number, numeric_columns
 
 
 def render(results: dict) -> str:
@@ -21,8 +21,8 @@ def _section(section: dict, index: int) -> str:
     if section["figures"]:
         parts.append(table(FIGURE_COLUMNS, figure_rows(section)))
     for place, plot in enumerate(section["plots"]):
-        name = plots.name(section, index, place)
-        parts.append(f"![{_cell(plots.description(plot))}](plots/{name}.svg)")
+        name = plot_names.name(section, index, place)
+        parts.append(f"![{_cell(plot_names.description(plot))}](plots/{name}.svg)")
     for one in section["tables"]:
         parts += [f"**{one['title']}**", table(one["columns"], one["rows"])]
         if one.get("note"):

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import re
 from collections.abc import Iterator
 
 import matplotlib
@@ -34,27 +33,8 @@ _MANY = 25  # Points after which markers would hide the line.
 _CELLS = 150  # Cells of a heat map that still have room for their values.
 
 
-def name(section: dict, index: int, number: int) -> str:
-    """The name of a plot's file: sections are numbered, for a task may run twice."""
-    return f"{index + 1}-{re.sub('[^a-z0-9]+', '-', section['task'].lower())}-{number + 1}"
-
-
-def by_name(results: dict) -> dict[str, dict]:
-    """Every plot of a run."""
-    return {
-        name(section, index, number): plot
-        for index, section in enumerate(results["sections"])
-        for number, plot in enumerate(section["plots"])
-    }
-
-
-def description(plot: dict) -> str:
-    """What a reader who cannot see the plot is told."""
-    return f"{plot['title']}: {plot['y_label']} against {plot['x_label']}"
-
-
 def draw(plot: dict) -> str:
-    """The plot as SVG; errors as `drawing`."""
+    """The plot as SVG. Raises as `drawing` does."""
     with matplotlib.rc_context(_SETTINGS):
         out = io.StringIO()
         drawing(plot).savefig(out, format="svg", metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""How values are written wherever a person reads them."""
+"""Values as text, the same wherever a person reads them."""
 
 import math
 from collections.abc import Iterable
@@ -62,17 +62,25 @@ def _is_number(value) -> bool:
 FIGURE_COLUMNS = ["Figure", "Value", "Unit", "95 % interval", "Better"]
 
 
+def conditions(results: dict) -> str:
+    """Date, machine and versions of a run in one line, as they stand beside its figures."""
+    machine, versions = results["machine"], results["versions"]
+    return ", ".join(
+        [
+            f"{results['created'][:10]}, {machine['processor']}, threads: {machine['threads']}",
+            f"CPU kernels {machine['CPU kernels']}",
+            *(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions),
+        ]
+    )
+
+
 def facts(results: dict) -> Iterable[tuple[str, str]]:
-    """What the run was: when, where, with what, and the command that repeats it."""
+    """Name and value of all that the run depended on: date, machine, versions, options, the command that repeats it."""
     yield "Date", str(results["created"])
     yield from _flat("Machine", results["machine"])
     yield from _flat("Version", results["versions"])
     yield from _flat("Option", results["options"])
-    yield "Command", _command(results["command"])
-
-
-def _command(command) -> str:
-    return command if isinstance(command, str) else " ".join(command)
+    yield "Command", results["command"]
 
 
 def _flat(title: str, value) -> Iterable[tuple[str, str]]:

@@ -1,1 +1,1 @@
-"""The runner of tasks, its options, its results."""
+"""The runner of tasks: options, samples that survive an interruption, statistics, and results in one schema."""

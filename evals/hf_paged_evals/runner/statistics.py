@@ -1,4 +1,4 @@
-"""Paired statistics: what the difference of two backends on the same samples says, and how sure it is."""
+"""Paired statistics: differences of two backends on the same samples, with their intervals."""
 
 import math
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class PairedOutcomes:
     Attributes
     ----------
     both, only_first, only_second, neither : int
-        Samples by who got them right.
+        Samples by the backends that got them right.
     """
 
     both: int
@@ -113,7 +113,7 @@ def bootstrap_ratio(totals: list[float], weights: list[float], seed: int = 0) ->
     Parameters
     ----------
     totals, weights : list of float
-        One a sample, such as a window's difference in nats and its number of tokens.
+        One per sample, such as a window's difference in nats and its number of tokens.
     seed : int
         Of the resampling.
     """

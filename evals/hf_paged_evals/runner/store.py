@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .machine import versions
-from .options import Options
-from .task import Task
+from hf_paged_evals.runner.machine import versions
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.task import Task
 
 _RUN = "run.json"
 _SAMPLES = "samples"

@@ -1,4 +1,4 @@
-"""When requests arrive, and when their tokens leave."""
+"""Times at which requests arrive and their tokens leave."""
 
 import random
 import time

@@ -1,27 +1,29 @@
-"""Long context: one long prompt, how long until the first token, and how long for each further one?"""
+"""Long context: one long prompt, the time to its first token, and the time of each further one."""
 
 import time
+from statistics import median
 
 import torch
 
 import hf_paged
-from hf_paged_evals.suite.models import Models, name_of
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
-from hf_paged_evals.tiny import VOCAB, tiny_config, tiny_model
+from hf_paged_evals.data import workloads
+from hf_paged_evals.models.pair import ModelPair, name_of
+from hf_paged_evals.models.tiny import VOCAB, tiny_config, tiny_model
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Plot, Section, Table
+from hf_paged_evals.runner.task import Sample
+from hf_paged_evals.speed.arrivals import Clock
+from hf_paged_evals.speed.timing import digest
 
-from . import workloads
-from .arrivals import Clock
 from .contenders.interface import Lengths
 from .contenders.local import arguments
-from .timing import digest, median
 
 _STAND_IN = "a tiny random llama"
 _COLUMNS = ["Prompt (tokens)", "Model", "Contender", "To the first token (s)", "Each further token (ms)", "Same answer"]
 
 
 class Context:
-    """Dense and paged on one prompt. What is too long for the model is run by a tiny random one that can."""
+    """Dense and paged on one prompt. A tiny random model runs the prompts that are too long for the model."""
 
     name = "context"
     title = "Long context"
@@ -35,7 +37,10 @@ class Context:
             Sample(
                 f"{length} tokens, {name}, turn {turn}",
                 {
-                    **{"contender": name, "turn": turn, "length": length, "new_tokens": given["new_tokens"]},
+                    "contender": name,
+                    "turn": turn,
+                    "length": length,
+                    "new_tokens": given["new_tokens"],
                     "prompt": workloads.uniform(options, 1, length, seed=4)[0],
                 },
             )
@@ -44,7 +49,7 @@ class Context:
             for name in ("dense", "paged")
         ]
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         given = sample.payload
         ids, count = torch.tensor([given["prompt"]]), given["new_tokens"]
         limit = getattr(models.baseline.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -62,9 +67,13 @@ class Context:
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options, streamer=clock)
         gaps = [after - before for before, after in zip(clock.times, clock.times[1:])]
         return {
-            **{key: given[key] for key in ("contender", "turn", "length")},
-            **{"model": name_of(models.options) if is_real else _STAND_IN, "first": clock.times[0] - began},
-            **{"each": median(gaps), "answer": digest(output[0, ids.shape[1] :].tolist())},
+            "contender": given["contender"],
+            "turn": given["turn"],
+            "length": given["length"],
+            "model": name_of(models.options) if is_real else _STAND_IN,
+            "first": clock.times[0] - began,
+            "each": median(gaps),
+            "answer": digest(output[0, ids.shape[1] :].tolist()),
         }
 
     def summarise(self, records: list[dict], options: Options) -> Section:
@@ -103,10 +112,10 @@ class Context:
         )
 
 
-def _stand_in(models: Models, contender: str, positions: int):
+def _stand_in(models: ModelPair, contender: str, positions: int):
     config = tiny_config("llama", max_position_embeddings=positions)
     implementation = models.options.baseline if contender == "dense" else models.options.backend
-    model = tiny_model(config, implementation).to(getattr(torch, models.options.dtype))
+    model = tiny_model(config, implementation, getattr(torch, models.options.dtype))
     if implementation == "paged":
         hf_paged.configure(model, models.options.paged_config())
     return model

@@ -5,15 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 
-from hf_paged_evals.suite.models import Models
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
+from hf_paged_evals.data import workloads
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Plot, Section, Table
+from hf_paged_evals.runner.task import Sample
+from hf_paged_evals.speed.arrivals import Clock, poisson
+from hf_paged_evals.speed.contenders import Lengths, contender, label
+from hf_paged_evals.speed.timing import fresh_pool
 
-from . import workloads
-from .arrivals import Clock, poisson
-from .contenders import Lengths, contender, label
 from .contenders.local import arguments, padded
-from .timing import fresh_pool
 
 _COLUMNS = ["Rate (requests/s)", "Server", "Served (requests/s)"] + [
     f"{name} {kind} (ms)" for name in ("TTFT", "TPOT", "ITL") for kind in ("median", "p99")
@@ -37,7 +38,10 @@ class Latency:
             Sample(
                 f"{rate} a second, {label(name, batch)}",
                 {
-                    **{"rate": float(rate), "server": name, "batch": batch, "prompts": prompts},
+                    "rate": float(rate),
+                    "server": name,
+                    "batch": batch,
+                    "prompts": prompts,
                     "arrivals": poisson(rate, len(prompts), options.seed),
                     "warm": workloads.warming(prompts, options),
                     "lengths": Lengths(given["new_tokens"], stops=False),
@@ -47,7 +51,7 @@ class Latency:
             for name, batch in servers
         ]
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         given = sample.payload
         fresh_pool(models, contender(models, given["server"], given["batch"]), given["warm"])
         serve = _one_thread_a_request if given["server"] == "paged" else _batch_after_batch
@@ -88,7 +92,7 @@ class Latency:
         )
 
 
-def _one_thread_a_request(models: Models, given: dict, began: float) -> list[list[float]]:
+def _one_thread_a_request(models: ModelPair, given: dict, began: float) -> list[list[float]]:
     def serve(arrival: float, prompt: list[int]) -> list[float]:
         _wait_until(began + arrival)
         return _generate(models, models.backend, [prompt], given["lengths"])
@@ -97,7 +101,7 @@ def _one_thread_a_request(models: Models, given: dict, began: float) -> list[lis
         return list(threads.map(serve, given["arrivals"], given["prompts"]))
 
 
-def _batch_after_batch(models: Models, given: dict, began: float) -> list[list[float]]:
+def _batch_after_batch(models: ModelPair, given: dict, began: float) -> list[list[float]]:
     arrivals, prompts, served = given["arrivals"], given["prompts"], []
     while len(served) < len(prompts):
         first = len(served)
@@ -109,7 +113,7 @@ def _batch_after_batch(models: Models, given: dict, began: float) -> list[list[f
     return served
 
 
-def _generate(models: Models, model, prompts: list[list[int]], lengths: Lengths) -> list[float]:
+def _generate(models: ModelPair, model, prompts: list[list[int]], lengths: Lengths) -> list[float]:
     clock = Clock()
     model.generate(**padded(models, prompts), **arguments(models, lengths), streamer=clock)
     return clock.times

@@ -1,22 +1,21 @@
-"""Memory of one contender in a process of its own. Reads what to do from standard input, writes what it saw.
+"""Memory of one contender, measured in a process of its own: a request on standard input, an answer on the output.
 
 Both are JSON: ``{"options", "contender", "batch", "prompts", "new_tokens"}`` in; peak and course out, in MiB above
-what was resident when generation began.
+the memory that was resident when generation began.
 """
 
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-import hf_paged
-from hf_paged_evals.suite.models import Models, quiet
-from hf_paged_evals.suite.options import Options
-
-from .contenders import Lengths, contender
-from .watch import Watch, thinned
+from hf_paged_evals.models.pair import ModelPair, quiet
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.speed.contenders import Lengths, contender
+from hf_paged_evals.speed.watch import Watch, thinned
 
 _EVERY = 0.03  # seconds
 _MIB = 2**20
@@ -24,18 +23,18 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def main() -> None:
+    """Answer the request on standard input."""
     given = json.load(sys.stdin)
     quiet()
-    models = Models(Options(**given["options"]))
+    models = ModelPair(Options(**given["options"]))
     chosen = contender(models, given["contender"], given["batch"])
-    words = given["prompts"][0][:8]
-    chosen.generate([words], Lengths(2, stops=False))
-    if given["contender"] == "paged":
-        hf_paged.release(models.backend)
+    chosen.generate([given["prompts"][0][:8]], Lengths(2, stops=False))
+    if chosen.pool_owner is not None:
+        models.release()
     print(json.dumps(measure(lambda: chosen.generate(given["prompts"], Lengths(given["new_tokens"], stops=False)))))
 
 
-def measure(run) -> dict:
+def measure(run: Callable[[], object]) -> dict:
     """Peak and course of this process' resident memory while `run` runs."""
     process = psutil.Process()
     before = process.memory_info().rss

@@ -1,21 +1,24 @@
-"""What the pool holds at every step of a ``generate``."""
+"""The content of the pool at every step of a ``generate``."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedModel
+
 import hf_paged
-from hf_paged_evals.sharing import blocks_without_sharing
+from hf_paged.models import registry
 
 
 @dataclass
 class Steps:
-    """One entry a step.
+    """One entry per step.
 
     Attributes
     ----------
     used : list of int
         Blocks in use.
     alone : list of int
-        What they would be if no two rows shared one.
+        Blocks that the same rows would take if no two shared one.
     waste : list of float
         Share of the used slots that hold no token.
     """
@@ -30,7 +33,18 @@ class Steps:
         return 1 - sum(self.used) / sum(self.alone)
 
 
-def observed(model, run) -> Steps:
+def blocks_without_sharing(model: PreTrainedModel) -> int:
+    """Blocks that the live block tables would take if every entry were a block of its own."""
+    return sum(
+        len(table.blocks)
+        for pool in registry.pools_under(model)
+        for cache in pool.caches
+        for key in pool.groups
+        for table in cache.tables_in(key)
+    )
+
+
+def observed(model: PreTrainedModel, run: Callable[[], object]) -> Steps:
     """Look at `model`'s pool after every forward while `run` runs."""
     steps = Steps()
 

@@ -1,7 +1,7 @@
 """The figures of Kwon et al. (SOSP 2023), and ours beside them."""
 
-from .timing import Spread
-from .workloads import SHOTS
+from hf_paged_evals.data.workloads import SHOTS
+from hf_paged_evals.speed.timing import Spread
 
 _SAVED = {
     ("samples", "short"): ("parallel samples, short prompts (the paper: Alpaca)", "6 to 10 %"),
@@ -13,15 +13,17 @@ _FASTER = {"1-shot": "1.67 x", "5-shot": "3.58 x"}
 
 
 def rows_beside_paper(
-    waste: dict, sharing: list[dict], prefixes: list[dict], gains: dict[tuple[str, str], Spread]
+    waste: list[dict], sharing: list[dict], prefixes: list[dict], gains: dict[tuple[str, str], Spread]
 ) -> list[list]:
-    """What, the paper's figure, ours."""
-    rows = [
-        ["KV memory that holds tokens, without pages", "20 to 38 %", _percent([waste["dense"]])],
-        ["KV memory that holds tokens, with pages", "96 %", _percent([waste["paged"]])],
-    ]
+    """Rows of a name, the paper's figure and ours, for the records that there are."""
+    rows = []
+    for one in waste:
+        rows.append(["KV memory that holds tokens, without pages", "20 to 38 %", _percent([one["dense"]])])
+        rows.append(["KV memory that holds tokens, with pages", "96 %", _percent([one["paged"]])])
     for (mode, workload), (what, stated) in _SAVED.items():
         found = [one for one in sharing if (one["mode"], one["workload"]) == (mode, workload)]
+        if not found:
+            continue
         rows_a_prompt = ", ".join(str(one["rows"]) for one in found)
         saved = _percent([one["saving"] for one in found])
         rows.append([f"blocks saved, {what}", stated, f"{saved}, with {rows_a_prompt} rows a prompt"])
@@ -37,6 +39,11 @@ def rows_beside_paper(
 def _percent(shares: list[float]) -> str:
     low, high = (f"{100 * share:.1f}" for share in (min(shares), max(shares)))
     return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def padding(prompts: list[int]) -> float:
+    """Share of the positions of a left-padded batch of prompts of these lengths that are padding."""
+    return 1 - sum(prompts) / (len(prompts) * max(prompts))
 
 
 def dense_share(prompts: list[int], answers: list[int]) -> float:

@@ -1,4 +1,4 @@
-"""A pool too small: rows queue and are preempted. What does it cost, and do the answers stay the same?"""
+"""A pool too small: rows queue and are preempted. Its cost, and the answers that stay the same."""
 
 import dataclasses
 import time
@@ -6,14 +6,14 @@ import time
 import hf_paged
 from hf_paged.cli.plan.footprint import footprint
 from hf_paged.cli.plan.plan import Plan
-from hf_paged_evals.suite.models import Models
-from hf_paged_evals.suite.options import Options
-from hf_paged_evals.suite.task import Figure, Plot, Sample, Section, Table
-
-from . import workloads
-from .contenders import Lengths, contender
-from .timing import digest, fresh_pool, pool_state
-from .watch import Watch, thinned
+from hf_paged_evals.data import workloads
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.runner.options import Options
+from hf_paged_evals.runner.section import Figure, Plot, Section, Table
+from hf_paged_evals.runner.task import Sample
+from hf_paged_evals.speed.contenders import Lengths, contender
+from hf_paged_evals.speed.timing import digest, fresh_pool, pool_state
+from hf_paged_evals.speed.watch import Watch, thinned
 
 _EVERY = 0.02  # seconds
 _COLUMNS = ["Pool", "Blocks", "Most in use", "Preemptions", "Time (s)", "New tokens/s", "Answers as in the full pool"]
@@ -40,14 +40,17 @@ class Pressure:
             Sample(
                 f"{100 * share:.0f} % of the blocks",
                 {
-                    **{"share": float(share), "prompts": prompts, "warm": warm, "lengths": lengths},
+                    "share": float(share),
+                    "prompts": prompts,
+                    "warm": warm,
+                    "lengths": lengths,
                     "blocks": max(max(blocks), round(share * sum(blocks))),  # A row must fit alone.
                 },
             )
             for share in given["shares"]
         ]
 
-    def run(self, sample: Sample, models: Models) -> dict:
+    def run(self, sample: Sample, models: ModelPair) -> dict:
         given, model = sample.payload, models.backend
         chosen = contender(models, "paged")
         config = dataclasses.replace(
@@ -60,14 +63,18 @@ class Pressure:
                 began = time.perf_counter()
                 rows = chosen.generate(given["prompts"], given["lengths"])
                 seconds = time.perf_counter() - began
-            state = pool_state(models)
+            state = pool_state(model)
         finally:
             hf_paged.configure(model, models.options.paged_config())
         course = [[moment, 100 * seen.used_blocks / max(seen.total_blocks, 1)] for moment, seen in watch.seen]
         return {
-            **{"share": given["share"], "seconds": seconds, "new_tokens": sum(map(len, rows))},
-            **{"answers": [digest(row) for row in rows], "pool": state | vars(counts)},
-            **{"most": max(seen.used_blocks for _, seen in watch.seen), "course": thinned(course)},
+            "share": given["share"],
+            "seconds": seconds,
+            "new_tokens": sum(map(len, rows)),
+            "answers": [digest(row) for row in rows],
+            "pool": state | vars(counts),
+            "most": max(seen.used_blocks for _, seen in watch.seen),
+            "course": thinned(course),
         }
 
     def summarise(self, records: list[dict], options: Options) -> Section:
@@ -96,7 +103,7 @@ class Pressure:
         )
 
 
-def _bytes_a_block(models: Models) -> int:
+def _bytes_a_block(models: ModelPair) -> int:
     """The memory_budget of one block in each attention group."""
     model, size = models.backend, models.options.block_size
     return Plan(footprint(model.config, model.dtype), 1, size, size, model.dtype).budget_needed

@@ -1,10 +1,10 @@
 """The speed and memory tasks, in the order of the report."""
 
-from .context import Context
-from .latency import Latency
-from .memory import Memory
-from .paper import Paper
-from .pressure import Pressure
-from .throughput import Throughput
+from hf_paged_evals.speed.context import Context
+from hf_paged_evals.speed.latency import Latency
+from hf_paged_evals.speed.memory import Memory
+from hf_paged_evals.speed.paper import Paper
+from hf_paged_evals.speed.pressure import Pressure
+from hf_paged_evals.speed.throughput import Throughput
 
 TASKS = (Throughput(), Latency(), Memory(), Pressure(), Paper(), Context())

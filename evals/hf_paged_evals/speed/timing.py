@@ -1,16 +1,17 @@
-"""Timed runs: what a record of one holds, and how records become ratios."""
+"""Timed runs: their records, and the ratios made of them."""
 
 import hashlib
 import math
-import statistics
 import time
 from dataclasses import asdict
+from statistics import median
 from typing import NamedTuple
 
-import hf_paged
-from hf_paged_evals.suite.models import Models
+from transformers import PreTrainedModel
 
-from .contenders import Contender, Lengths
+import hf_paged
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.speed.contenders import Contender, Lengths
 
 _WARM = Lengths(4)
 
@@ -23,25 +24,25 @@ class Spread(NamedTuple):
     high: float | None
 
 
-def timed(models: Models, contender: Contender, prompts, warm, lengths: Lengths, stored=()) -> dict:
+def timed(models: ModelPair, contender: Contender, prompts, warm, lengths: Lengths, stored=()) -> dict:
     """Run a contender once, after a short run over other prompts.
 
     Parameters
     ----------
     prompts, warm, stored : list of list of int
-        What is timed; what is run before; what a pool may hold already. Nothing else of `prompts` is stored.
+        Timed; run before; stored in the pool already. Nothing else of `prompts` is stored.
 
     Returns
     -------
     dict
-        ``seconds``, tokens in and out, the hash of each answer, and what the pool did if the backend is paged.
-        ``{"obstacle": words}`` if it cannot run here.
+        ``seconds``, tokens in and out, the hash of each answer, and the counters of the contender's pool, if it has
+        one. ``{"obstacle": words}`` if it cannot run here.
     """
     obstacle = contender.obstacle()
     if obstacle is not None:
         return {"obstacle": obstacle}
     fresh_pool(models, contender, [*warm, *stored])
-    with models.counting() as counts:
+    with models.counting(contender.pool_owner) as counts:
         began = time.perf_counter()
         rows = contender.generate(prompts, lengths)
         seconds = time.perf_counter() - began
@@ -52,15 +53,17 @@ def timed(models: Models, contender: Contender, prompts, warm, lengths: Lengths,
         "new_tokens": sum(map(len, rows)),
         "answers": [digest(row) for row in rows],
     }
-    return record | ({"pool": pool_state(models) | vars(counts)} if contender.name == "paged" else {})
+    if contender.pool_owner is None:
+        return record
+    return {**record, "pool": pool_state(contender.pool_owner) | vars(counts)}
 
 
-def fresh_pool(models: Models, contender: Contender, prompts) -> None:
+def fresh_pool(models: ModelPair, contender: Contender, prompts) -> None:
     """Forget all that earlier runs stored, which would flatter the next one; then run `prompts`.
 
     A new pool's engine tries the model on a few tokens: that is over then, too.
     """
-    hf_paged.release(models.backend)
+    models.release()
     contender.generate(prompts, _WARM)
 
 
@@ -69,9 +72,9 @@ def digest(row: list[int]) -> str:
     return hashlib.sha256(",".join(map(str, row)).encode()).hexdigest()[:16]
 
 
-def pool_state(models: Models) -> dict:
+def pool_state(model: PreTrainedModel) -> dict:
     """The numbers of `hf_paged.stats` now."""
-    return {name: value for name, value in asdict(hf_paged.stats(models.backend)).items() if _is_number(value)}
+    return {name: value for name, value in asdict(hf_paged.stats(model)).items() if _is_number(value)}
 
 
 def prefix_hits(record: dict) -> float | None:
@@ -84,17 +87,13 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float)
 
 
-def median(values) -> float:
-    return float(statistics.median(values))
-
-
 def rate(records: list[dict], what: str = "new_tokens") -> float:
     """`what` a second, the median of a contender's turns."""
     return median(record[what] / record["seconds"] for record in records)
 
 
 def ratio(slow: list[dict], fast: list[dict], what: str = "new_tokens") -> Spread:
-    """How many times the rate of `slow` that of `fast` is: the median of the turns' own ratios.
+    """The rate of `fast` over that of `slow`: the median of the turns' own ratios.
 
     The interval holds the median with 95 % confidence, from order statistics; below six turns there is none, and
     both ends are None.

@@ -1,4 +1,4 @@
-"""Looking at something again and again while something else runs."""
+"""A look at something, again and again while something else runs."""
 
 import threading
 import time
@@ -43,7 +43,7 @@ class Watch(Generic[T]):
 
 
 def thinned(points: list, most: int = 120) -> list:
-    """At most so many of them, evenly spread, the last one included: what a plot can show."""
+    """At most so many of the points, evenly spread, the last one included: as many as a plot can show."""
     if len(points) <= most:
         return list(points)
     step = (len(points) - 1) / (most - 1)

@@ -1,13 +1,12 @@
-"""What is compiled: every op over head sizes, block sizes, dtypes, groups and options."""
+"""The kernels to compile: every op over head sizes, block sizes, dtypes, groups and options."""
 
 from dataclasses import dataclass
 
 import torch
 
+from hf_paged_evals.triton.targets import TARGETS, Target
 from hf_paged_kernels.triton.kernel_calls import KernelCall, attention_calls, copy_call, write_call
 from hf_paged_kernels.triton.launch_plan import BY_TOKEN
-
-from .targets import TARGETS, Target
 
 HEAD_DIMS, BLOCK_SIZES = (64, 80, 96, 128, 256), (16, 32, 64, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -21,7 +20,7 @@ class Case:
     Attributes
     ----------
     kernel : str
-        ``decode`` (a query a row), ``rows`` (decode of rows with a few queries), ``prefill``, ``reduce``,
+        ``decode`` (one query per row), ``rows`` (decode of rows with a few queries), ``prefill``, ``reduce``,
         ``write`` or ``copy``.
     dtype : str
     dims : tuple of int
@@ -85,7 +84,7 @@ def all_cases() -> list[Case]:
 
 
 def few_cases() -> list[tuple[Case, Target]]:
-    """What the tests compile: each kernel once, and the bounds that matter most."""
+    """The cases that the tests compile: each kernel once, and the bounds that matter most."""
     sm80, sm90, sm100, gfx942 = TARGETS.values()
     return [
         (Case("decode"), sm80),

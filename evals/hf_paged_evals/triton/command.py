@@ -1,84 +1,130 @@
-"""``hf-paged eval triton``: compile the Triton kernels for GPUs that are not here, and judge the machine code."""
+"""Compile the Triton kernels for GPUs that are not here, and hold their machine code against thresholds.
+
+Nothing is run. The roofline is an estimate, not a measurement.
+"""
 
 import argparse
-import json
 import os
+import sys
 import tempfile
-from pathlib import Path
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-_COLUMNS = (("registers", "regs", ".0f"), ("spilled", "spill", ".0f"), ("shared", "smem", ".0%"),
-            ("programs", "CTA/SM", ".0f"), ("instructions", "i/tok", ".1f"), ("wide", "128-bit", ".0%"),
-            ("buffers", "buffers", ".0f"), ("waits", "waits", ".0f"))  # fmt: skip
+from hf_paged_evals.runner.script import Script
+from hf_paged_evals.runner.section import Figure, Section, Table
+
+if TYPE_CHECKING:
+    from hf_paged_evals.triton.measure import Measured
+
+NAME = "triton"
+# Figures of `Measured`, their columns, and their formats.
+_COLUMNS = (
+    ("registers", "Registers", ".0f"),
+    ("spilled", "Spilled (B)", ".0f"),
+    ("shared", "Shared memory", ".0%"),
+    ("programs", "Programs", ".0f"),
+    ("instructions", "Instructions/token", ".1f"),
+    ("wide", "128-bit loads", ".0%"),
+    ("buffers", "Tiles in flight", ".0f"),
+    ("waits", "Copies under way", ".0f"),
+)
 
 
-def main(arguments: list[str]) -> int:
-    """Print the table; 1 if a threshold is missed."""
-    options = _parser().parse_args(arguments)
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this measurement."""
+    parser.add_argument("--arch", nargs="+", metavar="ARCH", help="sm80, sm90, sm100 or gfx942 (default: all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
+
+
+def measure(given: argparse.Namespace) -> Section:
+    """Compile and judge every case; under ``--quick`` only those that the tests compile.
+
+    Raises
+    ------
+    ValueError
+        If Triton's interpreter is on, or an architecture is not known.
+    """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        print("hf-paged eval triton: unset TRITON_INTERPRET: nothing is compiled under the interpreter")
-        return 1
+        raise ValueError("nothing is compiled under Triton's interpreter: unset TRITON_INTERPRET")
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
-        return _run(options)
+        from hf_paged_evals.triton.cases import all_cases, few_cases
+        from hf_paged_evals.triton.measure import measure_all
+        from hf_paged_evals.triton.targets import TARGETS
+
+        if unknown := sorted(set(given.arch or ()) - set(TARGETS)):
+            raise ValueError(f"--arch knows {', '.join(TARGETS)}; got {', '.join(unknown)}")
+        jobs = few_cases() if given.quick else [(case, target) for target in TARGETS.values() for case in all_cases()]
+        jobs = [(case, target) for case, target in jobs if not given.arch or target.arch in given.arch]
+        found = []
+        for result in measure_all(jobs, given.jobs):
+            found.append(result)
+            print(f"{len(found)} of {len(jobs)}: {result.arch} {result.case}", file=sys.stderr, flush=True)
+    return _section(found)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-paged eval triton", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--arch", action="append", metavar="ARCH", help="sm80, sm90, sm100 or gfx942 (default: all)")
-    parser.add_argument("--quick", action="store_true", help="only the kernels that the tests compile")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
-    return parser
-
-
-def _run(options: argparse.Namespace) -> int:
-    from .cases import all_cases, few_cases
-    from .measure import measure_all
-    from .targets import TARGETS
-
-    if unknown := sorted(set(options.arch or ()) - set(TARGETS)):
-        raise ValueError(f"--arch knows {', '.join(TARGETS)}; got {', '.join(unknown)}")
-    jobs = few_cases() if options.quick else [(case, target) for target in TARGETS.values() for case in all_cases()]
-    jobs = [(case, target) for case, target in jobs if not options.arch or target.arch in options.arch]
-    print(f"{'compiled, not run':<64}" + "".join(f"{title:>9}" for _, title, _ in _COLUMNS))
-    results = []
-    for result in measure_all(jobs, options.jobs):
-        results.append(result)
-        _print_result(result)
-    _print_thresholds()
-    _print_roofline(results)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"results": [result.to_json() for result in results]}, indent=1) + "\n")
-    missed = sum(bool(result.misses) for result in results)
-    print(
-        f"\n{missed} of {len(results)} kernels miss a threshold." if missed else f"\nAll {len(results)} kernels pass."
+def _section(found: list["Measured"]) -> Section:
+    missed = sum(bool(one.misses) for one in found)
+    return Section(
+        NAME,
+        "Compiled GPU kernels",
+        f"{missed} of {len(found)} kernels miss a threshold." if missed else f"All {len(found)} kernels pass.",
+        [
+            Figure("kernels compiled", len(found), "kernels"),
+            Figure("kernels that miss a threshold", missed, "kernels", better="lower"),
+            Figure("kernels that spill", sum(one.figures["spilled"] > 0 for one in found), "kernels", better="lower"),
+            *_decode_figures(found),
+        ],
+        [_kernel_table(found), _threshold_table(), _roofline_table(found)],
+        notes=["Compiled, not run. A program is one instance of a kernel; programs are those that a processor holds."],
+        flags=[f"{one.arch} {one.case}: MISSED: {miss}" for one in found for miss in one.misses],
     )
-    return 1 if missed else 0
 
 
-def _print_result(result) -> None:
-    cells = "".join(
-        f"{format(result.figures[name], style) if name in result.figures else '-':>9}" for name, _, style in _COLUMNS
-    )
-    print(f"{result.arch:<7} {str(result.case):<56}{cells}", flush=True)
-    for miss in result.misses:
-        print(f"        MISSED: {miss}")
+def _decode_figures(found: Iterable["Measured"]) -> list[Figure]:
+    """Of the decode loop that matters most: bfloat16, head 128, GQA 4."""
+    from hf_paged_evals.triton.cases import Case
+
+    figures = []
+    for one in found:
+        if one.case == Case("decode"):
+            name, count = f"decode loop, {one.arch}", one.figures["instructions"]
+            figures.append(Figure(f"{name}: instructions", count, "per KV token and head", better="lower"))
+            if "buffers" in one.figures:
+                figures.append(Figure(f"{name}: tiles in flight", one.figures["buffers"], "tiles", better="higher"))
+    return figures
 
 
-def _print_thresholds() -> None:
-    from .thresholds import THRESHOLDS
+def _kernel_table(found: list["Measured"]) -> Table:
+    rows = [
+        [one.arch, str(one.case)]
+        + [format(one.figures[name], style) if name in one.figures else None for name, _, style in _COLUMNS]
+        for one in found
+    ]
+    return Table("Kernels", ["GPU", "Kernel", *(title for _, title, _ in _COLUMNS)], rows)
 
-    print("\nThresholds, and what others reach (compiled and counted in the same way)")
-    for threshold in THRESHOLDS:
-        of = f"{'/'.join(threshold.kernels)}, {'/'.join(threshold.archs)}"
-        print(f"  {threshold.figure:<13}{threshold!s:<9}{of:<62}{threshold.anchor}".rstrip())
+
+def _threshold_table() -> Table:
+    from hf_paged_evals.triton.thresholds import THRESHOLDS
+
+    rows = [
+        [one.figure, str(one), "/".join(one.kernels), "/".join(one.archs), one.anchor or None] for one in THRESHOLDS
+    ]
+    note = "The anchors were compiled and counted in the same way."
+    return Table("Thresholds", ["Figure", "Bound", "Kernels", "GPUs", "Others reach"], rows, note)
 
 
-def _print_roofline(results) -> None:
-    from . import roofline
-    from .cases import Case
+def _roofline_table(found: list["Measured"]) -> Table:
+    from hf_paged_evals.triton import roofline
+    from hf_paged_evals.triton.cases import Case
 
-    decode = {result.arch: result.figures["instructions"] for result in results if result.case == Case("decode")}
-    print("\nEstimates, not measurements: KV bytes over 85% of the data sheet's bandwidth")
-    for line in roofline.lines(decode):
-        print(f"  {line}")
+    decode = {one.arch: one.figures["instructions"] for one in found if one.case == Case("decode")}
+    columns, rows = roofline.table(decode)
+    note = "Bytes of keys and values over 85 % of the data sheet's bandwidth."
+    return Table("Decode attention of one layer, bf16: Estimates, not measurements", columns, rows, note)
+
+
+main = Script(NAME, __doc__, add_settings, measure).main
+
+if __name__ == "__main__":
+    sys.exit(main())

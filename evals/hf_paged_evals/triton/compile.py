@@ -4,10 +4,9 @@ import contextlib
 
 from triton.runtime import driver
 
+from hf_paged_evals.triton.disassembly import Code, read
+from hf_paged_evals.triton.targets import TARGETS, Target
 from hf_paged_kernels.triton.kernel_calls import KernelCall
-
-from .disassembly import Code, read
-from .targets import TARGETS, Target
 
 
 class _NoDriver:

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes and what runs in its loops, read from the machine code."""
+"""Registers, memory and loops of a compiled kernel, read from the machine code."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import triton
 
-from .loops import Jump, natural_loops
+from hf_paged_evals.triton.loops import Jump, natural_loops
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|IMMA|FFMA2?|DMMA)\b|v_mfma_")
@@ -25,7 +25,7 @@ class Code:
     Attributes
     ----------
     registers, spilled, shared : int
-        Registers a thread; bytes of local memory a thread; bytes of shared memory a program.
+        Registers per thread; bytes of local memory per thread; bytes of shared memory per program.
     loops : list of list of str
         Instructions of each loop, innermost loops first.
     buffers : int

@@ -135,7 +135,7 @@ def _init_args_hst(self, args_dev, kwargs):
 
 
 def _check(addresses: np.ndarray, mask: np.ndarray, itemsize: int, counters: list[Counter]) -> None:
-    """That all lanes that are not masked lie in one of the kernel's tensors, and in the same."""
+    """Raise unless all lanes that are not masked lie in one of the kernel's tensors, and in the same."""
     wanted = addresses[np.broadcast_to(mask, addresses.shape)]
     if not wanted.size:
         return

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Jump:
-    """Where an instruction may go; `falls`: or on to the next one."""
+    """The target of an instruction; `falls`: it may also go on to the next one."""
 
     label: str | None
     falls: bool
@@ -32,7 +32,7 @@ def natural_loops(lines: Iterable[str], is_label: re.Pattern, jump: Callable[[st
     is_label : re.Pattern
         Matches a label line; its first group is the name.
     jump : callable
-        Says where an instruction branches to; None: it does not.
+        Returns the target of an instruction, or None if it does not branch.
     """
     blocks = _blocks(lines, is_label, jump)
     predecessors = [[] for _ in blocks]

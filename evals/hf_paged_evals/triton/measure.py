@@ -1,13 +1,13 @@
-"""Compile cases and hold what comes out against the thresholds."""
+"""Compile cases and hold their figures against the thresholds."""
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from .cases import Case
-from .compile import compile_call
-from .disassembly import wide_share
-from .targets import TARGETS, Target
-from .thresholds import PREFILL_ROWS, THRESHOLDS
+from hf_paged_evals.triton.cases import Case
+from hf_paged_evals.triton.compile import compile_call
+from hf_paged_evals.triton.disassembly import wide_share
+from hf_paged_evals.triton.targets import TARGETS, Target
+from hf_paged_evals.triton.thresholds import PREFILL_ROWS, THRESHOLDS
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,6 @@ class Measured:
     arch: str
     figures: dict[str, float]
     misses: list[str]
-
-    def to_json(self) -> dict:
-        return {**asdict(self), "case": {**asdict(self.case), "name": str(self.case)}}
 
 
 def measure(case: Case, target: Target) -> Measured:

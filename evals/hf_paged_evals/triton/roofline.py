@@ -1,11 +1,11 @@
-"""What memory alone would allow: an estimate of decode attention on GPUs that are not here, not a measurement."""
+"""The speed that memory alone would allow: an estimate of decode attention on GPUs that are not here."""
 
 from dataclasses import dataclass
 
-from .targets import TARGETS, Target
+from hf_paged_evals.triton.targets import TARGETS, Target
 
-_MOST_OF_PEAK = 0.85  # What good kernels get out of the bandwidth on the data sheet.
-_ISSUE = 4  # Instructions a processor can issue in a cycle.
+_MOST_OF_PEAK = 0.85  # Good kernels reach this share of the bandwidth on the data sheet.
+_ISSUE = 4  # Instructions that a processor can issue per cycle.
 _CLOCK = {"sm80": 1.41e9, "sm90": 1.755e9, "sm100": 1.85e9, "gfx942": 2.1e9}
 
 
@@ -45,16 +45,17 @@ def issue_share(instructions: float, shape: Shape, target: Target) -> float:
     return instructions * tokens_a_second / (target.processors * _ISSUE * _CLOCK[target.arch])
 
 
-def lines(decode_instructions: dict[str, float]) -> list[str]:
-    """The table, a line a shape; `decode_instructions` of a KV token and head in the hot loop, by architecture."""
-    names = [target.name for target in TARGETS.values()]
-    found = [f"{'decode attention of one layer, bf16':<36}" + "".join(f"{name:>14}" for name in names)]
-    for shape in SHAPES:
-        times = [f"{microseconds(shape, target):.1f} us" for target in TARGETS.values()]
-        found.append(f"  {shape.name:<34}" + "".join(f"{time:>14}" for time in times))
+def table(decode_instructions: dict[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row of estimated times per shape; the last row has the shares of issue slots.
+
+    Parameters
+    ----------
+    decode_instructions : dict of str to float
+        Of a KV token and head in the hot loop, by architecture.
+    """
+    rows = [[shape.name, *(f"{microseconds(shape, target):.1f} us" for target in TARGETS.values())] for shape in SHAPES]
     shares = [
         f"{issue_share(decode_instructions[arch], SHAPES[1], target):.0%}" if arch in decode_instructions else "-"
         for arch, target in TARGETS.items()
     ]
-    found.append(f"  {'issue slots of the hot loop':<34}" + "".join(f"{share:>14}" for share in shares))
-    return found
+    return ["Shape", *(target.name for target in TARGETS.values())], [*rows, ["issue slots of the hot loop", *shares]]

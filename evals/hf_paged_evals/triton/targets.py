@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for here, none of which is here, and what a program may take of each."""
+"""The GPUs that kernels are compiled for, none of which is here, and the limits of a program on each."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ class Target:
     processors : int
         Streaming multiprocessors or compute units.
     bandwidth : float
-        Of its memory, bytes a second.
+        Of its memory, bytes per second.
     registers : int
-        32-bit registers a processor, for all its threads.
+        32-bit registers per processor, for all its threads.
     shared, shared_program : int
-        Bytes of shared memory a processor, and the most that one program may have.
+        Bytes of shared memory per processor, and the most that one program may have.
     warp : int
-        Threads a warp.
+        Threads per warp.
     warps : int
         That a processor can hold.
     """
@@ -51,8 +51,8 @@ class Target:
         return GPUTarget("hip", self.arch, 64) if self.is_hip else GPUTarget("cuda", int(self.arch[2:]), 32)
 
     def programs(self, registers: int, shared: int, num_warps: int) -> int:
-        """How many programs of these needs a processor holds at once."""
-        # Registers are given out by 8 a thread, and CUDA keeps 1 KiB of shared memory a program to itself.
+        """The number of programs with these needs that a processor holds at once."""
+        # Registers are given out by 8 per thread, and CUDA keeps 1 KiB of shared memory per program to itself.
         a_thread = -(-registers // 8) * 8
         by_registers = self.registers // (a_thread * self.warp * num_warps) if registers else self.warps
         by_shared = self.shared // (shared + (0 if self.is_hip else 1024)) if shared else self.warps

@@ -1,4 +1,4 @@
-"""The one table of what compiled kernels must keep to, with the figures of others beside.
+"""The one table of bounds that compiled kernels must keep to, with the figures of others beside.
 
 The anchors were measured in the same way on kernels of vLLM 0.33 and SGLang 0.5.23: head 128, block 16, 8 KV heads,
 GQA 4, bf16, 4 warps, none of them spills, each holds one tile of keys and values in flight.
@@ -6,8 +6,8 @@ GQA 4, bf16, 4 warps, none of them spills, each holds one tile of keys and value
 
 from dataclasses import dataclass
 
-from .cases import Case
-from .targets import Target
+from hf_paged_evals.triton.cases import Case
+from hf_paged_evals.triton.targets import Target
 
 PREFILL_ROWS = 64
 _ATTENTION = ("decode", "rows", "prefill")
@@ -35,7 +35,7 @@ class Threshold:
     max_group : int
         Largest group of heads of which it holds.
     anchor : str
-        What others reach.
+        The figures of others.
     """
 
     figure: str

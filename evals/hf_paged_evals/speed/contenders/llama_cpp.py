@@ -7,18 +7,17 @@ from pathlib import Path
 
 import torch
 
-from hf_paged_evals.suite.models import SMOLLM2, Models
-
-from .interface import Lengths
-from .local import end_token, up_to
+from hf_paged_evals.models.pair import SMOLLM2, ModelPair
+from hf_paged_evals.speed.contenders.interface import Lengths
+from hf_paged_evals.speed.contenders.local import end_token, up_to
 
 
 class LlamaCpp:
     """Multiplies with the 4-bit weights that the others unpack: it reads fewer bytes, and rounds otherwise."""
 
-    name, batch = "llama.cpp", 1
+    name, batch, pool_owner = "llama.cpp", 1, None
 
-    def __init__(self, models: Models):
+    def __init__(self, models: ModelPair):
         self.models = models
 
     def obstacle(self) -> str | None:

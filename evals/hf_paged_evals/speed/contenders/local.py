@@ -1,11 +1,10 @@
-"""Contenders that transformers runs: dense, its own continuous batching, and paged."""
+"""Contenders that transformers runs: dense, its own continuous batching, paged, and paged with prepacked weights."""
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from hf_paged_evals.suite.models import Models
-
-from .interface import Lengths
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.speed.contenders.interface import Lengths
 
 _NEVER = -1  # An end-of-sequence id that no token has.
 
@@ -13,7 +12,10 @@ _NEVER = -1  # An end-of-sequence id that no token has.
 class Padded:
     """``generate`` over left-padded batches of `batch` rows; None: all rows in one."""
 
-    def __init__(self, models: Models, batch: int | None):
+    model: PreTrainedModel
+    pool_owner: PreTrainedModel | None = None
+
+    def __init__(self, models: ModelPair, batch: int | None):
         self.models, self.batch = models, batch
 
     def obstacle(self) -> str | None:
@@ -25,7 +27,7 @@ class Padded:
             rows += self._one_batch(prompts[first : first + size], lengths)
         return rows
 
-    def _one_batch(self, prompts, lengths):
+    def _one_batch(self, prompts: list[list[int]], lengths: Lengths) -> list[list[int]]:
         end = end_token(self.models)
         inputs = padded(self.models, prompts)
         output = self.model.generate(**inputs, **arguments(self.models, lengths))
@@ -40,7 +42,7 @@ class Dense(Padded):
     name = "dense"
 
     @property
-    def model(self):
+    def model(self) -> PreTrainedModel:
         return self.models.baseline
 
 
@@ -50,18 +52,36 @@ class Paged(Padded):
     name = "paged"
 
     @property
-    def model(self):
+    def model(self) -> PreTrainedModel:
         return self.models.backend
+
+    @property
+    def pool_owner(self) -> PreTrainedModel:
+        return self.model
+
+
+class Prepacked(Paged):
+    """The backend with prepacked weights."""
+
+    name = "paged, prepacked"
+
+    def obstacle(self) -> str | None:
+        backend = self.models.options.backend
+        return None if backend == "paged" else f"the backend is {backend!r}, which prepacks nothing"
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.models.prepacked
 
 
 class GenerateBatch:
     """transformers' ``generate_batch``."""
 
-    name, batch = "generate_batch", None
+    name, batch, pool_owner = "generate_batch", None, None
     # More blocks of its 256 tokens take more memory than a small machine has.
     _config = {"num_blocks": 100, "max_batch_tokens": 512, "max_memory_percent": 0.5, "max_requests_per_batch": 32}
 
-    def __init__(self, models: Models):
+    def __init__(self, models: ModelPair):
         self.models = models
 
     def obstacle(self) -> str | None:
@@ -74,8 +94,8 @@ class GenerateBatch:
         return [up_to(end_token(self.models) if lengths.stops else None, row) for row in rows]
 
 
-def arguments(models: Models, lengths: Lengths) -> dict:
-    """How ``generate`` is told to be greedy and how long to go on."""
+def arguments(models: ModelPair, lengths: Lengths) -> dict:
+    """Arguments of a greedy ``generate`` whose answers have these lengths."""
     return {
         "max_new_tokens": lengths.new_tokens,
         "do_sample": False,
@@ -84,11 +104,11 @@ def arguments(models: Models, lengths: Lengths) -> dict:
     }
 
 
-def end_token(models: Models) -> int:
+def end_token(models: ModelPair) -> int:
     return models.tokenizer.eos_token_id
 
 
-def padded(models: Models, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+def padded(models: ModelPair, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
     """Prompts as a left-padded batch, ``[rows, positions]``."""
     batch = models.tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
     return {name: batch[name].to(models.device) for name in ("input_ids", "attention_mask")}

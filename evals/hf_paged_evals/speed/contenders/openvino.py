@@ -6,9 +6,8 @@ import os
 
 import torch
 
-from hf_paged_evals.suite.models import Models
-
-from .interface import Lengths
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.speed.contenders.interface import Lengths
 
 FOLDER = "HF_PAGED_OPENVINO_MODEL"
 
@@ -16,9 +15,9 @@ FOLDER = "HF_PAGED_OPENVINO_MODEL"
 class OpenVINO:
     """Its continuous batching pipeline. The model must have been converted: the folder is in the environment."""
 
-    name, batch = "OpenVINO GenAI", None
+    name, batch, pool_owner = "OpenVINO GenAI", None, None
 
-    def __init__(self, models: Models):
+    def __init__(self, models: ModelPair):
         self.models = models
 
     def obstacle(self) -> str | None:

@@ -4,17 +4,16 @@ import functools
 import importlib.util
 import tempfile
 
-from hf_paged_evals.suite.models import Models
-
-from .interface import Lengths
+from hf_paged_evals.models.pair import ModelPair
+from hf_paged_evals.speed.contenders.interface import Lengths
 
 
 class VLLM:
     """Its own engine over the same weights, without its prefix cache."""
 
-    name, batch = "vLLM", None
+    name, batch, pool_owner = "vLLM", None, None
 
-    def __init__(self, models: Models):
+    def __init__(self, models: ModelPair):
         self.models = models
 
     def obstacle(self) -> str | None:
