@@ -1,8 +1,8 @@
 """Zero-code activation: torch calls `install` when it is imported, where hf_paged is installed.
 
 ``attn_implementation="paged"`` then works without ``import hf_paged``. Every program that imports torch runs this
-module, so it lies outside the package, imports next to nothing and lets no error of its own out. All it does is
-wait: for transformers' modelling code, and then for somebody who asks for "paged". That imports hf_paged.
+module, so it lies outside the package, imports next to nothing and lets no error of its own out. It waits for
+transformers' modelling code, and then for a model that is to be "paged": only that imports hf_paged.
 """
 
 import functools
@@ -17,7 +17,7 @@ _MODULE, _CLASS, _CHECK = "transformers.modeling_utils", "PreTrainedModel", "get
 
 
 def install() -> None:
-    """The entry point of the group ``torch.backends``. Never raises: it would break ``import torch``."""
+    """Begin to wait. The entry point of the group ``torch.backends``: an error here would break ``import torch``."""
     try:
         if os.environ.get(_SWITCH, "").strip().lower() in _OFF:
             return
@@ -44,7 +44,7 @@ def _warn(error: Exception) -> None:
 
 
 class _Finder:
-    """Finds modules as the other finders do, and learns when transformers' modelling code has run."""
+    """Finds modules as the other finders do, to learn when transformers' modelling code has run."""
 
     def find_spec(self, name, path=None, target=None):
         if name != _MODULE:
@@ -57,7 +57,7 @@ class _Finder:
         return spec
 
     def _follow(self, loader) -> None:
-        """Have `loader` tell when it has executed the module; it is itself again after that."""
+        """Let `loader` wait for a request when it has executed the module; it is itself again after that."""
 
         def exec_module(module):
             if module.__name__ != _MODULE:  # Some loaders serve several modules.
@@ -78,7 +78,7 @@ class _Finder:
 
 
 class _UnfinishedModule(types.ModuleType):
-    """A module that is under way: whoever takes the model class from it first finds it finished."""
+    """A module that is still being imported. The first access to its model class finds it finished."""
 
     def __getattribute__(self, name):
         found = super().__getattribute__(name)

@@ -40,7 +40,7 @@ class _Worker:
 
     def submit(self, section: Callable, outcome: SimpleQueue | None) -> None:
         self._sections.put((section, outcome))
-        if not self._has_thread:  # It says so itself: the caller that starts it may be interrupted.
+        if not self._has_thread:  # The thread sets it: the caller that starts the thread may be interrupted.
             threading.Thread(target=self._run, name="hf_paged-state", daemon=True).start()
 
     def _run(self) -> None:
@@ -51,12 +51,13 @@ class _Worker:
                     self._run_one(*self._sections.get(timeout=_IDLE))
                 except Empty:
                     self._has_thread = False
-                    # Who came before that line has started no other thread.
+                    # A caller that came before that line has started no other thread.
                     self._has_thread = not self._sections.empty()
             self._ident = None
 
     @staticmethod
     def _run_one(section: Callable, outcome: SimpleQueue | None) -> None:
+        result: tuple[object, BaseException | None]
         try:
             result = section(), None
         except BaseException as error:
@@ -123,7 +124,7 @@ def _post(section: Callable) -> None:
 
 
 _after_fork: list[Callable[[], None]] = []
-_resume: dict[int, Callable[[], None]] = {}  # Thread that forks -> what lets the worker go on.
+_resume: dict[int, Callable[[], None]] = {}  # Thread that forks -> the function that lets the worker go on.
 
 
 def after_fork_in_child(function: Callable[[], None]) -> None:

@@ -1,19 +1,13 @@
-"""The one configuration object, and how a memory budget becomes bytes."""
+"""The one configuration object, and how a memory budget is read."""
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
-from transformers.utils import logging
-
-from hf_paged.memory.limits import memory_limits
-
-logger = logging.get_logger(__name__)
+from hf_paged.memory.eviction import EVICTION_POLICIES
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-DEFAULT_SHARE = 0.25
 _LARGEST_BLOCK = 2**16
 
 
@@ -36,18 +30,21 @@ class PagedConfig:
         Tokens that one packed step of `generate` runs, prompts and new tokens of all rows together. Larger
         steps use the processor better and hold up rows that are further on for longer.
     prefix_cache : bool
-        Whether packed rows find again what earlier rows stored for the same first tokens. Blocks of finished rows
-        then stay cached until others need them, or the model's weights change.
+        Let packed rows find again what earlier rows stored for the same first tokens. Blocks of finished rows
+        then stay cached until other rows need them, or the model's weights change.
     prefix_cache_share : float
-        The share of the budget, from 0 to 1, that the blocks of finished rows may take. Beyond it the least recently
-        used ones make room for new tokens before memory is taken that was never used. Raise it where more than that
+        The share of the budget, from 0 to 1, that the blocks of finished rows may take. Beyond it they make room for
+        new tokens, by `eviction_policy`, before memory is taken that was never used. Raise it where more than that
         is read again: an eighth by default, as prompts that share nothing would fill the budget otherwise.
     prepack_weights : bool
-        Whether packed steps use a second copy of the linear layers' weights, laid out for the processor's matrix
+        Let packed steps use a second copy of the linear layers' weights, laid out for the processor's matrix
         kernels: faster, and the weights take their memory twice. On CPUs only. Edit no weight through ``.data`` then.
-        Layers with a ``forward`` of somebody's own, and steps that ``torch.compile`` traces, keep to the weights.
+        Layers whose ``forward`` was replaced, and steps that ``torch.compile`` traces, keep to the weights.
     cache_salt : str
-        Hashed into every block that is found again; see `hf_paged.cache_salt` for one a tenant.
+        Hashed into every block that is found again; see `hf_paged.cache_salt` for one per tenant.
+    eviction_policy : str
+        Which cached block makes room first, by its name in `hf_paged.memory.eviction.EVICTION_POLICIES`. "lru": the
+        one that was freed longest ago.
 
     Examples
     --------
@@ -62,6 +59,7 @@ class PagedConfig:
     prefix_cache_share: float = 0.125
     prepack_weights: bool = False
     cache_salt: str = ""
+    eviction_policy: str = "lru"
 
     def __post_init__(self):
         size = self.block_size
@@ -81,11 +79,10 @@ class PagedConfig:
             raise ValueError(f"prefix_cache_share must be a number from 0 to 1; got {share!r}: try 0.125")
         if not isinstance(self.cache_salt, str):
             raise ValueError(f"cache_salt must be a text; got {self.cache_salt!r}: try str(...) of it")
-
-    def budget_bytes(self, device: torch.device) -> int:
-        """The budget in bytes for a pool that is made now on `device`."""
-        stated = parse_bytes(self.memory_budget)
-        return int(available_memory(device) * DEFAULT_SHARE) if stated is None else allowed_budget(stated, device)
+        policy = self.eviction_policy
+        if not isinstance(policy, str) or policy not in EVICTION_POLICIES:
+            names = ", ".join(map(repr, EVICTION_POLICIES))
+            raise ValueError(f"eviction_policy must be one of {names}; got {policy!r}: leave it out for 'lru'")
 
 
 def parse_bytes(amount: int | str | None) -> int | None:
@@ -108,35 +105,3 @@ def parse_bytes(amount: int | str | None) -> int | None:
             f"memory_budget must be a positive number of bytes; got {amount!r}: leave it out for the default"
         )
     return amount
-
-
-def allowed_budget(stated: int, device: torch.device) -> int:
-    """A budget in bytes, lowered to what can ever be held on `device`."""
-    if device.type == "cuda":
-        name, most = f"the memory of {device}", torch.cuda.mem_get_info(device)[1]
-    else:
-        limits = ((limit.left if limit.counts_addresses else limit.total, limit.name) for limit in memory_limits())
-        most, name = min(limits)
-    if stated > most:
-        logger.warning_once(
-            f"hf_paged: memory_budget is larger than {name}, {most:,} bytes: these are the budget. "
-            "Lower memory_budget, or leave it out for the default."
-        )
-    return min(stated, most)
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that a new allocation on `device` could get now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(limit.left for limit in memory_limits())
-
-
-def physical_memory(device: torch.device) -> int:
-    """Bytes that a pool may reserve on `device`: its memory, as far as this process may have it.
-
-    Reserving takes address space alone. Where that is limited, half of what is left stays for everything else.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return min(limit.left // 2 if limit.counts_addresses else limit.total for limit in memory_limits())

@@ -1,5 +1,10 @@
 """The exceptions a user of hf_paged can meet."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # The allocator raises these, and imports no torch.
+    import torch
+
 
 class PagedError(Exception):
     """Base class of every error that hf_paged raises on purpose."""
@@ -11,11 +16,14 @@ class OutOfBlocksError(PagedError, RuntimeError):
     Attributes
     ----------
     needed, free, total : int
-        Blocks asked for, blocks available (free or evictable), blocks in the pool.
+        Blocks asked for, blocks available (free or cached), blocks in the pool.
+    sequences : torch.Tensor or None
+        ``[batch, positions]`` int64: the tokens of all rows so far, where a packed call of ``generate`` raises this.
     """
 
     def __init__(self, needed: int, free: int, total: int):
         self.needed, self.free, self.total = needed, free, total
+        self.sequences: torch.Tensor | None = None
         super().__init__(
             f"needs {needed} blocks, {free} of {total} are free: lower the batch or the context, "
             "or raise memory_budget with hf_paged.configure(model, hf_paged.PagedConfig(memory_budget=...))"

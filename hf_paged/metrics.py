@@ -1,4 +1,4 @@
-"""What a model's pool holds and did."""
+"""Statistics of a model's pool, for users."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hf_paged.models import registry
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts of a model's pool, summed over its attention groups.
+    """Counts of a model's pool, summed over its KV cache groups.
 
     Attributes
     ----------
@@ -77,12 +77,12 @@ def stats(model: torch.nn.Module) -> Stats:
     fallbacks: Counter[str] = Counter()
     for pool in pools:
         with pool.lock:
-            for key, group in pool.groups.items():
+            for spec, group in pool.groups.items():
                 blocks = group.blocks
                 free, cached = free + blocks.free_blocks, cached + blocks.cached_blocks
                 used, total = used + blocks.used_blocks, total + blocks.total_blocks
                 evictions += blocks.num_evictions
-                tokens += _tokens_stored(pool, key)
+                tokens += _tokens_stored(pool, spec)
             reads += pool.page_reads
             lookups += pool.prefix_counts.lookups
             hits += pool.prefix_counts.hit_tokens
@@ -92,14 +92,30 @@ def stats(model: torch.nn.Module) -> Stats:
         fallbacks.update(counts.fallbacks)
     block_size = pools[0].config.block_size if pools else registry.config_of(model).block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
-    totals = (total, used, cached, free, block_size, tokens, waste, reads, dict(gathers), packed, dict(fallbacks))
-    return Stats(*totals, lookups, hits, evictions, registry.implementation_of(model))
+    return Stats(
+        total_blocks=total,
+        used_blocks=used,
+        cached_blocks=cached,
+        free_blocks=free,
+        block_size=block_size,
+        tokens_stored=tokens,
+        waste=waste,
+        page_reads=reads,
+        gathers=dict(gathers),
+        packed_calls=packed,
+        fallbacks=dict(fallbacks),
+        prefix_lookups=lookups,
+        prefix_hit_tokens=hits,
+        evictions=evictions,
+        implementation=registry.implementation_of(model),
+    )
 
 
-def _tokens_stored(pool: KVPool, key: KVCacheSpec) -> int:
+def _tokens_stored(pool: KVPool, spec: KVCacheSpec) -> int:
+    """Filled slots of the blocks that caches and engines use in one KV cache group."""
     filled: dict[int, int] = {}
     for cache in pool.caches:
-        for table in cache.tables_in(key):
+        for table in cache.tables_in(spec):
             left = table.num_tokens - table.base
             for block in table.blocks:
                 filled[block] = max(filled.get(block, 0), min(left, pool.config.block_size))

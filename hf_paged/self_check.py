@@ -1,7 +1,7 @@
 """A small proof that "paged" works here: a tiny random model generates the same tokens both ways."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_paged.errors import PagedError
 from hf_paged.metrics import Stats, stats
@@ -30,9 +30,17 @@ def check_paged() -> Stats:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # Large weights: with the default ones attention is nearly uniform, and a wrong one goes unseen.
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-        config = LlamaConfig(vocab_size=97, num_hidden_layers=2, initializer_range=0.4, pad_token_id=0, **sizes)
-        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+        config = LlamaConfig(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.4,
+            pad_token_id=0,
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
         ids = torch.randint(3, 97, (_ROWS, _PROMPT))
     mask = torch.ones_like(ids)
     mask[1, :_PADS] = 0

@@ -9,7 +9,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # A process a core: more threads would 
 import pytest
 
 import hf_paged
-from hf_paged.generation import engine
 from support.pools import poison_new_slots, pools
 
 poison_new_slots()
@@ -46,9 +45,6 @@ def models(request, block_size):
 @pytest.fixture
 def rows(monkeypatch):
     """Rows of each step that the engine ran."""
-    seen = []
-    run_step = engine.run_step
-    monkeypatch.setattr(
-        engine, "run_step", lambda model, step: (seen.append(len(step.sample_index)), run_step(model, step))[1]
-    )
-    return seen
+    from support.packing import watch_steps
+
+    return watch_steps(monkeypatch, lambda inputs: len(inputs.sample_index))

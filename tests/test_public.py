@@ -9,7 +9,9 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import hf_paged
 from hf_paged import PagedConfig
+from hf_paged.memory.kv_format import BlockShape, NativeFormat
 from hf_paged.memory.kv_storage import KVStorage
+from hf_paged.memory.sizing import budget_bytes
 from support import zoo
 
 
@@ -46,13 +48,13 @@ def test_wrong_budgets_are_refused(budget):
 
 @pytest.mark.parametrize("budget, expected", [(1024, 1024), ("1.5KiB", 1536), ("2 MB", 2 * 10**6), ("1gib", 2**30)])
 def test_budgets_are_understood(budget, expected):
-    assert PagedConfig(memory_budget=budget).budget_bytes(torch.device("cpu")) == expected
+    assert budget_bytes(PagedConfig(memory_budget=budget), torch.device("cpu")) == expected
 
 
 def test_the_default_budget_is_modest():
     import psutil
 
-    assert PagedConfig().budget_bytes(torch.device("cpu")) <= psutil.virtual_memory().total / 4
+    assert budget_bytes(PagedConfig(), torch.device("cpu")) <= psutil.virtual_memory().total / 4
 
 
 def test_configure_wants_a_config():
@@ -141,29 +143,34 @@ def test_what_memory_cannot_hold_is_refused_whole(monkeypatch):
     paged.generate(**zoo.prompts([10]), max_new_tokens=2)
 
 
+def native_storage(num_kv_heads, key_dim, value_dim, device, capacity):
+    shape = BlockShape(num_kv_heads, 16, key_dim, value_dim)
+    return KVStorage(NativeFormat(torch.float32), shape, device, capacity)
+
+
 def test_untouched_memory_costs_nothing():
     import psutil
 
     before = psutil.Process().memory_info().rss
-    storage = KVStorage(8, 128, 128, 16, torch.float32, torch.device("cpu"), capacity=32768)
-    assert storage.key_cache.nbytes == 2 * 2**30
-    storage.key_cache[7] = 1.0
+    storage = native_storage(8, 128, 128, torch.device("cpu"), capacity=32768)
+    assert storage.pages[0].nbytes == 2 * 2**30
+    storage.pages[0][7] = 1.0
     assert psutil.Process().memory_info().rss - before < 64 * 2**20
 
 
 def test_storage_that_cannot_reserve_grows_and_keeps_its_content():
     """As on a GPU, where memory cannot be reserved for nothing; the meta device stands in for its shape."""
-    meta = KVStorage(2, 8, 4, 16, torch.float32, torch.device("meta"), capacity=10)
-    assert len(meta.key_cache) == 0
+    meta = native_storage(2, 8, 4, torch.device("meta"), capacity=10)
+    assert meta.num_blocks == 0
     sizes = []
     for wanted in (1, 2, 3, 9, 10):
         meta.ensure(wanted)
-        sizes.append(len(meta.key_cache))
+        sizes.append(meta.num_blocks)
     assert sizes == [1, 2, 4, 9, 10]
-    grown = KVStorage(2, 8, 4, 16, torch.float32, torch.device("cpu"), capacity=2)
-    grown.key_cache[1], grown.value_cache[1], grown.capacity = 5.0, 6.0, 8
+    grown = native_storage(2, 8, 4, torch.device("cpu"), capacity=2)
+    grown.pages[0][1], grown.pages[1][1], grown.capacity = 5.0, 6.0, 8
     grown.ensure(4)
-    assert len(grown.key_cache) == 4 and (grown.key_cache[1] == 5).all() and (grown.value_cache[1] == 6).all()
+    assert grown.num_blocks == 4 and (grown.pages[0][1] == 5).all() and (grown.pages[1][1] == 6).all()
 
 
 class Boom(Exception):

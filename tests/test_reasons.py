@@ -26,7 +26,7 @@ def test_every_reason_has_a_text_of_its_own_and_a_remedy():
     assert len(set(texts)) == len(texts) and all(texts)
     assert all(reason.remedy and not reason.remedy.endswith(".") for reason in Reason)
     named = Reason.PROCESSOR.of("Backwards")
-    assert named.text == str(named) == "a processor that may look at other rows: Backwards"
+    assert named.text == str(named) == "a processor may look at other rows: Backwards"
     assert named.remedy == Reason.PROCESSOR.remedy and named.is_expected
 
 
@@ -37,18 +37,18 @@ def test_a_first_call_without_pages_is_counted(options):
         model.generate(**zoo.prompts([9, 4]), **LENGTHS, **options)
         stats = hf_paged.stats(model)
         assert stats.total_blocks == 0
-        assert stats.fallbacks == {"no cache, or not transformers' DynamicCache": number}
+        assert stats.fallbacks == {"the call has no cache, or one that is not transformers' DynamicCache": number}
 
 
 def test_training_and_autocast_are_two_reasons():
     model = zoo.build("llama", "paged").train()
     model.activation_checkpointing_enable()
     model.generate(**zoo.prompts([9, 4]), **LENGTHS)
-    assert hf_paged.stats(model).fallbacks == {"training": 1}
+    assert hf_paged.stats(model).fallbacks == {"the model is in training mode": 1}
     model.eval()
     with torch.autocast("cpu"):
         model.generate(**zoo.prompts([9, 4]), **LENGTHS)
-    assert hf_paged.stats(model).fallbacks == {"training": 1, "autocast": 1}
+    assert hf_paged.stats(model).fallbacks == {"the model is in training mode": 1, "autocast is on": 1}
 
 
 @pytest.mark.parametrize("forget", ["release", "configure"])
@@ -77,7 +77,7 @@ def test_an_expected_fallback_is_told_once_as_information(told):
         model.generate(**zoo.prompts([9, 4]), **LENGTHS, logits_processor=LogitsProcessorList([Backwards()]))
     ((level, message),) = told("own loop")
     assert level == logging.INFO
-    assert "a processor that may look at other rows: Backwards. Remedy: use transformers' own" in message
+    assert "because a processor may look at other rows: Backwards. Remedy: use transformers' own" in message
 
 
 def test_an_unexpected_fallback_warns_once_with_its_remedy(told):
@@ -87,7 +87,7 @@ def test_an_unexpected_fallback_warns_once_with_its_remedy(told):
         model.generate(**zoo.prompts([9, 4]), **LENGTHS)
     ((level, message),) = told("own loop")
     assert level == logging.WARNING
-    assert "mixes the rows of a packed forward. Remedy: load the model with" in message
+    assert "because the model mixes the rows of a packed forward. Remedy: load the model with" in message
 
 
 def test_gathers_are_told_once_each(told):
@@ -101,5 +101,5 @@ def test_gathers_are_told_once_each(told):
     gathered = dict(told("gathered"))
     assert len(told("gathered")) == len(gathered) == 2
     assert "the cache's keys or values are read" in gathered[logging.INFO]
-    assert "the model applies aten.view to it" in gathered[logging.WARNING]
+    assert "the model applies aten.view to them" in gathered[logging.WARNING]
     assert sum(hf_paged.stats(models[1]).gathers.values()) > 1, "each is counted"

@@ -1,15 +1,21 @@
-"""The "paged" mask function: learns where the padding is, and makes no mask unless somebody wants one."""
+"""The "paged" mask function: it learns where the padding is, and makes no mask unless an operation reads it."""
 
 import functools
 import inspect
 from collections.abc import Callable
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, masking_utils
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
-from hf_paged.cache.cross_attention import visible_lens
 from hf_paged.cache.lazy_tensors import MaskPattern, PagedMask
+from hf_paged.compat.transformers import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    intersected_masks,
+    sliding_window_of,
+)
 from hf_paged.execution.packed_cache import PACKED_OFFSET, NotPackableError, packed_mask
 from hf_paged.models import forward_context
 from hf_paged.reasons import Reason
@@ -29,43 +35,42 @@ def paged_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> torch.Tensor | None:
-    """What `AttentionMaskInterface` calls for a "paged" model, with the arguments of `sdpa_mask`.
+    """Make the mask of a "paged" model: `AttentionMaskInterface` calls it with the arguments of `sdpa_mask`.
 
     Returns
     -------
     torch.Tensor or None
-        A `PagedMask` if the mask is for a paged cache. In every other case the mask the model would get
-        without us: sdpa's, or eager's additive one for a model that knows no other.
+        ``[batch, 1, queries, positions]``. A `PagedMask` if it is for a paged cache, and then the cache's padding is
+        brought up to date. In every other case the mask the model would get without us: sdpa's, or eager's additive
+        one for a model that knows no other.
+
+    Raises
+    ------
+    UnsupportedError
+        If `attention_mask` shows padding of an earlier forward.
+    NotPackableError
+        If a packed step asks for more than causal attention.
     """
     device = torch.device(device)
     if kv_offset == PACKED_OFFSET:
-        if torch.compiler.is_compiling():
-            # Dynamo cannot look into a function that was made while it traces. The engine did, uncompiled, at first.
-            return packed_mask(None, device)
-        pattern = causal_pattern(mask_function)
-        if pattern is None or attention_mask is not None:
-            raise NotPackableError(Reason.NOT_CAUSAL)
-        return packed_mask(pattern.window, device)
+        return _mask_of_a_packed_step(mask_function, attention_mask, device)
     call = forward_context.current_forward()
-    fused = call is None or call.model._supports_sdpa
-    make_mask = sdpa_mask if fused else eager_mask
-
-    def make(may_skip: bool) -> torch.Tensor | None:
-        return make_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=allow_is_causal_skip and may_skip,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip and may_skip,
-            dtype=dtype,
-            device=device,
-            **kwargs,
-        )
-
+    is_fused = call is None or call.supports_sdpa
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "allow_is_causal_skip": allow_is_causal_skip,
+        "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
+        "dtype": dtype,
+        "device": device,
+        **kwargs,
+    }
+    make = functools.partial(_make_mask, sdpa_mask if is_fused else eager_mask, arguments)
     may_skip = q_length == 1 or not _may_drop_queries(kwargs.get("config"), q_length == kv_length)
     if torch.compiler.is_compiling():
         return make(may_skip)
@@ -76,23 +81,60 @@ def paged_mask(
             return made
         # It takes more rows than the batch has, and any number of them if nothing is padding.
         attention_mask = None if made is None else attention_mask[:batch_size]
+        arguments["attention_mask"] = attention_mask
+    shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if is_fused else dtype
     if request is None:
-        lens = visible_lens(mask_function, attention_mask, kv_length)
+        lens = _visible_lens(mask_function, attention_mask, kv_length)
         if lens is None:
             return make(may_skip)
-        shape, dtype = (batch_size, 1, q_length, kv_length), torch.bool if fused else dtype
         return PagedMask(shape, dtype, device, make, None, Reason.NOT_CAUSAL, kv_offset, lens)
-    sequences, layer = request
-    if q_offset != sequences.length(layer):
+    batch, layer = request
+    if q_offset != batch.length(layer):
         return make(may_skip)
-    obstacle = sequences.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
-    if sequences.deferred:
+    obstacle = batch.padding.record(attention_mask, kv_offset, q_offset, q_offset + q_length)
+    if batch.is_deferring:
         return make(may_skip)
     pattern = causal_pattern(mask_function)
-    if pattern is not None and pattern.window is not None and not sequences.padding.left:
+    if pattern is not None and pattern.window is not None and not batch.padding.is_left:
         obstacle = obstacle or Reason.PADDED_WINDOW
-    shape = (batch_size, 1, q_length, kv_length)
-    return PagedMask(shape, torch.bool if fused else dtype, device, make, pattern, obstacle, kv_offset)
+    return PagedMask(shape, dtype, device, make, pattern, obstacle, kv_offset)
+
+
+def _mask_of_a_packed_step(
+    mask_function: Callable, attention_mask: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        # Dynamo cannot look into a function that was made while it traces. The engine did, uncompiled, at first.
+        return packed_mask(None, device)
+    pattern = causal_pattern(mask_function)
+    if pattern is None or attention_mask is not None:
+        raise NotPackableError(Reason.NOT_CAUSAL)
+    return packed_mask(pattern.window, device)
+
+
+def _make_mask(function: Callable, arguments: dict, may_skip: bool) -> torch.Tensor | None:
+    """The mask that transformers' `function` makes; None only if `may_skip` and sdpa needs none."""
+    skips = {name: arguments[name] and may_skip for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip")}
+    return function(**{**arguments, **skips})
+
+
+def _visible_lens(mask_function: Callable, columns: torch.Tensor | None, positions: int) -> list[int] | None:
+    """For each row, the tokens from the front that all its queries see; None if that is not all there is to the mask.
+
+    Parameters
+    ----------
+    mask_function : callable
+        Of the mask, as transformers builds it.
+    columns : torch.Tensor or None
+        ``[batch, positions]`` bool, False at padding.
+    positions : int
+        Keys that the mask spans.
+    """
+    if mask_function is not bidirectional_mask_function or columns is None or columns.shape[1] != positions:
+        return None
+    if bool((columns[:, 1:] & ~columns[:, :-1]).any()):
+        return None
+    return columns.sum(1).tolist()
 
 
 def _may_drop_queries(config: PreTrainedConfig | None, is_square: bool) -> bool:
@@ -107,7 +149,8 @@ def _may_drop_queries(config: PreTrainedConfig | None, is_square: bool) -> bool:
     kept = forward_context.argument("logits_to_keep")
     if not isinstance(kept, int) or kept <= 0 or (kept == 1 and is_square):
         return False
-    return any(_is_told_what_to_keep(type(module)) for module in call.model.modules())
+    kinds: set[type] = {type(module) for module in call.model.modules()}
+    return any(_is_told_what_to_keep(kind) for kind in kinds)
 
 
 @functools.cache
@@ -126,26 +169,16 @@ def causal_pattern(mask_function: Callable) -> MaskPattern | None:
     """
     if mask_function is causal_mask_function:
         return MaskPattern(None)
-    if _is_made_by(mask_function, "and_masks.<locals>.and_mask"):
-        parts = [causal_pattern(part) or _window_pattern(part) for part in _closure(mask_function)["mask_functions"]]
-        if None in parts or causal_mask_function not in _closure(mask_function)["mask_functions"]:
+    functions = intersected_masks(mask_function)
+    if functions is not None:
+        parts = [causal_pattern(function) or _window_pattern(function) for function in functions]
+        if None in parts or causal_mask_function not in functions:
             return None
-        windows = [part.window for part in parts if part.window is not None]
+        windows = [part.window for part in parts if part is not None and part.window is not None]
         return MaskPattern(min(windows, default=None))
     return None
 
 
 def _window_pattern(mask_function: Callable) -> MaskPattern | None:
-    if _is_made_by(mask_function, "sliding_window_overlay.<locals>.inner_mask"):
-        return MaskPattern(_closure(mask_function)["sliding_window"])
-    return None
-
-
-def _is_made_by(function: Callable, qualname: str) -> bool:
-    if isinstance(function, functools.partial):
-        return False
-    return getattr(function, "__module__", None) == masking_utils.__name__ and function.__qualname__ == qualname
-
-
-def _closure(function: Callable) -> dict:
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
+    window = sliding_window_of(mask_function)
+    return None if window is None else MaskPattern(window)

@@ -4,13 +4,20 @@ Encoder-decoders compute the keys and values of the encoder's output once and th
 cache's layers (``layer.keys``). Inside a forward they get handles, so that the pages are read in place.
 """
 
-import torch
-from transformers.masking_utils import bidirectional_mask_function
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from hf_paged.cache.append_step import Reads
+import torch
+
+from hf_paged.cache.append_step import padded_block_tables
+from hf_paged.cache.batch_state import GroupRows
 from hf_paged.cache.lazy_tensors import LazyTensor, PagedMask
-from hf_paged.models import forward_context
-from hf_paged.reasons import Reason, Why
+from hf_paged.compat.torch import make_wrapper_subclass
+from hf_paged.execution.attention_metadata import AttentionMetadata
+from hf_paged.reasons import Why
+
+if TYPE_CHECKING:
+    from hf_paged.cache.layers import PagedLayer
 
 
 class StoredStates(LazyTensor):
@@ -20,31 +27,37 @@ class StoredStates(LazyTensor):
 
     Attributes
     ----------
-    layer : PagedLayerMixin
+    layer : PagedLayer
     is_key : bool
+        Keys, not values.
     rows : GroupRows
         Where the layer is stored.
+    version : int
+        Of `rows`, when the layer was read.
     """
 
     keeps_changes = True
+    layer: "PagedLayer"
+    is_key: bool
+    rows: GroupRows
+    version: int
 
     @staticmethod
-    def __new__(cls, layer, is_key: bool) -> "StoredStates":
-        rows = layer.sequences.group_rows(layer.index)
-        storage = rows.pool.layers[layer.index]
-        cache = storage.key_cache if is_key else storage.value_cache
-        length = layer.sequences.length(layer.index)
-        shape = (layer.sequences.batch_size, cache.shape[1], layer._retained(length), cache.shape[3])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=cache.dtype, device=cache.device)
-        self.layer, self.is_key, self.rows, self.stored_at = layer, is_key, rows, rows.version
+    def __new__(cls, layer: "PagedLayer", is_key: bool) -> "StoredStates":
+        rows = layer.batch.group_rows(layer.index)
+        storage = rows.group.layers[layer.index]
+        length = layer.batch.length(layer.index)
+        shape = (layer.batch.batch_size, storage.num_kv_heads, layer.num_retained(length), storage.head_dim(is_key))
+        self = make_wrapper_subclass(cls, shape, dtype=storage.states_dtype, device=storage.device)
+        self.layer, self.is_key, self.rows, self.version = layer, is_key, rows, rows.version
         return self
 
-    def __repr__(self):
+    def __repr__(self, *, tensor_contents=None):
         return f"StoredStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.layer.index})"
 
     def check(self) -> None:
         """Refuse to be read after the cache has changed."""
-        if self.layer.is_paged and self.stored_at != self.rows.version:
+        if self.layer.is_paged and self.version != self.rows.version:
             raise RuntimeError(
                 "keys or values of a paged cache are read after the cache has changed: read them from its layer again"
             )
@@ -53,70 +66,30 @@ class StoredStates(LazyTensor):
         self.check()
         if self.layer.is_paged:
             self.layer.become_dense(reason)
-        return self.layer.keys if self.is_key else self.layer.values
+        dense = self.layer.keys if self.is_key else self.layer.values
+        assert dense is not None, "a layer that was stored has states"
+        return dense
 
 
-def stored_obstacle(module, query, key, value, mask, kwargs) -> Why | None:
-    """Why attention cannot read stored keys and values in place; None if it can."""
-    if not (isinstance(key, StoredStates) and isinstance(value, StoredStates) and key.layer is value.layer):
-        return Reason.TWO_SOURCES
-    sequences = key.layer.sequences
-    if query.shape[0] != key.shape[0] or key.layer.window is not None or sequences.padding.valid is not None:
-        return Reason.PARTLY_STORED
-    is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and is_causal and query.shape[2] > 1:
-        return Reason.NOT_BIDIRECTIONAL
-    fits = isinstance(mask, PagedMask) and mask.visible_lens is not None and mask.shape[3] == key.shape[2]
-    if mask is not None and not fits:
-        return Reason.CUSTOM_MASK
-    bias = kwargs.get("position_bias")
-    # T5 hands zeros to its cross-attention.
-    return Reason.POSITION_BIAS if bias is not None and bool(bias.any()) else None
+def stored_metadata(layer: "PagedLayer", queries: int, mask: PagedMask | None) -> AttentionMetadata:
+    """Describe how `queries` tokens of every row read all that the layer holds.
 
-
-def stored_reads(layer, queries: int, mask: PagedMask | None) -> Reads:
-    """How `queries` tokens of every row read all that the layer holds.
-
-    The op is causal: a query sees what comes before it, so each query is a row of its own that comes last.
+    The op is causal: a query sees what comes before it, so each query is a separate row, of which it is the last token.
     """
-    rows, sequences = layer.sequences.group_rows(layer.index), layer.sequences
-    lens = [sequences.length(layer.index)] * len(rows.tables) if mask is None else mask.visible_lens
+    rows = layer.batch.group_rows(layer.index)
+    lens = None if mask is None else mask.visible_lens
+    if lens is None:
+        lens = [layer.batch.length(layer.index)] * len(rows.tables)
     state = (rows.version, queries, tuple(lens))
-    if rows.stored_reads is None or rows.stored_reads[0] != state:
+    if rows.stored_metadata is None or rows.stored_metadata[0] != state:
         # One for all layers of a forward, and for all forwards between two reorderings.
-        rows.stored_reads = (state, _make_reads(rows, queries, lens))
-    return rows.stored_reads[1]
+        rows.stored_metadata = (state, _make_metadata(rows, queries, lens))
+    return rows.stored_metadata[1]
 
 
-def _make_reads(rows, queries: int, lens: list[int]) -> Reads:
-    device = rows.pool.key.device
-    width = max(len(table.blocks) for table in rows.tables)
-    tables = torch.tensor([table.blocks + [0] * (width - len(table.blocks)) for table in rows.tables], device=device)
-    lens = torch.tensor(lens, dtype=torch.long, device=device)
+def _make_metadata(rows: GroupRows, queries: int, lens: Sequence[int]) -> AttentionMetadata:
+    device = rows.group.spec.device
+    block_tables = padded_block_tables(rows.tables, device).repeat_interleave(queries, 0)
+    context_lens = torch.tensor(lens, dtype=torch.long, device=device).repeat_interleave(queries)
     starts = torch.arange(len(lens) * queries + 1, device=device)
-    return Reads(tables.repeat_interleave(queries, 0), lens.repeat_interleave(queries), starts, None)
-
-
-def visible_lens(mask_function, columns: torch.Tensor | None, positions: int) -> list[int] | None:
-    """Tokens that every query sees, from the front, under a bidirectional mask; None if it is anything else.
-
-    Parameters
-    ----------
-    mask_function : callable
-        Of the mask, as transformers builds it.
-    columns : torch.Tensor or None
-        ``[batch, positions]`` bool, False at padding.
-    positions : int
-        Keys that the mask spans.
-    """
-    if mask_function is not bidirectional_mask_function or columns is None or columns.shape[1] != positions:
-        return None
-    if bool((columns[:, 1:] & ~columns[:, :-1]).any()):
-        return None
-    return columns.sum(1).tolist()
-
-
-def is_read_by_model() -> bool:
-    """Tell whether a model's forward reads a layer: it gets a handle on the pages, any other reader a tensor."""
-    return not torch.compiler.is_compiling() and forward_context.running_forward() is not None
+    return AttentionMetadata(context_lens.new_empty(0), block_tables, context_lens, starts, window=None)

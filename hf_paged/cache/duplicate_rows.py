@@ -1,4 +1,4 @@
-"""Rows of a prompt batch that are the same: their keys and values are stored once."""
+"""Duplicate rows: rows of a prompt batch with the same input, whose keys and values are stored once."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ import torch
 _TOLERANCE = 64 * torch.finfo(torch.float32).eps
 
 
-def same_rows(input_ids: torch.Tensor, valid: torch.Tensor | None) -> list[int] | None:
-    """For each row of a prompt batch the first row with the same tokens and padding.
+def first_equal_rows(input_ids: torch.Tensor, valid: torch.Tensor | None) -> list[int] | None:
+    """For each row of a prompt batch, find the first row with the same tokens and padding.
 
     ``num_return_sequences`` and beam search expand every prompt before the prefill. Equal tokens are only
     a reason to look: rows may still differ in what the cache is not shown (images, adapters, an encoder),
-    so `agree` has the last word, in every layer.
+    so `have_equal_states` has the last word, in every layer.
 
     Parameters
     ----------
@@ -30,14 +30,23 @@ def same_rows(input_ids: torch.Tensor, valid: torch.Tensor | None) -> list[int] 
     """
     rows = input_ids if valid is None else torch.cat([input_ids, valid.to(input_ids)], dim=1)
     first: dict[tuple, int] = {}
-    twins = [first.setdefault(tuple(tokens), row) for row, tokens in enumerate(rows.tolist())]
-    return twins if len(first) < len(twins) else None
+    duplicate_of = [first.setdefault(tuple(tokens), row) for row, tokens in enumerate(rows.tolist())]
+    return duplicate_of if len(first) < len(duplicate_of) else None
 
 
-def agree(twins: Sequence[int], states: torch.Tensor) -> bool:
-    """Whether rows that are stored once have the same states ``[batch, num_kv_heads, positions, head_dim]``."""
-    for row, twin in enumerate(twins):
-        if row != twin:
-            if not bool((states[row] - states[twin]).abs().max() <= _TOLERANCE * states[twin].abs().max()):
+def have_equal_states(duplicate_of: Sequence[int], states: torch.Tensor) -> bool:
+    """Tell whether rows that are stored once have the same states.
+
+    Parameters
+    ----------
+    duplicate_of : sequence of int
+        As `first_equal_rows` returns it.
+    states : torch.Tensor
+        Keys or values, ``[batch, num_kv_heads, positions, head_dim]``.
+    """
+    for row, original in enumerate(duplicate_of):
+        if row != original:
+            difference = (states[row] - states[original]).abs().max()
+            if not bool(difference <= _TOLERANCE * states[original].abs().max()):  # NaN differs, too.
                 return False
     return True

@@ -7,36 +7,34 @@ keys, values or masks is still right.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from hf_paged.cache.append_step import AppendStep
-from hf_paged.cache.batch_state import BatchState
-from hf_paged.cache.group_rows import GroupRows
-from hf_paged.reasons import Reason, Why, count
+from hf_paged.cache.batch_state import BatchState, GroupRows
+from hf_paged.cache.edits import same_bits
+from hf_paged.compat.torch import TO_COPY, make_wrapper_subclass, tree_map_only, writes_to_input
+from hf_paged.reasons import Reason, Why, count_and_log
 
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two tensors have the same bytes: NaN equals itself, and -0.0 is not 0.0."""
-    return torch.equal(*(states.detach().contiguous().view(torch.uint8) for states in (one, other)))
+if TYPE_CHECKING:
+    from hf_paged.cache.layers import PagedLayer
 
 
 class LazyTensor(torch.Tensor):
     """A tensor without storage that becomes dense when an operation touches it."""
 
-    keeps_changes = False  # Whether what `dense` returns is what the cache holds from then on.
+    keeps_changes = False  # True: the cache holds what `dense` returns from then on.
 
     def dense(self, reason: Why) -> torch.Tensor:
-        """The dense tensor; `reason` says who wants it."""
+        """The dense tensor; `reason` says why it is wanted."""
         raise NotImplementedError
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable and args and isinstance(args[0], LazyTensor) and not args[0].keeps_changes:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # The stub lacks `func`.
+        if writes_to_input(func) and args and isinstance(args[0], LazyTensor) and not args[0].keeps_changes:
             raise RuntimeError(
                 f"{func} would change a paged tensor in place, and the change would be lost: "
                 "clone it first, or use another attn_implementation"
@@ -48,14 +46,29 @@ class LazyTensor(torch.Tensor):
 
 @dataclass(frozen=True)
 class PageView:
-    """The pages of one layer as one `update` left them."""
+    """The pages of one layer as one `update` left them.
 
-    sequences: BatchState
+    Attributes
+    ----------
+    batch : BatchState
+    rows : GroupRows
+        Of the layer's attention group.
+    step : AppendStep
+        The update.
+    layer : int
+        Index of the layer.
+    version : int
+        Of `rows`, after the update.
+    owner : PagedLayer
+        The layer that was updated.
+    """
+
+    batch: BatchState
     rows: GroupRows
     step: AppendStep
     layer: int
     version: int
-    owner: Any  # The PagedLayerMixin that was updated.
+    owner: "PagedLayer"
 
     def check(self) -> None:
         """Refuse to be read after the cache has changed."""
@@ -76,55 +89,55 @@ class PagedStates(LazyTensor):
     pages : PageView
         Shared by the keys and the values of one update.
     fresh : torch.Tensor
-        The states this update appended.
-    made : torch.Tensor or None
+        The states this update appended, ``[batch, num_kv_heads, new positions, head_dim]``.
+    is_key : bool
+        Keys, not values.
+    dense_states : torch.Tensor or None
         The dense tensor, once an operation wanted it.
     """
 
     pages: PageView
     fresh: torch.Tensor
     is_key: bool
-    made: torch.Tensor | None
+    dense_states: torch.Tensor | None
 
     @staticmethod
     def __new__(cls, view: PageView, fresh: torch.Tensor, is_key: bool, visible: int) -> "PagedStates":
         batch, heads, _, dim = fresh.shape
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, (batch, heads, visible, dim), dtype=fresh.dtype, device=fresh.device
-        )
+        self = make_wrapper_subclass(cls, (batch, heads, visible, dim), dtype=fresh.dtype, device=fresh.device)
         self.pages, self.fresh, self.is_key = view, fresh, is_key
-        self.made = None
+        self.dense_states = None
         return self
 
-    def __repr__(self):
+    def __repr__(self, *, tensor_contents=None):
         return f"PagedStates(shape={tuple(self.shape)}, dtype={self.dtype}, layer={self.pages.layer})"
 
     def dense(self, reason: Why) -> torch.Tensor:
-        if self.made is None:
-            self.made = self._make(reason)
+        if self.dense_states is None:
+            self.dense_states = self._copy(reason)
         elif self.pages.step.start > 0:
             self.pages.check()
-        return self.made
+        return self.dense_states
 
-    def _make(self, reason: Why) -> torch.Tensor:
+    def _copy(self, reason: Why) -> torch.Tensor:
         if self.pages.step.start == 0:  # Nothing came before: the fresh states are all there is.
             return self.fresh.clone(memory_format=torch.contiguous_format)
         self.pages.check()
-        sequences, step = self.pages.sequences, self.pages.step
-        count(sequences.pool.gathers, reason, "keys or values are gathered")
-        return sequences.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
+        batch, step = self.pages.batch, self.pages.step
+        count_and_log(batch.pool.gathers, reason, "keys or values are gathered")
+        return batch.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
 
     def take_edits(self) -> bool:
         """Tell whether the model wrote into parts of the dense tensor (``keys[:, :, 0] = 0``); the cache follows."""
-        if self.made is None or same_bits(self.made, self._make(Reason.CACHE_EDITED)):
+        if self.dense_states is None or same_bits(self.dense_states, self._copy(Reason.CACHE_EDITED)):
             return False
-        self.pages.owner.note_edit(0 if self.is_key else 1, self.made)
+        self.pages.owner.note_edit(self.is_key, self.dense_states)
         return True
 
 
 @dataclass(frozen=True)
 class MaskPattern:
-    """What a causal mask allows: the last `window` tokens, or all of them if None."""
+    """A causal mask in words: a query sees the last `window` tokens, itself included; None: all of them."""
 
     window: int | None
 
@@ -146,46 +159,62 @@ class PagedMask(LazyTensor):
         For each row the tokens from the front that all its queries see; None if that is not all there is to it.
     """
 
+    pattern: MaskPattern | None
+    obstacle: Why | None
+    offset: int
+    visible_lens: list[int] | None
+    _make_mask: Callable[[bool], torch.Tensor | None]
+
     @staticmethod
     def __new__(
         cls,
-        shape: tuple[int, int, int, int],
+        shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
-        make: Callable[[bool], torch.Tensor | None],
+        make_mask: Callable[[bool], torch.Tensor | None],
         pattern: MaskPattern | None,
         obstacle: Why | None,
         offset: int,
         visible_lens: list[int] | None = None,
     ) -> "PagedMask":
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._make, self.pattern, self.obstacle, self.offset = functools.cache(make), pattern, obstacle, offset
-        self.visible_lens = visible_lens
+        """Describe a mask.
+
+        Parameters
+        ----------
+        make_mask : callable
+            Takes whether the mask may be left out where ``is_causal`` says it all. Returns the mask, or None then.
+            Called at most once for each answer.
+        """
+        self = make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self._make_mask = functools.cache(make_mask)
+        self.pattern, self.obstacle, self.offset, self.visible_lens = pattern, obstacle, offset, visible_lens
         return self
 
-    def __repr__(self):
+    def __repr__(self, *, tensor_contents=None):
         return f"PagedMask(shape={tuple(self.shape)}, pattern={self.pattern})"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # The stub lacks `func`.
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
+        if func is TO_COPY and kwargs.get("dtype") in (None, args[0].dtype):
             return args[0]._on(kwargs.get("device") or args[0].device)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _on(self, device: torch.device) -> "PagedMask":
         """The same mask, lazy still, on another device: hooks of accelerate move masks to that of each layer."""
 
-        def make(may_skip: bool) -> torch.Tensor | None:
-            mask = self._make(may_skip)
+        def make_mask(may_skip: bool) -> torch.Tensor | None:
+            mask = self._make_mask(may_skip)
             return None if mask is None else mask.to(device)
 
         parts = (self.pattern, self.obstacle, self.offset, self.visible_lens)
-        return PagedMask(self.shape, self.dtype, device, make, *parts)
+        return PagedMask(self.shape, self.dtype, device, make_mask, *parts)
 
-    def sdpa(self) -> torch.Tensor | None:
-        """The mask as sdpa would have got it: None where `is_causal` says it all."""
-        return self._make(True)
+    def for_sdpa(self) -> torch.Tensor | None:
+        """The mask as sdpa takes it: None where ``is_causal`` says it all."""
+        return self._make_mask(True)
 
     def dense(self, reason: Why) -> torch.Tensor:
-        return self._make(False)
+        mask = self._make_mask(False)
+        assert mask is not None, "only a mask that may be left out is None"
+        return mask

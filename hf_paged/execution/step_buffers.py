@@ -5,9 +5,9 @@ import torch
 
 
 class StepBuffers:
-    """One int64 tensor a name, written in place: every step of an engine has its metadata at the same addresses.
+    """One int64 tensor per name, written in place: every step of an engine has its inputs at the same addresses.
 
-    A step's tensors are good until the next step is packed. Steps of one engine never overlap.
+    A step's tensors are good until the next step is prepared. Steps of one engine never overlap.
 
     Parameters
     ----------
@@ -37,7 +37,9 @@ class StepBuffers:
         if tensor.device != host.device:
             tensor[:count].copy_(host[:count])
         # No view: a compiler would guard on the size of what it is a view of.
-        return tensor.new_empty(0).set_(tensor.untyped_storage(), 0, torch.Size(values.shape))
+        return tensor.new_empty(0).set_(  # type: ignore[call-overload]  # torch's stub wants a stride; set_ does not.
+            tensor.untyped_storage(), 0, torch.Size(values.shape)
+        )
 
 
 def _capacity(count: int) -> int:

@@ -1,27 +1,29 @@
-"""A row that ran packed leaves its blocks to the cache that the caller goes on with."""
+"""Hands the blocks of a row that ran packed over to the cache that the caller goes on with."""
 
 from collections.abc import Sequence
 
 from transformers import DynamicCache
 
-from hf_paged.cache.group_rows import GroupRows
+from hf_paged.cache.batch_state import GroupRows
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.reasons import Reason, Why
 from hf_paged.scheduling.request import Request
 
 
 def why_not_hand_over(cache: DynamicCache, pool: KVPool) -> Why | None:
-    """Why an empty cache cannot take over what is stored in `pool`; None if it can."""
-    sequences = cache.layers[0].sequences
-    if sequences.pool not in (None, pool):
+    """Why an empty cache of paged layers cannot take over blocks of `pool`; None if it can."""
+    layers = _paged_layers(cache)
+    batch = layers[0].batch
+    if batch.is_bound and batch.pool is not pool:
         return Reason.OTHER_POOL
-    windows = {index: key.window for key, group in pool.groups.items() for index in group.layers}
-    if windows != {index: layer.window for index, layer in enumerate(cache.layers)}:
+    windows = {index: spec.window for spec, group in pool.groups.items() for index in group.layers}
+    if windows != {index: layer.window for index, layer in enumerate(layers)}:
         return Reason.OTHER_LAYERS
-    return Reason.RECORDED_PAST if sequences.record_past else None
+    return Reason.RECORDED_PAST if batch.record_past else None
 
 
-def hand_over(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequence[KVCacheSpec]) -> None:
+def hand_over(cache: DynamicCache, request: Request, pool: KVPool, specs: Sequence[KVCacheSpec]) -> None:
     """Let an empty cache of one row hold what `request` has stored, as if its forwards had gone through the cache.
 
     The cache owns a reference to each block from now on. Called under the pool's lock.
@@ -32,17 +34,24 @@ def hand_over(cache: DynamicCache, request: Request, pool: KVPool, keys: Sequenc
         Its layers are paged. Changed in place.
     request : Request
         A row without pads; not changed.
-    keys : sequence of KVCacheSpec
-        The attention group of each of the request's tables.
+    specs : sequence of KVCacheSpec
+        The KV cache group of each of the request's tables.
     """
-    sequences = cache.layers[0].sequences
-    sequences.bind(pool)
-    sequences.batch_size = 1
-    for key, table in zip(keys, request.tables):
-        group = pool.groups[key]
-        sequences.groups[key] = rows = GroupRows(group, 0)
+    layers = _paged_layers(cache)
+    batch = layers[0].batch
+    batch.bind(pool)
+    batch.batch_size = 1
+    for spec, table in zip(specs, request.tables):
+        group = pool.groups[spec]
+        batch.groups[spec] = rows = GroupRows(group, 0)
         rows.tables = [table.fork()]
         for index, storage in group.layers.items():
             rows.lengths[index] = request.num_stored
-            cache.layers[index].lazy_initialization(storage.key_cache, storage.value_cache)
-            cache.layers[index].epoch = sequences.epoch
+            layers[index].lazy_initialization(storage.new_states(True, 1, 0), storage.new_states(False, 1, 0))
+            layers[index].epoch = batch.epoch
+
+
+def _paged_layers(cache: DynamicCache) -> list[PagedLayer]:
+    layers = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
+    assert len(layers) == len(cache.layers), "a cache with other layers is not eligible"
+    return layers

@@ -1,47 +1,24 @@
-"""Call: one `generate` call as its caller's thread sees it: rows in, logits to tokens, tokens out."""
+"""GenerateCall: one call of ``generate`` as its caller sees it: rows in, logits to tokens, tokens out."""
 
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers.generation import logits_process, stopping_criteria
+from transformers import LogitsProcessorList
 
-from hf_paged.cache.duplicate_rows import same_rows
+from hf_paged.cache.duplicate_rows import first_equal_rows
+from hf_paged.compat.transformers import pad_token
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
+from hf_paged.sampling import categorical
 from hf_paged.sampling.cancellation import Cancellation
-from hf_paged.sampling.categorical import draw, likeliest
-from hf_paged.sampling.rng_replay import ReplayedNoise, draws_freely
+from hf_paged.sampling.processors import apply_token_free, shared_properties
+from hf_paged.sampling.rng_replay import ReplayedNoise, is_replaying
 from hf_paged.sampling.row_streamer import RowStreamer
 from hf_paged.sampling.sampler import Sampler
 from hf_paged.sampling.stopping import StoppingRules
 from hf_paged.scheduling.request import Request
-
-# Processors of transformers that treat each row by itself. The first kind never looks at the tokens so far.
-TOKEN_FREE = {
-    getattr(logits_process, name)
-    for name in (
-        *("TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper"),
-        *("TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "InfNanRemoveLogitsProcessor"),
-        *("LogitNormalization", "SuppressTokensLogitsProcessor"),
-    )
-}
-ROW_WISE = TOKEN_FREE | {
-    getattr(logits_process, name)
-    for name in (
-        *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "RepetitionPenaltyLogitsProcessor"),
-        *("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"),
-        *("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty"),
-        *("SuppressTokensAtBeginLogitsProcessor",),
-    )
-}
-# These cost so little that whoever drives the engine may apply them for other calls.
-_QUICK = ROW_WISE - {
-    getattr(logits_process, name)
-    for name in ("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor")
-}
-ROW_WISE_CRITERIA = StoppingRules.KINDS | {stopping_criteria.StopStringCriteria}
 
 
 @dataclass(frozen=True)
@@ -78,9 +55,24 @@ class GenerateCall:
     processors, criteria, generation_config, streamer
         As ``GenerationMixin._sample`` gets them.
     pools : list of BlockPool
-        One per attention group.
+        One per KV cache group.
     cache : DynamicCache or None
         A cache of the caller's, empty so far: it gets the blocks of the call's only row when that is finished.
+
+    Attributes
+    ----------
+    requests : list of Request
+        The rows, in the order of the batch.
+    distinct_requests : list of Request
+        Those to queue: the first row of each prompt. Its duplicates start over its blocks.
+    failures : list of OutOfBlocksError
+        One for each row that the pool could not hold.
+    is_quick : bool
+        Whether another call's thread may choose for this one: nothing of the caller's runs, nothing is slow.
+    sampler : Sampler or None
+        How tokens are chosen together with those of other calls, if they can be.
+    logits, scores : tuple of torch.Tensor or None
+        ``[1, vocab]`` for each token of a lone row, where the call returns them.
     """
 
     def __init__(
@@ -88,14 +80,14 @@ class GenerateCall:
     ):
         self.input_ids, self.streamer, self.cache = input_ids, streamer, cache
         self._processors, self._criteria = processors, criteria
-        self._endings = StoppingRules(criteria) if StoppingRules.KINDS.issuperset(map(type, criteria)) else None
-        self._do_sample, self._pad = generation_config.do_sample, generation_config._pad_token_tensor
-        # What `generate` returns besides the tokens of a lone row, a tensor ``[1, vocab]`` a step.
+        self._of_processors = shared_properties(processors)
+        self._stopping_rules = StoppingRules(criteria) if StoppingRules.KINDS.issuperset(map(type, criteria)) else None
+        self._do_sample, self._pad = generation_config.do_sample, pad_token(generation_config)
         returns = generation_config.return_dict_in_generate
-        self.logits = () if returns and generation_config.output_logits else None
-        self.scores = () if returns and generation_config.output_scores else None
-        self._noise: ReplayedNoise | None = None
-        self._draws_freely = draws_freely()
+        self.logits: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_logits else None
+        self.scores: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_scores else None
+        self._replayed_noise: ReplayedNoise | None = None
+        self._is_replaying = is_replaying()
         prompts = (
             input_ids.tolist()
             if valid is None
@@ -103,7 +95,7 @@ class GenerateCall:
         )
         self.requests = [Request(tokens, pools) for tokens in prompts]
         self._row_of = {request: row for row, request in enumerate(self.requests)}
-        self._lead(same_rows(input_ids, valid))
+        self.distinct_requests = self._join_duplicates(first_equal_rows(input_ids, valid))
         batch, self._width = input_ids.shape
         room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
         with torch.inference_mode(False):  # Another thread may write to it.
@@ -113,29 +105,28 @@ class GenerateCall:
         self.failures: list[OutOfBlocksError] = []
 
         self._row_streamer = streamer if isinstance(streamer, RowStreamer) else None
-        # Whether another call's thread may choose for this one: nothing of the caller's runs, nothing is slow.
-        self.is_quick = (
-            streamer is self._row_streamer and _QUICK.issuperset(map(type, processors)) and self._endings is not None
-        )
-        self.recipe = self._own_recipe()
+        is_cheap = self._of_processors.cheap and shared_properties(criteria).cheap
+        self.is_quick = streamer is self._row_streamer and is_cheap
+        self.sampler = self._make_sampler()
         self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
 
-    def _own_recipe(self) -> Sampler | None:
+    def _make_sampler(self) -> Sampler | None:
         """How the driver may choose tokens for this call, together with others; None if only it itself can."""
-        is_plain = TOKEN_FREE.issuperset(map(type, self._processors)) and self.logits is None and self.scores is None
-        if not (self.is_quick and is_plain and (self._draws_freely or not self._do_sample)):
+        is_plain = self._of_processors.token_free and self.logits is None and self.scores is None
+        if not (self.is_quick and is_plain) or (self._do_sample and self._is_replaying):
             return None
         return Sampler.of(self._processors, self._do_sample, self.input_ids.device)
 
-    def _lead(self, twins: list[int] | None) -> None:
-        """Let rows with the same prompt follow the first of them."""
-        self.leaders = []
+    def _join_duplicates(self, duplicate_of: list[int] | None) -> list[Request]:
+        """Note rows as duplicates of the first row with the same prompt. Returns these first rows."""
+        distinct = []
         for row, request in enumerate(self.requests):
-            leader = row if twins is None else twins[row]
-            if leader == row:
-                self.leaders.append(request)
+            first = row if duplicate_of is None else duplicate_of[row]
+            if first == row:
+                distinct.append(request)
             else:
-                self.requests[leader].followers.append(request)
+                self.requests[first].duplicates.append(request)
+        return distinct
 
     def _pads(self, count: int) -> torch.Tensor:
         fill = 0 if self._pad is None else int(self._pad)
@@ -143,12 +134,12 @@ class GenerateCall:
 
     @property
     def is_done(self) -> bool:
-        """Whether every row is finished or has failed."""
+        """Tell whether every row is finished or has failed."""
         return not self._open
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether the call shall end with the tokens it has."""
+        """Tell whether the call shall end with the tokens that it has."""
         is_closed = self._row_streamer is not None and self._row_streamer.is_closed
         return is_closed or any(cancellation.is_cancelled for cancellation in self._cancellations)
 
@@ -158,12 +149,12 @@ class GenerateCall:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a token was sampled: the call cannot start anew in another loop."""
+        """Tell whether a token was sampled: the call cannot start anew in another loop."""
         return any(self._counts)
 
     def fail(self, request: Request, error: OutOfBlocksError) -> None:
-        """Note that a row, and those that follow it, cannot go on."""
-        for lost in (request, *request.followers):
+        """Note that a row and its duplicates cannot go on."""
+        for lost in (request, *request.duplicates):
             self._open.discard(self._row_of[lost])
             self.failures.append(error)
 
@@ -185,7 +176,7 @@ class GenerateCall:
             rows = [self._row_of[request] for request in requests]
             logits = logits.to(device=self.input_ids.device, dtype=torch.float32, copy=True)
             scores = self._process(rows, logits)
-            tokens = self._draw(rows, scores) if self._do_sample else likeliest(scores)
+            tokens = self._sample(rows, scores) if self._do_sample else categorical.argmax(scores)
             return Choice(tokens, scores, logits)
 
     def accept(self, requests: list[Request], choice: Choice) -> list[tuple[Request, int | None]]:
@@ -202,9 +193,9 @@ class GenerateCall:
             None for a row that is finished.
         """
         rows, tokens = [self._row_of[request] for request in requests], choice.tokens
-        if self.logits is not None:
+        if self.logits is not None and choice.logits is not None:
             self.logits += (choice.logits,)
-        if self.scores is not None:
+        if self.scores is not None and choice.scores is not None:
             self.scores += (choice.scores,)
         with torch.inference_mode(False), torch.no_grad():
             if self.streamer is not self._row_streamer:
@@ -215,31 +206,31 @@ class GenerateCall:
         if self._row_streamer is not None:
             self._row_streamer.tell(rows, chosen, [row for row, over in zip(rows, finished) if over])
         self._open -= {row for row, is_over in zip(rows, finished) if is_over}
-        if self._noise is not None and self._open:
-            self._noise.forget_before(min(self._counts[row] for row in self._open))
+        if self._replayed_noise is not None and self._open:
+            self._replayed_noise.forget_before(min(self._counts[row] for row in self._open))
         return [(request, None if over else token) for request, token, over in zip(requests, chosen, finished)]
 
-    def _steps(self, rows: list[int]) -> dict[int, list[int]]:
-        """Indices into `rows`, by logical step."""
-        steps: dict[int, list[int]] = {}
+    def _by_count(self, rows: list[int]) -> dict[int, list[int]]:
+        """Indices into `rows`, by the number of tokens that the rows have generated."""
+        indices: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
-            steps.setdefault(self._counts[row], []).append(index)
-        return steps
+            indices.setdefault(self._counts[row], []).append(index)
+        return indices
 
     def _process(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
         if not self._processors:
             return logits
-        if all(type(processor) in TOKEN_FREE for processor in self._processors):
-            return self._processors(self._ids[rows, : self._width], logits)
+        if self._of_processors.token_free:
+            return apply_token_free(self._processors, logits)
         scores = torch.empty_like(logits)
-        for step, indices in self._steps(rows).items():
+        for count, indices in self._by_count(rows).items():
             chosen = [rows[index] for index in indices]
-            scores[indices] = self._processors_of(chosen)(self._ids[chosen, : self._width + step], logits[indices])
+            scores[indices] = self._processors_of(chosen)(self._ids[chosen, : self._width + count], logits[indices])
         return scores
 
     def _processors_of(self, rows: list[int]):
         """The processors as they treat a few rows: one of them holds a number for each row of the batch."""
-        parts = logits_process.LogitsProcessorList()
+        parts = LogitsProcessorList()
         for processor in self._processors:
             ignored = getattr(processor, "prompt_ignore_length", None)
             if isinstance(ignored, torch.Tensor) and len(rows) < len(ignored):
@@ -248,18 +239,18 @@ class GenerateCall:
             parts.append(processor)
         return parts
 
-    def _draw(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
+    def _sample(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
         probabilities = scores.softmax(dim=-1)
-        if self._draws_freely:
-            return draw(probabilities)
+        if not self._is_replaying:
+            return categorical.sample(probabilities)
         if not bool((probabilities.max() < float("inf")) & (probabilities.min() >= 0)):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        if self._noise is None:
-            self._noise = ReplayedNoise(len(self.input_ids), scores.shape[1])
+        if self._replayed_noise is None:
+            self._replayed_noise = ReplayedNoise(len(self.input_ids), scores.shape[1])
         tokens = scores.new_empty(len(rows), dtype=torch.long)
-        for step, indices in self._steps(rows).items():
-            noise = self._noise.rows(step, [rows[index] for index in indices])
-            tokens[indices] = likeliest(probabilities[indices] / noise)
+        for count, indices in self._by_count(rows).items():
+            noise = self._replayed_noise.rows(count, [rows[index] for index in indices])
+            tokens[indices] = categorical.argmax(probabilities[indices] / noise)
         return tokens
 
     def _append(self, rows: list[int], tokens: torch.Tensor) -> None:
@@ -271,8 +262,8 @@ class GenerateCall:
             self._counts[row] += 1
 
     def _finished(self, rows: list[int], tokens: list[int], scores: torch.Tensor | None) -> list[bool]:
-        if self._endings is not None:
-            finished = self._endings.over(tokens, [self._width + self._counts[row] for row in rows])
+        if self._stopping_rules is not None:
+            finished = self._stopping_rules.are_over(tokens, [self._width + self._counts[row] for row in rows])
         else:
             finished = self._judged(rows, scores)
         if self._row_streamer is not None:
@@ -280,12 +271,12 @@ class GenerateCall:
         return finished
 
     def _judged(self, rows: list[int], scores: torch.Tensor | None) -> list[bool]:
-        """Which rows end, as the criteria say of rows at one logical step."""
+        """Which rows end, as the criteria say of rows with as many tokens each."""
         finished = [False] * len(rows)
-        for step, indices in self._steps(rows).items():
+        for count, indices in self._by_count(rows).items():
             chosen = [rows[index] for index in indices]
             over = self._criteria(
-                self._ids[chosen, : self._width + step], None if scores is None else (scores[indices],)
+                self._ids[chosen, : self._width + count], None if scores is None else (scores[indices],)
             )
             for index, is_over in zip(indices, over.tolist()):
                 finished[index] = is_over
@@ -300,8 +291,8 @@ class GenerateCall:
             If the pool could not hold some rows; the tokens of all rows are in its `sequences`.
         """
         longest = max(self._counts)
-        if self._noise is not None:
-            self._noise.close(longest)
+        if self._replayed_noise is not None:
+            self._replayed_noise.close(longest)
         if self.streamer is not None and not (self.failures and self._row_streamer):
             self.streamer.end()  # One that knows rows is told of the error instead.
         sequences = self._ids[:, : self._width + longest].clone()

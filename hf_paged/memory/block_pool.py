@@ -1,9 +1,10 @@
 """BlockPool: which blocks are free, cached or used, and by how many block tables. No tensors here."""
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from hf_paged.errors import BlockError, OutOfBlocksError
+from hf_paged.memory.eviction import EvictionPolicy, LeastRecentlyUsed
 
 
 class BlockPool:
@@ -11,11 +12,10 @@ class BlockPool:
 
     A block is in one of three states, and ``free + cached + used == total`` always holds:
 
-    * free: nobody owns it, its content is meaningless;
+    * free: it has no owner, its content is meaningless;
     * used: one or more block tables own it (the reference count);
-    * cached: nobody owns it, but somebody asked to `keep` its content. It is evicted, least recently
-      used first, when an allocation finds no free block, or none but fresh ones while more than
-      `cache_blocks` are cached.
+    * cached: it has no owner, but its content was asked to be kept (`keep`). Its eviction policy chooses which one is
+      evicted when an allocation finds no free block, or none but fresh ones while more than `cache_blocks` are cached.
 
     A fresh block was never handed out: the memory behind it is not taken from the system yet.
 
@@ -30,9 +30,13 @@ class BlockPool:
         Tokens a block holds.
     cache_blocks : int or None
         Cached blocks for which fresh ones are taken; None: as many as there are.
+    policy : EvictionPolicy or None
+        New and empty; the pool owns it. None: the block freed longest ago is evicted first.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, cache_blocks: int | None = None):
+    def __init__(
+        self, num_blocks: int, block_size: int, cache_blocks: int | None = None, policy: EvictionPolicy | None = None
+    ):
         self.block_size = block_size
         self.total_blocks = num_blocks
         self.cache_blocks = num_blocks if cache_blocks is None else cache_blocks
@@ -41,8 +45,8 @@ class BlockPool:
         # and the memory that is touched stays compact.
         self._ref_counts: list[int] = []
         self._free: list[int] = []
-        self._cached: OrderedDict[int, None] = OrderedDict()
-        self._kept: dict[int, Callable[[int], None]] = {}  # Used or cached -> who is told when it is evicted.
+        self._cached: EvictionPolicy = LeastRecentlyUsed() if policy is None else policy
+        self._kept: dict[int, Callable[[int], None]] = {}  # Used or cached block -> what to call at its eviction.
         self._holds: Counter[int] = Counter()  # Owners of used blocks that `hold` added.
         self._returned: deque[list[int]] = deque()
         self.reserved = 0  # Blocks, free or cached, that are promised to calls under way.
@@ -63,7 +67,7 @@ class BlockPool:
 
     @property
     def spare_blocks(self) -> int:
-        """Blocks that an allocation can get: free or cached, and promised to nobody."""
+        """Blocks that an allocation can get: free or cached, and not promised to a call."""
         return max(0, self.free_blocks + len(self._cached) - self.reserved)
 
     @property
@@ -72,7 +76,7 @@ class BlockPool:
         return len(self._ref_counts)
 
     def ref_count(self, block: int) -> int:
-        """How many block tables own `block`; 0 if it is free or cached."""
+        """Block tables that own `block`; 0 if it is free or cached."""
         return self._ref_counts[block]
 
     def grow(self, num_blocks: int) -> None:
@@ -85,7 +89,7 @@ class BlockPool:
         Raises
         ------
         OutOfBlocksError
-            If fewer are free or evictable and not reserved. The pool is left as it was.
+            If fewer are free or cached and not reserved. The pool is left as it was.
         """
         available = self.spare_blocks
         if num_blocks > available:
@@ -98,26 +102,28 @@ class BlockPool:
                 block = len(self._ref_counts)
                 self._ref_counts.append(0)
             else:
-                block, _ = self._cached.popitem(last=False)
+                block = self._cached.pop()
                 self._kept.pop(block)(block)
                 self.num_evictions += 1
             self._ref_counts[block] = 1
             blocks.append(block)
         return blocks
 
-    def share(self, blocks: Iterable[int]) -> None:
-        """Add an owner to each of `blocks`.
+    def touch(self, blocks: Iterable[int]) -> None:
+        """Add an owner to each of `blocks`, their content untouched; cached ones are in use again.
 
         Raises
         ------
         BlockError
-            If one of them has no owner. The pool is left as it was.
+            If one of them is free. The pool is left as it was.
         """
         blocks = list(blocks)
         for block in blocks:
-            if self._ref_counts[block] == 0:
-                raise BlockError(f"block {block} is not in use: it cannot be shared")
+            if self._ref_counts[block] == 0 and block not in self._cached:
+                raise BlockError(f"block {block} is free: what it held is lost, and it cannot be shared")
         for block in blocks:
+            if self._ref_counts[block] == 0:
+                self._cached.remove(block)
             self._ref_counts[block] += 1
 
     def hold(self, block: int) -> None:
@@ -131,13 +137,13 @@ class BlockPool:
         self.free([block])
 
     def is_shared(self, block: int, but: int = 0) -> bool:
-        """Tell whether several rows own `block`, `but` of them not counted: who writes to it must copy it first."""
+        """Tell whether several rows own `block`, `but` of them not counted: a row copies it before it writes to it."""
         return self._ref_counts[block] - self._holds[block] - but > 1
 
     def free(self, blocks: Iterable[int]) -> None:
         """Take an owner from each of `blocks`; those without any become free or, if they are kept, cached.
 
-        Of blocks that become cached the first counts as the least recently used.
+        Of blocks that become cached, the first should be evicted first.
 
         Raises
         ------
@@ -150,7 +156,7 @@ class BlockPool:
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 if block in self._kept:
-                    self._cached[block] = None
+                    self._cached.add(block)
                 else:
                     self._free.append(block)
 
@@ -173,28 +179,15 @@ class BlockPool:
         self._kept[block] = on_eviction
 
     def is_kept(self, block: int) -> bool:
-        """Whether somebody asked to keep the content of `block`."""
+        """Tell whether `keep` was called for what `block` holds."""
         return block in self._kept
 
     def evict(self, block: int) -> None:
-        """Undo `keep`: who asked for it is told, and a cached block becomes free."""
+        """Undo `keep`: its `on_eviction` is called, and a cached block becomes free."""
         self._kept.pop(block)(block)
         if block in self._cached:
-            del self._cached[block]
+            self._cached.remove(block)
             self._free.append(block)
-
-    def revive(self, block: int) -> None:
-        """Take a cached block back into use with one owner, its content untouched.
-
-        Raises
-        ------
-        BlockError
-            If the block is not cached.
-        """
-        if block not in self._cached:
-            raise BlockError(f"block {block} is not cached: it cannot be revived")
-        del self._cached[block]
-        self._ref_counts[block] = 1
 
     def give_back(self, blocks: list[int]) -> None:
         """Free `blocks` at the next call on the pool.
@@ -220,8 +213,9 @@ class BlockPool:
         used = {block for block, count in enumerate(self._ref_counts) if count > 0}
         unnumbered = self.total_blocks - len(self._ref_counts)
         assert len(free) == len(self._free), "a block is in the free list twice"
+        assert len(cached) == len(self._cached), "the eviction policy counts its blocks wrong"
         assert not (free & cached or free & used or cached & used), "a block is in two states"
-        assert cached <= self._kept.keys() <= cached | used, "a block is cached for nobody, or kept for nothing"
+        assert cached <= self._kept.keys() <= cached | used, "a cached block is not kept, or a free one is"
         assert len(free) + unnumbered + len(cached) + len(used) == self.total_blocks, "free + cached + used != total"
         assert owners == self._ref_counts, "reference counts differ from the owners in the block tables"
 

@@ -7,7 +7,7 @@ from hf_paged.memory.block_pool import BlockPool
 
 
 class BlockTable:
-    """The blocks of one row in one attention group, in token order.
+    """The blocks of one row in one KV cache group, in token order.
 
     Token ``t`` of the row lies in slot ``t % block_size`` of block ``blocks[(t - base) // block_size]``.
     Tokens before `base` are gone: they left the sliding window, or were never stored.
@@ -31,19 +31,15 @@ class BlockTable:
 
     def fork(self) -> "BlockTable":
         """A second table over the same blocks."""
-        self.pool.share(self.blocks)
-        twin = BlockTable(self.pool)
-        twin.blocks, twin.base, twin.num_tokens = list(self.blocks), self.base, self.num_tokens
-        return twin
+        self.pool.touch(self.blocks)
+        table = BlockTable(self.pool)
+        table.blocks, table.base, table.num_tokens = list(self.blocks), self.base, self.num_tokens
+        return table
 
     def reuse(self, blocks: list[int], num_tokens: int) -> None:
         """Let an empty table, once it starts where they do, own cached or used `blocks` up to token `num_tokens`."""
         assert not self.blocks and self.base + len(blocks) * self.pool.block_size == num_tokens
-        for block in blocks:
-            if self.pool.ref_count(block):
-                self.pool.share([block])
-            else:
-                self.pool.revive(block)
+        self.pool.touch(blocks)
         self.blocks, self.num_tokens = list(blocks), num_tokens
 
     def start_at(self, token: int) -> None:
@@ -98,8 +94,8 @@ def make_writable(
     Returns
     -------
     list of (source, destination)
-        Blocks whose content must be copied before anything is written. What the tables owned of the sources is the
-        caller's now, who frees them when they are copied.
+        Blocks whose content must be copied before anything is written. The tables' references to the sources are the
+        caller's now: free them when they are copied.
     """
     given_up: Counter[int] = Counter()
     shared: list[list[int]] = []

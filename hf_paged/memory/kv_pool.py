@@ -1,76 +1,110 @@
-"""KVPool: all the KV memory of one model, and the attention groups it is divided into."""
+"""KVPool: all the KV memory of one model, and the KV cache groups it is divided into."""
 
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers.utils import logging
 
 from hf_paged.atomic import after_fork_in_child
-from hf_paged.config import PagedConfig, physical_memory
+from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.block_table import BlockTable
+from hf_paged.memory.eviction import EVICTION_POLICIES
+from hf_paged.memory.kv_format import BlockShape, KVFormat, make_kv_format
 from hf_paged.memory.kv_storage import KVStorage
-from hf_paged.memory.reservation import Reservation, of_this_thread
-from hf_paged.scheduling.prefix_cache import PrefixCounts
-from hf_paged_kernels import ops
+from hf_paged.memory.reservation import Reservation
+from hf_paged.memory.sizing import budget_bytes, physical_memory
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """What layers must have in common to share block tables."""
+    """The properties that layers must share to share block tables.
 
-    window: int | None  # Sliding window in tokens; None: full attention.
-    dtype: torch.dtype
+    Attributes
+    ----------
+    window : int or None
+        Sliding window in tokens; None: full attention.
+    states_dtype : torch.dtype
+        Of keys and values as the model computes them. What their pages are is for the KV format to say.
+    device : torch.device
+        Of the states, and of the pages.
+    """
+
+    window: int | None
+    states_dtype: torch.dtype
     device: torch.device
 
 
 class KVCacheGroup:
-    """The blocks of one attention group: ids in a `BlockPool`, and the tensors of its layers.
+    """The blocks of the layers of one spec: ids in a `BlockPool`, and the storage of each layer.
 
     A block id names one block in each layer of the group.
+
+    Parameters
+    ----------
+    spec : KVCacheSpec
+    config : PagedConfig
+    kv_format : KVFormat
+        Of the pages of all layers.
+    bytes_per_block : int
+        Bytes of the pool's budget that buy one block.
+
+    Attributes
+    ----------
+    budget_blocks : int
+        Blocks that the budget holds.
+    capacity : int
+        Blocks that the device could hold: a call that cannot wait may exceed the budget rather than fail.
+    blocks : BlockPool
+    layers : dict of int to KVStorage
+        By cache layer.
     """
 
-    def __init__(self, key: KVCacheSpec, config: PagedConfig, bytes_per_block: int):
-        self.key = key
-        self.budget_blocks = max(1, config.budget_bytes(key.device) // bytes_per_block)
-        # Address space past the budget: a call that cannot wait may exceed it rather than fail.
-        self.capacity = max(self.budget_blocks, physical_memory(key.device) // bytes_per_block)
+    def __init__(self, spec: KVCacheSpec, config: PagedConfig, kv_format: KVFormat, bytes_per_block: int):
+        self.spec, self.kv_format = spec, kv_format
+        self.budget_blocks = max(1, budget_bytes(config, spec.device) // bytes_per_block)
+        self.capacity = max(self.budget_blocks, physical_memory(spec.device) // bytes_per_block)
         cache_blocks = int(self.budget_blocks * config.prefix_cache_share)
-        self.blocks = BlockPool(self.budget_blocks, config.block_size, cache_blocks)
+        policy = EVICTION_POLICIES[config.eviction_policy]()
+        self.blocks = BlockPool(self.budget_blocks, config.block_size, cache_blocks, policy)
         self.layers: dict[int, KVStorage] = {}
 
     @property
     def window(self) -> int | None:
-        return self.key.window
+        """Sliding window in tokens; None: full attention."""
+        return self.spec.window
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVStorage:
-        """Storage of layer `index`, made for states ``[batch, num_kv_heads, tokens, head_dim]`` if new."""
+        """Storage of layer `index`, made for states ``[batch, num_kv_heads, positions, head_dim]`` if new."""
         if index not in self.layers:
-            shape = key.shape[1], key.shape[3], value.shape[3], self.blocks.block_size
-            self.layers[index] = KVStorage(*shape, key.dtype, key.device, self.capacity, self.budget_blocks)
+            shape = block_shape(key, value, self.blocks.block_size)
+            self.layers[index] = KVStorage(self.kv_format, shape, key.device, self.capacity, self.budget_blocks)
         return self.layers[index]
 
-    def allocate(self, num_blocks: int, promised: Sequence[Reservation] | None = None) -> list[int]:
-        """As `BlockPool.allocate`; past the budget the pool grows, with one warning.
+    def allocate_or_grow(self, num_blocks: int, reservations: Sequence[Reservation] = ()) -> list[int]:
+        """As `BlockPool.allocate`; where the budget does not hold them the pool grows, with one warning.
 
         Parameters
         ----------
-        promised : sequence of Reservation or None
-            Those that the blocks are taken from, as far as they go; None: those of this thread.
+        num_blocks : int
+        reservations : sequence of Reservation
+            The caller's: the blocks are taken from what these promise, as far as it goes.
 
         Raises
         ------
         OutOfBlocksError
             If the memory of the device cannot hold them.
         """
-        for reservation in of_this_thread() if promised is None else promised:
-            reservation.draw(self, num_blocks)
+        for reservation in reservations:
+            reservation.spend(self, num_blocks)
         try:
             return self.blocks.allocate(num_blocks)
         except OutOfBlocksError as error:
@@ -92,13 +126,52 @@ class KVCacheGroup:
             storage.ensure(self.blocks.high_water)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copy (source, destination) blocks in every layer: the copy of copy-on-write."""
+        """Copy (source, destination) blocks in every layer: the copy of copy-on-write. Under the pool's lock."""
         if not copies:
             return
-        source, destination = torch.tensor(copies, device=self.key.device).unbind(1)
+        source, destination = torch.tensor(copies, device=self.spec.device).unbind(1)
         self.ensure()
         for storage in self.layers.values():
-            ops.copy_blocks(storage.key_cache, storage.value_cache, source, destination)
+            storage.copy_blocks(source, destination)
+
+
+@dataclass
+class PrefixCounts:
+    """Hits of the prefix cache on a pool so far.
+
+    Attributes
+    ----------
+    lookups : int
+        Rows that were looked up when they started to run, preempted ones again.
+    hit_tokens : int
+        Tokens of these rows that were found, and not computed.
+    """
+
+    lookups: int = 0
+    hit_tokens: int = 0
+
+
+def block_shape(key: torch.Tensor, value: torch.Tensor, block_size: int) -> BlockShape:
+    """The shape of the blocks of a layer with states ``[batch, num_kv_heads, positions, head_dim]``."""
+    return BlockShape(key.shape[1], block_size, key.shape[3], value.shape[3])
+
+
+class BlockOwner(Protocol):
+    """A live cache, or an engine: it owns blocks through tables."""
+
+    def tables_in(self, spec: KVCacheSpec) -> list[BlockTable]:
+        """Every table through which it owns blocks of one KV cache group."""
+
+
+class PackedEngine(Protocol):
+    """An engine, as the calls that wait for its blocks see it."""
+
+    @property
+    def is_running(self) -> bool:
+        """Tell whether rows of calls are under way, which hold blocks."""
+
+    def forget_other_threads(self) -> None:
+        """Drop the calls of all threads but this one: in a forked child they are gone."""
 
 
 class KVPool:
@@ -111,17 +184,36 @@ class KVPool:
     Parameters
     ----------
     config : PagedConfig
+
+    Attributes
+    ----------
+    groups : dict of KVCacheSpec to KVCacheGroup
+        In the order in which the model first stored states of each spec.
+    caches : weak set of BlockOwner
+        Live caches and engines.
+    engines : weak set of PackedEngine
+    reservations : list of Reservation
+        Promised, and not ended.
+    waiting : set of Reservation
+        Of calls that wait for their promise; new packed rows let them go first.
+    last_reserved : float
+        When a reservation last ended, on `time.monotonic`'s clock.
+    page_reads : int
+        Attention calls that read pages.
+    gathers : Counter of str
+        Copies out of the pages, by reason.
+    prefix_counts : PrefixCounts
     """
 
     def __init__(self, config: PagedConfig):
         self.config = config
         self.lock = threading.RLock()
         self.groups: dict[KVCacheSpec, KVCacheGroup] = {}
-        self.caches: weakref.WeakSet = weakref.WeakSet()  # Live `BatchState`, and engines.
-        self.engines: weakref.WeakSet = weakref.WeakSet()
+        self.caches: weakref.WeakSet[BlockOwner] = weakref.WeakSet()
+        self.engines: weakref.WeakSet[PackedEngine] = weakref.WeakSet()
         self.reservations: list[Reservation] = []
-        self.last_reserved = float("-inf")  # When a reservation last ended, on `time.monotonic`'s clock.
-        self.waiting: set[Reservation] = set()  # Of calls that wait; new packed rows let them go first.
+        self.last_reserved = float("-inf")
+        self.waiting: set[Reservation] = set()
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
         self.prefix_counts = PrefixCounts()
@@ -132,19 +224,39 @@ class KVPool:
         """Calls that wait for a reservation."""
         return len(self.waiting)
 
-    def group(self, group_key: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> KVCacheGroup:
-        """The group of that key; sized at its first use from one layer's states and the model's layer count."""
-        if group_key not in self.groups:
-            elements = key.shape[1] * (key.shape[3] + value.shape[3])
-            bytes_per_block = elements * self.config.block_size * key.dtype.itemsize * num_layers
-            self.groups[group_key] = KVCacheGroup(group_key, self.config, bytes_per_block)
-        return self.groups[group_key]
+    def group(self, spec: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> KVCacheGroup:
+        """The KV cache group of a spec, made if new: sized as if all layers of the model were like the one given.
+
+        Parameters
+        ----------
+        spec : KVCacheSpec
+        key, value : torch.Tensor
+            States of one layer, ``[batch, num_kv_heads, positions, head_dim]``.
+        num_layers : int
+            Layers that the model pages, in all groups: they divide the budget.
+
+        Raises
+        ------
+        UnsupportedError
+            If the KV format does not store such states.
+        """
+        if spec not in self.groups:
+            kv_format = make_kv_format(spec.states_dtype)
+            bytes_per_block = kv_format.block_bytes(block_shape(key, value, self.config.block_size)) * num_layers
+            self.groups[spec] = KVCacheGroup(spec, self.config, kv_format, bytes_per_block)
+        return self.groups[spec]
 
     def check_integrity(self) -> None:
-        """Check ``free + cached + used == total`` and that the live block tables own what is used."""
+        """Check ``free + cached + used == total`` and that the live block tables own what is used.
+
+        Raises
+        ------
+        AssertionError
+            With the broken invariant.
+        """
         with self.lock:
-            for key, group in self.groups.items():
-                group.blocks.check_integrity(table.blocks for cache in self.caches for table in cache.tables_in(key))
+            for spec, group in self.groups.items():
+                group.blocks.check_integrity(table.blocks for owner in self.caches for table in owner.tables_in(spec))
 
 
 _all: "weakref.WeakSet[KVPool]" = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""The tensors behind the block ids: one K and one V tensor for each attention layer."""
+"""The tensors behind the block ids: the pages of one attention layer, and what is done with them."""
 
 import mmap
 import sys
@@ -6,12 +6,13 @@ import sys
 import torch
 
 from hf_paged.errors import PagedError
+from hf_paged.memory.kv_format import BlockShape, KVFormat, Pages, Part
 
 _MAP_NORESERVE = 0x4000  # Linux's. Python has no name for it before 3.13.
 
 
 class KVStorage:
-    """Keys and values of one attention layer, ``[num_blocks, num_kv_heads, block_size, head_dim]``.
+    """Keys and values of one attention layer, in the pages of its KV format.
 
     On the CPU the whole capacity is reserved once as virtual memory: addresses never move, and a page
     costs nothing until a token is written to it. Elsewhere the tensors grow by doubling, with a copy, and
@@ -19,54 +20,129 @@ class KVStorage:
 
     Parameters
     ----------
-    num_kv_heads, key_dim, value_dim, block_size : int
-        Shape of a block; key and value head sizes may differ.
-    dtype : torch.dtype
+    kv_format : KVFormat
+        What the pages are, and how they are written and read.
+    shape : BlockShape
+        The states that a block holds.
     device : torch.device
     capacity : int
         Blocks that the storage may ever hold.
     budget : int or None
         Blocks that it holds at most while no more are asked for; None: `capacity`.
+
+    Attributes
+    ----------
+    pages : tuple of torch.Tensor
+        Each ``[num_blocks, num_kv_heads, block_size, size]``: the parts of keys, then those of values. Replaced when
+        they grow.
     """
 
-    def __init__(self, num_kv_heads, key_dim, value_dim, block_size, dtype, device, capacity, budget=None):
-        self.dtype, self.device, self.capacity = dtype, device, capacity
+    def __init__(
+        self,
+        kv_format: KVFormat,
+        shape: BlockShape,
+        device: torch.device,
+        capacity: int,
+        budget: int | None = None,
+    ):
+        self.kv_format, self.shape, self.device, self.capacity = kv_format, shape, device, capacity
+        self.states_dtype = kv_format.states_dtype
         self.budget = capacity if budget is None else min(budget, capacity)
-        self._shapes = [(num_kv_heads, block_size, dim) for dim in (key_dim, value_dim)]
+        self._parts = kv_format.parts(shape.key_dim) + kv_format.parts(shape.value_dim)
         num_blocks = capacity if device.type == "cpu" else 0
-        self._caches = tuple(self._new(num_blocks, shape) for shape in self._shapes)
-
-    @property
-    def key_cache(self) -> torch.Tensor:
-        """``[num_blocks, num_kv_heads, block_size, key_dim]``"""
-        return self._caches[0]
-
-    @property
-    def value_cache(self) -> torch.Tensor:
-        """``[num_blocks, num_kv_heads, block_size, value_dim]``"""
-        return self._caches[1]
+        self.pages: Pages = tuple(self._new(num_blocks, part) for part in self._parts)
+        # Bound once: a decode step calls the last of them in every layer.
+        self._write, self._attend, self._write_and_attend = (
+            kv_format.write,
+            kv_format.attend,
+            kv_format.write_and_attend,
+        )
 
     @property
     def num_blocks(self) -> int:
         """Blocks that are addressable."""
-        return len(self._caches[0])
+        return len(self.pages[0])
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.shape.num_kv_heads
+
+    def head_dim(self, is_key: bool) -> int:
+        """Size of one head of the keys or values."""
+        return self.shape.key_dim if is_key else self.shape.value_dim
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block, keys and values."""
-        return sum(heads * size * dim for heads, size, dim in self._shapes) * self.dtype.itemsize
+        return self.kv_format.block_bytes(self.shape)
 
     def accepts(self, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether states ``[batch, num_kv_heads, tokens, head_dim]`` can be stored here unchanged."""
+        """Tell whether states ``[batch, num_kv_heads, tokens, head_dim]`` can be stored here."""
         return all(
-            states.dtype == self.dtype
+            states.dtype == self.states_dtype
             and states.device == self.device
-            and (states.shape[1], states.shape[3]) == (shape[0], shape[2])
-            for states, shape in zip((key, value), self._shapes, strict=True)
+            and (states.shape[1], states.shape[3]) == (self.num_kv_heads, self.head_dim(is_key))
+            for states, is_key in ((key, True), (value, False))
         )
 
+    def new_states(self, is_key: bool, batch: int, positions: int) -> torch.Tensor:
+        """Zeros such as the model's keys or values, ``[batch, num_kv_heads, positions, head_dim]``."""
+        shape = batch, self.num_kv_heads, positions, self.head_dim(is_key)
+        return torch.zeros(shape, dtype=self.states_dtype, device=self.device)
+
+    def write(
+        self,
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, value_dim]
+        slot_mapping: torch.Tensor,  # [num_tokens] int64
+    ) -> None:
+        """Store new tokens in their slots. The caller owns the blocks, each for one row only."""
+        self._write(self.pages, key, value, slot_mapping)
+
+    def attend(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+        block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+        context_lens: torch.Tensor,  # [num_rows] int64
+        cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,  # [num_heads]
+    ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
+        """Causal attention over the pages of some rows, as `hf_paged_kernels.ops.paged_attention`."""
+        return self._attend(self.pages, query, block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks)
+
+    def write_and_attend(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, value_dim]
+        slot_mapping: torch.Tensor,  # [num_tokens] int64
+        block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+        context_lens: torch.Tensor,  # [num_rows] int64
+        cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,  # [num_heads]
+    ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
+        """`write`, then `attend`: what every layer of a packed step calls, once."""
+        return self._write_and_attend(
+            self.pages, query, key, value, slot_mapping,
+            block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
+        )  # fmt: skip
+
+    def gather(self, is_key: bool, blocks: torch.Tensor) -> torch.Tensor:
+        """Copy whole blocks ``[num_blocks]`` out of the pages: ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
+        return self.kv_format.gather(self.pages, is_key, blocks)
+
+    def copy_blocks(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copy blocks ``[num_copies]`` to others: the copy of copy-on-write."""
+        self.kv_format.copy_blocks(self.pages, source, destination)
+
     def ensure(self, num_blocks: int) -> None:
-        """Make blocks ``0 .. num_blocks - 1`` addressable. Replaces both tensors if they must grow, or neither.
+        """Make blocks ``0 .. num_blocks - 1`` addressable. Replaces all tensors if they must grow, or none.
 
         Raises
         ------
@@ -77,19 +153,20 @@ class KVStorage:
         if num_blocks <= held:
             return
         size = max(num_blocks, min(2 * held, self.budget))
-        grown = tuple(self._new(size, shape) for shape in self._shapes)
-        for new, old in zip(grown, self._caches, strict=True):
+        grown = tuple(self._new(size, part) for part in self._parts)
+        for new, old in zip(grown, self.pages, strict=True):
             new[:held] = old
-        self._caches = grown  # At once: keys and values of different sizes would be read past their end.
+        self.pages = grown  # At once: keys and values of different sizes would be read past their end.
 
-    def _new(self, num_blocks: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    def _new(self, num_blocks: int, part: Part) -> torch.Tensor:
+        shape = self.num_kv_heads, self.shape.block_size, part.size
         # A pool made under inference_mode could not be written in place outside it.
         with torch.inference_mode(False):
             if self.device.type != "cpu" or num_blocks == 0:
-                return torch.empty(num_blocks, *shape, dtype=self.dtype, device=self.device)
+                return torch.empty(num_blocks, *shape, dtype=part.dtype, device=self.device)
             count = num_blocks * shape[0] * shape[1] * shape[2]
-            memory = _reserve(count * self.dtype.itemsize)
-            return torch.frombuffer(memory, dtype=self.dtype, count=count).view(num_blocks, *shape)
+            memory = _reserve(count * part.dtype.itemsize)
+            return torch.frombuffer(memory, dtype=part.dtype, count=count).view(num_blocks, *shape)
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:

@@ -23,11 +23,11 @@ class Limit:
     name : str
         The file or setting that says it.
     total : int
-        What it allows.
+        Bytes that it allows.
     left : int
-        What of it is not taken yet.
+        Bytes of it that are not taken yet.
     counts_addresses : bool
-        Whether memory is counted when it is reserved, not when it is first written to.
+        True if memory is counted when it is reserved, not when it is first written to.
     """
 
     name: str

@@ -13,42 +13,42 @@ from hf_paged.models.snapshot import Snapshot, is_disturbed
 
 logger = logging.get_logger(__name__)
 
-_SAMPLES = 64  # Elements looked at, of each tensor.
+_SAMPLES = 64  # Elements of each tensor that go into its digest.
 _GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """A model as one look found it, with all that its results depend on.
+    """A model as one inspection found it, with all that its results depend on.
 
-    Keeps what was looked at alive, old weights too: hold it while rows run, and no longer.
+    Keeps all that was inspected alive, old weights too: hold it while rows run, and no longer.
 
     Attributes
     ----------
     digest : bytes
-        Equal for two looks between which nothing changed.
+        Equal for two inspections between which nothing changed.
     """
 
     digest: bytes
-    _trace: Snapshot
-    _described: bytes  # A digest of all that was seen but for the content of tensors.
+    _snapshot: Snapshot
+    _described: bytes  # A digest of the description, which knows nothing of the content of tensors.
     _contents: list[torch.Tensor]
 
     def is_found_again(self) -> bool:
-        """Tell whether another look would find the same, the content of tensors included. Cheaper than that look."""
+        """Tell whether another inspection would find the same, the content of tensors included. Costs less than one."""
         return self.holds() and _digest(self._described, self._contents) == self.digest
 
     def holds(self) -> bool:
-        """Tell whether the model is still what it was. Costs a fraction of a look; meant for every step.
+        """Tell whether the model is still what it was. Costs a fraction of an inspection; meant for every step.
 
         Sees all that `identify` sees, but for the content of tensors: an edit through ``.data`` leaves no trace. Safe
         while other threads change the model. A change that was undone before this call can be missed.
         """
-        return self._trace.holds()
+        return self._snapshot.holds()
 
 
 def identify(model: torch.nn.Module, *besides: object) -> Identity | None:
-    """Look at all that the states of a token depend on, besides the tokens before it.
+    """Inspect all that the states of a token depend on, besides the tokens before it.
 
     Sees where each parameter and buffer lies, how often it was changed in place, and a few elements of its content: an
     edit through ``.data`` leaves no other trace. Such an edit of a few elements can be missed. Sees the class of each
@@ -57,7 +57,7 @@ def identify(model: torch.nn.Module, *besides: object) -> Identity | None:
     Parameters
     ----------
     besides : objects
-        What else stored states depend on: their `repr` is part of it.
+        Stored states depend on these as well: their `repr` is part of the digest.
 
     Returns
     -------
@@ -65,16 +65,17 @@ def identify(model: torch.nn.Module, *besides: object) -> Identity | None:
         None if a change could not be seen: a class or a function from outside torch, transformers, peft and accelerate
         takes part, weights are elsewhere (offloaded), or a forward hook from outside may change what is computed.
     """
-    look = Inspection()
+    inspection = Inspection()
     try:
-        look.at_model(model)
+        inspection.describe_model(model)
         if is_disturbed():
             raise UnseenError("a hook on all modules, or a mode that sees every call of torch")
     except (UnseenError, RecursionError) as error:
         logger.info_once(f"hf_paged: the prefix cache serves no call on this model: {error} takes part in its forward")
         return None
-    described = hashlib.sha256("\n".join([repr(besides), *look.seen]).encode()).digest()
-    return Identity(_digest(described, look.contents), look.trace, described, look.contents)
+    described = hashlib.sha256("\n".join([repr(besides), *inspection.description]).encode()).digest()
+    contents = inspection.contents
+    return Identity(_digest(described, contents), inspection.snapshot, described, contents)
 
 
 def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
@@ -85,29 +86,29 @@ def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
 
 def _digest(described: bytes, contents: list[torch.Tensor]) -> bytes:
     digest = hashlib.sha256(described)
-    for content in _by_kind(map(_sample, contents)):
+    for content in _bytes_of(map(_sample, contents)):
         digest.update(content)
     return digest.digest()
 
 
 def _sample(content: torch.Tensor) -> torch.Tensor:
-    """A few elements, ``[samples]``."""
+    """Some elements of a tensor, ``[num_samples]``."""
     content = content if content.itemsize > 1 else content.view(torch.uint8)
     # Spread over rows and columns alike, as an even stride would not be.
-    return content.take(_places(content.numel(), content.device))
+    return content.take(_sample_index(content.numel(), content.device))
 
 
 @functools.lru_cache(maxsize=1024)
-def _places(count: int, device: torch.device) -> torch.Tensor:
-    """Indices of elements, ``[samples]`` int64."""
-    steps = torch.arange(min(count, _SAMPLES), dtype=torch.float64)
-    places = steps if count <= _SAMPLES else (steps * _GOLDEN_RATIO) % 1 * count
-    return places.long().to(device)
+def _sample_index(count: int, device: torch.device) -> torch.Tensor:
+    """Indices into a tensor of `count` elements, ``[num_samples]`` int64."""
+    numbers = torch.arange(min(count, _SAMPLES), dtype=torch.float64)
+    index = numbers if count <= _SAMPLES else (numbers * _GOLDEN_RATIO) % 1 * count
+    return index.long().to(device)
 
 
-def _by_kind(samples: Iterator[torch.Tensor]) -> Iterator[bytes]:
+def _bytes_of(samples: Iterator[torch.Tensor]) -> Iterator[bytes]:
     """The bytes of all samples, with one copy for each dtype and device."""
-    kinds: dict[tuple, list[torch.Tensor]] = {}
+    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for sample in samples:
         kinds.setdefault((sample.dtype, sample.device), []).append(sample)
     for parts in kinds.values():

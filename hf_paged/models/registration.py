@@ -1,6 +1,7 @@
-"""The switch: is "paged" registered with transformers? A forward is good only if it was, from its beginning to its end.
+"""Tells whether "paged" is registered with transformers. A forward is good only if it was from beginning to end.
 
-While it is not, transformers builds no mask for a "paged" model, and says nothing. Any thread may switch at any time.
+While it is not, transformers builds no mask for a "paged" model, and says nothing. Any thread may register it or take
+it out at any time.
 """
 
 from typing import NoReturn

@@ -1,29 +1,31 @@
-"""The pool, the configuration, the engine and the counts of each model."""
+"""The registry of models: the pool of each, its configuration, its engine, and the counts of its calls."""
 
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_paged.atomic import after_fork_in_child
+from hf_paged.compat.transformers import attention_implementation
 from hf_paged.config import PagedConfig
 from hf_paged.memory.kv_pool import KVPool
+from hf_paged.models.refusal import Refusal
 from hf_paged.models.structure import structure
-from hf_paged.reasons import Why
 
-_pools: "weakref.WeakKeyDictionary[PreTrainedModel, KVPool]" = weakref.WeakKeyDictionary()
+_pools: "weakref.WeakKeyDictionary[torch.nn.Module, KVPool]" = weakref.WeakKeyDictionary()
 # The dtype and device that a model had when its pool was made.
-_places: "weakref.WeakKeyDictionary[PreTrainedModel, tuple]" = weakref.WeakKeyDictionary()
-_configs: "weakref.WeakKeyDictionary[PreTrainedModel, PagedConfig]" = weakref.WeakKeyDictionary()
-_counts: "weakref.WeakKeyDictionary[PreTrainedModel, CallCounts]" = weakref.WeakKeyDictionary()
+_made_for: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.dtype, torch.device]]" = weakref.WeakKeyDictionary()
+_configs: "weakref.WeakKeyDictionary[torch.nn.Module, PagedConfig]" = weakref.WeakKeyDictionary()
+_counts: "weakref.WeakKeyDictionary[torch.nn.Module, CallCounts]" = weakref.WeakKeyDictionary()
 # An engine holds its pool, not the reverse.
-_engines: "weakref.WeakKeyDictionary[PreTrainedModel, _KeptEngine]" = weakref.WeakKeyDictionary()
+_engines: "weakref.WeakKeyDictionary[torch.nn.Module, _KeptEngine]" = weakref.WeakKeyDictionary()
 _registry_lock = threading.Lock()
-_engine_lock = threading.RLock()  # Held while one is tried out: calls that begin together wait for it.
+_trial_lock = threading.RLock()
 
 
 @dataclass
@@ -34,19 +36,10 @@ class CallCounts:
     fallbacks: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a model has no engine.
+class EngineOfPool(Protocol):
+    """An engine, as far as the registry knows it."""
 
-    Attributes
-    ----------
-    why : Reason
-    is_lasting : bool
-        Whether the model itself is the cause. If not, the next call asks again.
-    """
-
-    why: Why
-    is_lasting: bool = True
+    pool: KVPool
 
 
 class _KeptEngine:
@@ -56,22 +49,22 @@ class _KeptEngine:
     that, too: after 8 calls, after 16 more, after 32 more.
     """
 
-    def __init__(self, made: Any, model: PreTrainedModel, patience: int = 8):
+    def __init__(self, made: EngineOfPool | Refusal, model: PreTrainedModel, calls_until_doubt: int):
         self.made, self.structure = made, structure(model)
-        self.patience = self._left = patience
+        self.calls_until_doubt = self._calls_left = calls_until_doubt
 
-    def is_doubtful(self, model: PreTrainedModel) -> bool:
-        """Tell whether another engine must be asked for. Called once a call."""
+    def count_call(self, model: PreTrainedModel) -> bool:
+        """Count a call; tell whether the refusal that it meets is in doubt."""
         if not isinstance(self.made, Refusal):
             return False
-        self._left -= 1
-        return self._left < 0 or self.structure != structure(model)
+        self._calls_left -= 1
+        return self._calls_left < 0 or self.structure != structure(model)
 
 
 def pool_of(model: PreTrainedModel) -> KVPool:
     """The pool of a model that runs, made at first use, and anew after ``model.to(...)``."""
     with _registry_lock:
-        if model not in _pools or _places[model] != (model.dtype, model.device):
+        if model not in _pools or _made_for[model] != (model.dtype, model.device):
             _make_pool(model)
         return _pools[model]
 
@@ -83,7 +76,7 @@ def _make_pool(model: PreTrainedModel) -> None:
         new.page_reads, new.gathers, new.prefix_counts = old.page_reads, old.gathers, old.prefix_counts
         for owner in [owner for owner, kept in _engines.items() if getattr(kept.made, "pool", None) is old]:
             del _engines[owner]
-    _pools[model], _places[model] = new, (model.dtype, model.device)
+    _pools[model], _made_for[model] = new, (model.dtype, model.device)
 
 
 def renew_pools(model: torch.nn.Module, even_good: bool = False) -> None:
@@ -96,11 +89,13 @@ def renew_pools(model: torch.nn.Module, even_good: bool = False) -> None:
     """
     with _registry_lock:
         for module in _submodules(model):
-            if module in _pools and (even_good or _places[module] != (module.dtype, module.device)):
+            if not isinstance(module, PreTrainedModel) or module not in _pools:
+                continue
+            if even_good or _made_for[module] != (module.dtype, module.device):
                 _make_pool(module)
 
 
-def _submodules(model: torch.nn.Module):
+def _submodules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a model, got {type(model).__name__}: pass the model itself, such as pipe.model")
     return model.modules()
@@ -112,34 +107,49 @@ def pools_under(model: torch.nn.Module) -> list[KVPool]:
         return [_pools[module] for module in _submodules(model) if module in _pools]
 
 
-def engine_of(model: PreTrainedModel, make) -> Any:
-    """The engine of this model, or the `Refusal` of one, made by `make` at first use.
+def trial_lock() -> threading.RLock:
+    """The lock to hold while an engine is looked up and, where there is none, a model is tried.
 
-    Made again after the model's pools were let go of or renewed, and where a refusal is doubtful.
+    Calls that begin together wait for one trial. It is the process's, as is what a trial changes in `torch.compiler`.
     """
-    with _engine_lock:
-        with _registry_lock:
-            kept = _engines.get(model)
-        if kept is not None and not kept.is_doubtful(model):
-            return kept.made
-        made = make(model)
-        is_refusal = isinstance(made, Refusal)
-        # Another thread may have called `release` or `configure` meanwhile.
-        if made.is_lasting if is_refusal else any(pool is made.pool for pool in pools_under(model)):
-            patience = 2 * kept.patience if kept is not None and is_refusal else 8
-            with _registry_lock:
-                _engines[model] = _KeptEngine(made, model, patience)
-        return made
+    return _trial_lock
 
 
-def is_outdated(model: PreTrainedModel, engine: Any) -> bool:
+def engine_of(model: PreTrainedModel) -> EngineOfPool | Refusal | None:
+    """The engine of this model, or the `Refusal` of one. None if the model is to be tried. Called once per call.
+
+    An engine is forgotten when the model's pools are let go of or made anew. A refusal is in doubt now and then.
+    """
+    with _registry_lock:
+        kept = _engines.get(model)
+    return None if kept is None or kept.count_call(model) else kept.made
+
+
+def keep_engine(model: PreTrainedModel, made: EngineOfPool | Refusal) -> None:
+    """Keep the outcome of a trial for the calls to come: an engine, or a lasting refusal.
+
+    An engine whose pool another thread has let go of meanwhile, by `release` or `configure`, is not kept.
+    """
+    with _registry_lock:
+        calls_until_doubt = 8
+        if isinstance(made, Refusal):
+            is_good = made.is_lasting
+            if (kept := _engines.get(model)) is not None:
+                calls_until_doubt = 2 * kept.calls_until_doubt
+        else:
+            is_good = any(_pools.get(module) is made.pool for module in _submodules(model))
+        if is_good:
+            _engines[model] = _KeptEngine(made, model, calls_until_doubt)
+
+
+def is_outdated(model: PreTrainedModel, engine: EngineOfPool) -> bool:
     """Tell whether the model is not what it was when the engine was made for it."""
     with _registry_lock:
         kept = _engines.get(model)
     return kept is None or kept.made is not engine or kept.structure != structure(model)
 
 
-def forget_engine(model: PreTrainedModel, engine: Any) -> None:
+def forget_engine(model: PreTrainedModel, engine: EngineOfPool) -> None:
     """Let go of an engine; calls that are under way on it go on."""
     with _registry_lock:
         kept = _engines.get(model)
@@ -162,15 +172,18 @@ def counts_under(model: torch.nn.Module) -> list[CallCounts]:
 def implementation_of(model: torch.nn.Module) -> str:
     """The attention implementation of the decoder in `model`, as its config names it now."""
     models = (module for module in _submodules(model) if isinstance(module, PreTrainedModel))
-    return next((module.config.get_text_config(decoder=True)._attn_implementation for module in models), "none")
+    configs = (module.config.get_text_config(decoder=True) for module in models)
+    return next(map(attention_implementation, configs), None) or "none"
 
 
 def forget_pools(model: torch.nn.Module) -> None:
     """Let go of the pools and counts under `model`; caches that are alive keep their pool until they die."""
     with _registry_lock:
         for module in _submodules(model):
-            for registry in (_pools, _places, _engines, _counts):
-                registry.pop(module, None)
+            _pools.pop(module, None)
+            _made_for.pop(module, None)
+            _engines.pop(module, None)
+            _counts.pop(module, None)
 
 
 def set_config(model: torch.nn.Module, config: PagedConfig) -> None:
@@ -189,8 +202,8 @@ def config_of(model: torch.nn.Module) -> PagedConfig:
 
 def _reset_in_child() -> None:
     """In a forked child no thread is left that could let go of these."""
-    global _registry_lock, _engine_lock
-    _registry_lock, _engine_lock = threading.Lock(), threading.RLock()
+    global _registry_lock, _trial_lock
+    _registry_lock, _trial_lock = threading.Lock(), threading.RLock()
 
 
 after_fork_in_child(_reset_in_child)

@@ -1,13 +1,20 @@
-"""Snapshot: what a model was made of at one look, held to tell at every step that it is still so."""
+"""Snapshot: the parts of a model as one inspection found them, held to tell at every step that they are still so."""
 
 import operator
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_paged.compat.torch import (
+    count_dispatch_modes,
+    count_function_modes,
+    dispatch_modes,
+    function_modes,
+    has_global_hook,
+    version_of,
+)
 
 PACKAGES = {
     "torch",
@@ -21,7 +28,7 @@ PACKAGES = {
 
 
 def is_known(kind: type) -> bool:
-    """Tell whether a class comes from a package that keeps all state of its objects where a look finds it."""
+    """Tell whether a class comes from a package that keeps all state of its objects where an inspection finds it."""
     return (kind.__module__ or "").partition(".")[0] in PACKAGES
 
 
@@ -29,18 +36,18 @@ class Snapshot:
     """Objects of a model beside copies of what they held.
 
     The copies refer to the objects themselves, so an address is never given to another object meanwhile. They keep
-    modules and tensors alive: the owner of a trace lets go of it when no row runs any more.
+    modules and tensors alive: the owner of a snapshot lets go of it when no row runs any more.
     """
 
     def __init__(self):
         self._live: list = []  # Namespaces, lists, dicts and sets, as they are now.
-        self._copies: list = []  # What each of them held.
-        self._owners: list[dict] = []  # Where containers were found: an equal one in its place is a change, too.
+        self._copies: list = []  # A copy of each as it was.
+        self._owners: list[dict] = []  # Namespaces with containers in them: an equal one in its place is a change, too.
         self._names: list = []
         self._contained: list = []
         self._modules: list[torch.nn.Module] = []
         self._kinds: list[type] = []
-        self._globals: list[tuple[operator.itemgetter, dict, object]] = []
+        self._globals: list[tuple[operator.itemgetter, Mapping, object]] = []
         self._functions: list = []
         self._codes: list = []
         self._tensors: list[torch.Tensor] = []
@@ -86,7 +93,7 @@ class Snapshot:
         self._aliases.append(alias)
         if not tensor.is_inference():
             self._versioned.append(tensor)
-            self._versions.append(tensor._version)
+            self._versions.append(version_of(tensor))
         self._addresses.append(tensor.data_ptr())
         self._strides.append(tensor.stride())
 
@@ -107,7 +114,7 @@ class Snapshot:
             same
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._contained))
             and list(map(type, self._modules)) == self._kinds
-            and list(map(_version, self._versioned)) == self._versions
+            and list(map(version_of, self._versioned)) == self._versions
             and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
             and list(map(torch.Tensor.stride, self._tensors)) == self._strides
             and self._has_same_code()
@@ -122,7 +129,6 @@ class Snapshot:
         return same and list(map(_code, self._functions)) == self._codes and self.attention == attention_functions()
 
 
-_version = operator.attrgetter("_version")
 _code = operator.attrgetter("__code__")
 
 
@@ -133,9 +139,9 @@ def attention_functions() -> tuple:
 
 def is_disturbed() -> bool:
     """Tell whether this thread, or every module of torch, runs something that may change what any model computes."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if has_global_hook():
         return True
-    if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack():
+    if not count_function_modes() and not count_dispatch_modes():
         return False
-    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
+    modes = (*function_modes(), *dispatch_modes())
     return not all(is_known(type(mode)) for mode in modes)

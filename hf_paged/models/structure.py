@@ -1,7 +1,8 @@
-"""The structure of a model: what decides whether packed steps work in it, as far as that can be seen."""
+"""The structure of a model: all that decides whether packed steps work in it, as far as that can be seen."""
 
 import torch
 
+from hf_paged.compat.torch import module_parts
 from hf_paged.execution.prepacked_linear import PrepackedForward
 
 
@@ -20,7 +21,7 @@ def structure(model: torch.nn.Module) -> tuple:
 def _parts(module: torch.nn.Module) -> tuple:
     forward = module.__dict__.get("forward")
     own_forward = None if forward is None or isinstance(forward, PrepackedForward) else id(forward)
-    hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
-    tensors = (*module._parameters.values(), *module._buffers.values())
+    parameters, buffers, _, hooks, pre_hooks = module_parts(module.__dict__)
+    tensors = (*parameters.values(), *buffers.values())
     places = tuple((tensor.dtype, tensor.device, tensor.shape) for tensor in tensors if tensor is not None)
-    return type(module), own_forward, hooks, places
+    return type(module), own_forward, len(hooks), len(pre_hooks), places

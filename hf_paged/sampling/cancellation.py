@@ -7,7 +7,7 @@ from transformers import StoppingCriteria
 
 
 class Cancellation(StoppingCriteria):
-    """A stopping criterion that somebody else may fulfil: the call returns with the tokens it has.
+    """A stopping criterion that any thread may fulfil: the call returns with the tokens it has.
 
     Rows that run packed leave within a step, also those that still wait; transformers' own loop ends after its
     next token.
@@ -28,7 +28,7 @@ class Cancellation(StoppingCriteria):
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether the call shall end. At the program's exit it shall: nobody will take its result."""
+        """Tell whether the call shall end. It shall when the main thread has ended: the program waits to exit."""
         return self._is_cancelled or not threading.main_thread().is_alive()
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:

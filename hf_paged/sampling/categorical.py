@@ -1,4 +1,4 @@
-"""Choosing from the vocabulary in two levels: a part of it, then a token of that part.
+"""Argmax and sampling over the vocabulary in two levels: first a part of it, then a token of that part.
 
 On a CPU torch's ``argmax`` and ``cumsum`` over a long last dimension take several times as long as maxima and sums of
 short parts do.
@@ -7,20 +7,41 @@ short parts do.
 import torch
 from torch.nn import functional
 
-_PARTS = (256, 128, 64)  # Tokens of a part: the first that divides the vocabulary.
+_PART_SIZES = (256, 128, 64)  # Tokens of a part: the first that divides the vocabulary.
 
 
-def likeliest(scores: torch.Tensor) -> torch.Tensor:
-    """``scores.argmax(-1)``: of equal ones the first, ``[rows]`` int64 from ``[rows, vocab]``."""
+def argmax(scores: torch.Tensor) -> torch.Tensor:
+    """Return ``scores.argmax(-1)``, the first of equal ones.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        ``[rows, vocab]``
+
+    Returns
+    -------
+    torch.Tensor
+        ``[rows]`` int64
+    """
     parts = _in_parts(scores, float("-inf"))
-    part = parts.amax(-1).argmax(-1, keepdim=True)
+    part = parts.amax(-1).argmax(-1, keepdim=True)  # [rows, 1]
     return (part * parts.shape[2] + _part_of(parts, part).argmax(-1, keepdim=True)).squeeze(1)
 
 
-def draw(probabilities: torch.Tensor) -> torch.Tensor:
-    """Draw one token a row, each as often as its share says, ``[rows]`` int64 from ``[rows, vocab]``.
+def sample(probabilities: torch.Tensor) -> torch.Tensor:
+    """Sample one token a row. A token without probability is never sampled.
 
-    Takes one of torch's random numbers a row. A token without probability is never drawn.
+    Takes one of torch's random numbers a row.
+
+    Parameters
+    ----------
+    probabilities : torch.Tensor
+        ``[rows, vocab]``; a row need not add up to one.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[rows]`` int64
 
     Raises
     ------
@@ -29,31 +50,46 @@ def draw(probabilities: torch.Tensor) -> torch.Tensor:
     """
     parts = _in_parts(probabilities, 0.0)
     sums = parts.sum(-1, dtype=torch.float64).cumsum(-1)  # [rows, parts]
-    totals = sums[:, -1:]
-    if not bool((totals.isfinite() & (totals > 0)).all()):
+    totals = sums[:, -1:]  # [rows, 1]
+    if not bool((totals.isfinite() & (totals > 0)).all()):  # Dense raises this with these words.
         raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-    drawn = torch.rand(totals.shape, dtype=torch.float64, device=totals.device) * totals
-    part = _first_above(sums, drawn)
+    number = torch.rand(totals.shape, dtype=torch.float64, device=totals.device) * totals  # [rows, 1]
+    part = _first_above(sums, number)
     before = functional.pad(sums, (1, 0)).gather(1, part)
-    within = _first_above(_part_of(parts, part).double().cumsum(-1), drawn - before)
+    within = _first_above(_part_of(parts, part).double().cumsum(-1), number - before)
     return (part * parts.shape[2] + within).squeeze(1)
 
 
 def _in_parts(values: torch.Tensor, fill: float) -> torch.Tensor:
-    """``[rows, vocab]`` as ``[rows, parts, tokens]``, filled up where the vocabulary ends."""
+    """View ``[rows, vocab]`` as ``[rows, parts, tokens]``, filled up where the vocabulary ends."""
     vocab = values.shape[1]
-    size = next((size for size in _PARTS if vocab % size == 0), _PARTS[0])
+    size = next((size for size in _PART_SIZES if vocab % size == 0), _PART_SIZES[0])
     if vocab % size:  # Even a padding of nothing is a copy.
         values = functional.pad(values, (0, -vocab % size), value=fill)
     return values.reshape(len(values), -1, size)
 
 
 def _part_of(parts: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """One part of each row, ``[rows, tokens]``."""
+    """Take one part of each row: ``[rows, tokens]`` of ``[rows, parts, tokens]``, as ``[rows, 1]`` says."""
     return parts.gather(1, part[:, :, None].expand(-1, -1, parts.shape[2])).squeeze(1)
 
 
 def _first_above(sums: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """Where running sums first exceed a number of their row, ``[rows, 1]``; it may be the last sum by rounding."""
+    """Find where running sums first exceed a number of their row.
+
+    By rounding the number may be the last sum itself, which nothing exceeds: then it counts as a little less.
+
+    Parameters
+    ----------
+    sums : torch.Tensor
+        ``[rows, sums]``
+    number : torch.Tensor
+        ``[rows, 1]``
+
+    Returns
+    -------
+    torch.Tensor
+        ``[rows, 1]`` int64
+    """
     last = sums[:, -1:]
     return torch.searchsorted(sums, number.minimum(torch.nextafter(last, torch.zeros_like(last))), right=True)

@@ -1,6 +1,6 @@
-"""Sampler: how a call chooses its next tokens from logits, if that depends on nothing else.
+"""Sampler: the choice of next tokens that the driving thread makes for a call, from logits alone.
 
-Calls with equal recipes choose together: a step of many small calls costs as much as one of a large call.
+Calls with equal samplers choose together: a step of many small calls costs as much as one of a large call.
 """
 
 from collections.abc import Hashable, Sequence
@@ -8,60 +8,89 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_paged.sampling.categorical import draw, likeliest
-from hf_paged.sampling.top_k import process, shortlist
+from hf_paged.sampling import categorical
+from hf_paged.sampling.processors import Processor, apply_token_free
+from hf_paged.sampling.top_k import TopKSplit, keep_top_k, split_at_top_k
 
-_PLAIN = (bool, int, float, str, type(None))
+_COMPARABLE = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Processors that look at no tokens, and then the likeliest token or a free draw.
+    """Token-free processors, and then the most likely token or one sampled at random. Made by `of`.
 
-    Two are equal if they choose alike.
+    Two samplers are equal if they choose alike.
+
+    Attributes
+    ----------
+    key : hashable
+        The classes of the processors and their settings.
+    processors : sequence of Processor
+    do_sample : bool
+        Sample from the distribution; else take the most likely token.
+    device : torch.device
+        Where the tokens are wanted.
+    top_k : TopKSplit or None
+        The processors, split at top-k where that is possible.
     """
 
     key: Hashable
-    processors: tuple = field(compare=False, repr=False)
-    draws: bool
+    processors: Sequence[Processor] = field(compare=False, repr=False)
+    do_sample: bool
     device: torch.device
+    top_k: TopKSplit | None = field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, processors: Sequence, draws: bool, device: torch.device) -> "Sampler | None":
-        """The recipe of such processors; None if one holds more than numbers and texts: it is not compared."""
+    def of(cls, processors: Sequence[Processor], do_sample: bool, device: torch.device) -> "Sampler | None":
+        """Make the sampler of some token-free processors.
+
+        None if a processor holds anything but numbers and texts: two such cannot be compared.
+        """
+        processors = tuple(processors)
         settings = [vars(processor) for processor in processors]
-        if not all(isinstance(value, _PLAIN) for some in settings for value in some.values()):
+        if not all(isinstance(value, _COMPARABLE) for some in settings for value in some.values()):
             return None
         key = tuple((type(one), tuple(sorted(some.items()))) for one, some in zip(processors, settings))
-        return cls(key, tuple(processors), draws, device)
+        return cls(key, processors, do_sample, device, split_at_top_k(processors))
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each row, ``[rows]`` int64, from ``[rows, vocab]``, which is not changed.
+        """Choose the next token of each row.
+
+        Parameters
+        ----------
+        logits : torch.Tensor
+            ``[rows, vocab]``, not changed.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[rows]`` int64
 
         Raises
         ------
         RuntimeError
-            If a row cannot be drawn from.
+            If the scores of a row are no distribution to sample from.
         """
         logits = logits.to(self.device)
-        if not self.processors and not self.draws:
+        if not self.processors and not self.do_sample:
             # Dense looks at float32, in which two numbers of float64 may be one.
-            return likeliest(logits.float() if logits.dtype == torch.float64 else logits)
-        if self.draws and (found := shortlist(self.processors, logits)) is not None:
-            tokens, scores, processors = found
-            return tokens.gather(1, draw(process(processors, scores).softmax(dim=-1))[:, None]).squeeze(1)
-        scores = process(self.processors, logits.to(torch.float32, copy=True))
-        return draw(scores.softmax(dim=-1)) if self.draws else likeliest(scores)
+            return categorical.argmax(logits.float() if logits.dtype == torch.float64 else logits)
+        if self.do_sample and self.top_k is not None and (kept := keep_top_k(self.top_k, logits)) is not None:
+            tokens, scores = kept
+            place = categorical.sample(apply_token_free(self.top_k.after, scores).softmax(dim=-1))  # [rows]
+            return tokens.gather(1, place[:, None]).squeeze(1)
+        scores = apply_token_free(self.processors, logits.to(torch.float32, copy=True))
+        return categorical.sample(scores.softmax(dim=-1)) if self.do_sample else categorical.argmax(scores)
 
 
 def sample_together(
-    recipes: Sequence[Sampler | None], logits: Sequence[torch.Tensor]
+    samplers: Sequence[Sampler | None], logits: Sequence[torch.Tensor]
 ) -> list[torch.Tensor | Exception | None]:
-    """Next tokens for the rows of several calls, those of equal recipes in one go.
+    """Choose next tokens for the rows of several calls, those of equal samplers in one go.
 
     Parameters
     ----------
-    recipes : sequence of Sampler or None
+    samplers : sequence of Sampler or None
         One per call.
     logits : sequence of torch.Tensor
         ``[rows, vocab]`` for each call; not changed.
@@ -70,18 +99,18 @@ def sample_together(
     -------
     list of torch.Tensor, Exception or None
         ``[rows]`` int64 for each call. An error that was raised while it chose together with others: it is the error
-        of one of them, or of none. None for a call without a recipe.
+        of one of them, or of none. None for a call without a sampler.
     """
     alike: dict[Sampler, list[int]] = {}
-    for number, recipe in enumerate(recipes):
-        if recipe is not None:
-            alike.setdefault(recipe, []).append(number)
-    chosen: list[torch.Tensor | Exception | None] = [None] * len(recipes)
-    for recipe, numbers in alike.items():
+    for number, sampler in enumerate(samplers):
+        if sampler is not None:
+            alike.setdefault(sampler, []).append(number)
+    chosen: list[torch.Tensor | Exception | None] = [None] * len(samplers)
+    for sampler, numbers in alike.items():
         parts = [logits[number] for number in numbers]
         try:
             with torch.inference_mode(False), torch.no_grad():
-                tokens = recipe.choose(torch.cat(parts) if len(parts) > 1 else parts[0])
+                tokens = sampler.choose(torch.cat(parts) if len(parts) > 1 else parts[0])
         except Exception as error:
             for number in numbers:
                 chosen[number] = error

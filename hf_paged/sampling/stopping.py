@@ -1,37 +1,38 @@
-"""StoppingRules: the stopping criteria of transformers that numbers decide, without tensors.
+"""StoppingRules: transformers' stopping criteria, decided from numbers instead of tensors.
 
-A step asks them once a row; a tensor or two for each would take longer than all else in noting a token.
+A step asks the criteria about every row; a tensor or two for each would take longer than all else in noting a token.
 """
 
 import time
 from collections.abc import Sequence
 
 import torch
+from transformers import StoppingCriteria
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from hf_paged.sampling.cancellation import Cancellation
 
 
 class StoppingRules:
-    """What these criteria say of one row at a time.
+    """The end tokens, lengths, times and cancellations at which a call's rows end.
 
     Parameters
     ----------
     criteria : sequence of StoppingCriteria
-        Of the kinds in `KINDS`, and of no class derived from one.
+        Of the classes in `KINDS`, and of no class derived from one.
     """
 
     KINDS = frozenset({Cancellation, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria})
 
-    def __init__(self, criteria: Sequence):
+    def __init__(self, criteria: Sequence[StoppingCriteria]):
         self._lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
         self._times = [one for one in criteria if type(one) is MaxTimeCriteria]
         self._cancellations = [one for one in criteria if type(one) is Cancellation]
         ends = [one.eos_token_id.flatten().tolist() for one in criteria if type(one) is EosTokenCriteria]
-        self._ends = {token for tokens in ends for token in tokens}
+        self._end_tokens = {token for tokens in ends for token in tokens}
 
-    def over(self, tokens: Sequence[int], lengths: Sequence[int]) -> list[bool]:
-        """Which rows end.
+    def are_over(self, tokens: Sequence[int], lengths: Sequence[int]) -> list[bool]:
+        """Tell for each row whether it ends.
 
         Parameters
         ----------
@@ -45,7 +46,7 @@ class StoppingRules:
             return [True] * len(tokens)
         if any(one.is_cancelled for one in self._cancellations):
             return [True] * len(tokens)
-        return [token in self._ends or self._is_full(length) for token, length in zip(tokens, lengths)]
+        return [token in self._end_tokens or self._is_full(length) for token, length in zip(tokens, lengths)]
 
     def _is_full(self, length: int) -> bool:
         for one in self._lengths:

@@ -1,4 +1,4 @@
-"""The cache salt: who may find whose prefixes."""
+"""The cache salt: a text that keeps the prefix caches of its users apart."""
 
 import contextvars
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ _salt: contextvars.ContextVar[str] = contextvars.ContextVar("hf_paged_cache_salt
 def cache_salt(salt: str) -> Iterator[None]:
     """Keep the prefix cache of the calls made inside apart from that of calls with another salt.
 
-    How soon a first token comes tells whether somebody has sent the same prompt before. A server that must not
-    tell one tenant about another gives each a salt of its own, here or as ``PagedConfig.cache_salt``; it is no
-    argument of ``generate``, so that what a request may set there cannot choose it.
+    How soon a first token comes tells whether the same prompt was sent before. A server that must not tell one
+    tenant about another gives each its own salt, here or as ``PagedConfig.cache_salt``; it is no argument of
+    ``generate``, so that what a request may set there cannot choose it.
 
     The salt belongs to the thread or task that enters (`contextvars`): threads that are started inside begin without.
 
@@ -25,7 +25,7 @@ def cache_salt(salt: str) -> Iterator[None]:
     Raises
     ------
     TypeError
-        If it is no text.
+        If `salt` is no text.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """PrefixCache: finds the blocks that already hold the beginning of a row. No tensors here.
 
 A full block is a function of the tokens in it and before it, of the model, and of nothing else; so it is found
-again by a chained hash over them. Only rows of packed steps are hashed: their positions are the default ones
-and token ids are all that the model is given.
+again by a chained hash over them, its block hash. Only rows of packed steps are hashed: their positions are the
+default ones and token ids are all that the model is given.
 """
 
 import functools
@@ -12,28 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_paged.memory.block_pool import BlockPool
+from hf_paged.memory.kv_pool import PrefixCounts
 from hf_paged.scheduling.request import Request
-
-
-@dataclass
-class PrefixCounts:
-    """What the prefix cache of a pool did so far.
-
-    Attributes
-    ----------
-    lookups : int
-        Rows that were looked up when they started to run, preempted ones again.
-    hit_tokens : int
-        Tokens of these rows that were found, and not computed.
-    """
-
-    lookups: int = 0
-    hit_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Hit:
-    """The longest beginning of a row that every attention group has.
+    """The longest beginning of a row that every KV cache group has.
 
     Attributes
     ----------
@@ -48,12 +33,12 @@ class Hit:
 
 
 class _Entry:
-    """A full block of tokens, and where each attention group has it (None: nowhere)."""
+    """A full block of tokens, and where each KV cache group has it (None: nowhere)."""
 
-    __slots__ = ("digest", "tokens", "blocks")
+    __slots__ = ("block_hash", "tokens", "blocks")
 
-    def __init__(self, digest: bytes, tokens: bytes, num_groups: int):
-        self.digest, self.tokens = digest, tokens
+    def __init__(self, block_hash: bytes, tokens: bytes, num_groups: int):
+        self.block_hash, self.tokens = block_hash, tokens
         self.blocks: list[int | None] = [None] * num_groups
 
 
@@ -66,19 +51,16 @@ class PrefixCache:
     Parameters
     ----------
     pools : sequence of BlockPool
-        One an attention group, in the order of a request's tables; all of one block size.
+        One per KV cache group, in the order of a request's tables; all of one block size.
     windows : sequence of int or None
         The sliding window of each group.
-
-    Attributes
-    ----------
-    counts : PrefixCounts
-        Counted up here.
+    counts : PrefixCounts or None
+        Counted up here, and read by the owner; None: new ones.
     """
 
-    def __init__(self, pools: Sequence[BlockPool], windows: Sequence[int | None]):
+    def __init__(self, pools: Sequence[BlockPool], windows: Sequence[int | None], counts: PrefixCounts | None = None):
         self.block_size = pools[0].block_size
-        self.counts = PrefixCounts()
+        self.counts = PrefixCounts() if counts is None else counts
         self._pools, self._windows = list(pools), list(windows)
         self._identity: bytes | None = b""  # None: suspended.
         self._drops = 0
@@ -115,20 +97,22 @@ class PrefixCache:
 
         The row's last token is never part of it: its logits are wanted.
         """
-        best, entries, runs = 0, [], [0] * len(self._pools)
+        best, runs = 0, [0] * len(self._pools)  # For each group: blocks in a row that are there, up to here.
+        found: list[list[int | None]] = [[] for _ in self._pools]
         self._anchor(request)
         for index in range(self._num_findable(request)):
             entry = self._find(request, index)
-            entries.append(entry)
-            for number in range(len(runs)):
-                runs[number] = 0 if entry is None or entry.blocks[number] is None else runs[number] + 1
-            enough = [run >= self._num_seen(number, len(entries)) for number, run in enumerate(runs)]
+            for number, blocks in enumerate(found):
+                block = None if entry is None else entry.blocks[number]
+                blocks.append(block)
+                runs[number] = 0 if block is None else runs[number] + 1
+            enough = [run >= self._num_seen(number, index + 1) for number, run in enumerate(runs)]
             if all(enough):
-                best = len(entries)
+                best = index + 1
             elif not all(is_enough or window for is_enough, window in zip(enough, self._windows)):
                 break  # Full attention misses a block: it sees that of every longer beginning, too.
-        parts = [entries[best - self._num_seen(number, best) : best] for number in range(len(runs))]
-        return Hit(best, [[entry.blocks[number] for entry in part] for number, part in enumerate(parts)])
+        seen = [blocks[best - self._num_seen(number, best) : best] for number, blocks in enumerate(found)]
+        return Hit(best, [[block for block in blocks if block is not None] for blocks in seen])
 
     def take(self, request: Request, hit: Hit) -> None:
         """Give a row that has no blocks what `match` found; it owns them, too."""
@@ -142,30 +126,28 @@ class PrefixCache:
         self.counts.lookups += 1
         self.counts.hit_tokens += num_tokens
 
-    def next_digest(self, request: Request, hit: Hit) -> bytes | None:
-        """What the first block that `match` did not find would be stored under; None if it is never looked up."""
+    def first_missing_hash(self, request: Request, hit: Hit) -> bytes | None:
+        """The block hash of the first block that `match` did not find; None if that block is never looked up."""
         if hit.num_blocks == self._num_findable(request):
             return None
         self._extend(request, hit.num_blocks + 1)
-        return request.chain[hit.num_blocks + 1]
+        return request.block_hashes[hit.num_blocks + 1]
 
-    def digests(self, request: Request, start: int, end: int) -> list[bytes]:
-        """What the blocks that tokens ``start .. end - 1`` complete will be stored under."""
+    def completed_hashes(self, request: Request, start: int, end: int) -> list[bytes]:
+        """Block hashes of the blocks that tokens ``start .. end - 1`` complete; none for a row that is not stored."""
         first, last = start // self.block_size, end // self.block_size
-        if first == last or request.salt is None or self._identity is None:
-            return []
-        if request.chain[:1] != [self._root(request.salt)]:
+        if first == last or not self._is_anchored(request):
             return []
         self._extend(request, last)
-        return request.chain[first + 1 : last + 1]
+        return request.block_hashes[first + 1 : last + 1]
 
     def store(self, request: Request, start: int, end: int) -> None:
         """Note that the blocks of tokens ``start .. end - 1`` of a running row are written."""
         first = start // self.block_size
-        for index, digest in enumerate(self.digests(request, start, end), first):
-            if digest not in self._entries:
-                self._entries[digest] = _Entry(digest, self._tokens(request, index), len(self._pools))
-            entry = self._entries[digest]
+        for index, block_hash in enumerate(self.completed_hashes(request, start, end), first):
+            if block_hash not in self._entries:
+                self._entries[block_hash] = _Entry(block_hash, self._tokens(request, index), len(self._pools))
+            entry = self._entries[block_hash]
             for number, (pool, table) in enumerate(zip(self._pools, request.tables)):
                 if entry.blocks[number] is None:  # Else another row has stored the same; this row keeps its own.
                     block = table.blocks[index - table.base // self.block_size]
@@ -192,11 +174,11 @@ class PrefixCache:
         entry = self._entry_of[number].pop(block)
         entry.blocks[number] = None
         if all(other is None for other in entry.blocks):
-            del self._entries[entry.digest]
+            del self._entries[entry.block_hash]
 
     def _find(self, request: Request, index: int) -> _Entry | None:
         self._extend(request, index + 1)
-        entry = self._entries.get(request.chain[index + 1])
+        entry = self._entries.get(request.block_hashes[index + 1])
         return entry if entry is not None and entry.tokens == self._tokens(request, index) else None
 
     def _num_findable(self, request: Request) -> int:
@@ -205,7 +187,7 @@ class PrefixCache:
         return (len(request.tokens) - 1) // self.block_size
 
     def _num_seen(self, number: int, num_blocks: int) -> int:
-        """How many of the first `num_blocks` blocks of a row the next token sees in group `number`."""
+        """Blocks, of the first `num_blocks` of a row, that the next token sees in group `number`."""
         window = self._windows[number]
         if window is None:
             return num_blocks
@@ -215,17 +197,25 @@ class PrefixCache:
         return array("q", request.tokens[index * self.block_size : (index + 1) * self.block_size]).tobytes()
 
     def _root(self, salt: str) -> bytes:
-        """What the first block of a row is chained to."""
+        """The hash to which that of a row's first block is chained."""
+        assert self._identity is not None, "suspended: nothing is hashed"
         parts = salt.encode(), self._identity, str(self._drops).encode()
         # Each with its length, so that no two lists of parts are hashed as the same bytes.
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "big") + part for part in parts)).digest()
 
+    def _is_anchored(self, request: Request) -> bool:
+        """Tell whether the row's blocks are stored under its block hashes: not if the model changed meanwhile."""
+        if request.salt is None or self._identity is None:
+            return False
+        return request.block_hashes[:1] == [self._root(request.salt)]
+
     def _anchor(self, request: Request) -> None:
-        """Begin the row's chain anew if its blocks would be stored under another root by now."""
-        if request.salt is not None and self._identity is not None and request.chain[:1] != [self._root(request.salt)]:
-            request.chain = [self._root(request.salt)]
+        """Begin the row's block hashes anew if its blocks would be stored under another root by now."""
+        if request.salt is not None and self._identity is not None and not self._is_anchored(request):
+            request.block_hashes = [self._root(request.salt)]
 
     def _extend(self, request: Request, num_blocks: int) -> None:
-        """Hash the row's first `num_blocks` blocks, as far as they are not: `chain[i + 1]` is that of block i."""
-        for index in range(len(request.chain) - 1, num_blocks):
-            request.chain.append(hashlib.sha256(request.chain[-1] + self._tokens(request, index)).digest())
+        """Hash the row's first `num_blocks` blocks, as far as they are not: that of block i is ``[i + 1]``."""
+        hashes = request.block_hashes
+        for index in range(len(hashes) - 1, num_blocks):
+            hashes.append(hashlib.sha256(hashes[-1] + self._tokens(request, index)).digest())

@@ -6,10 +6,10 @@ from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable
 
 
-class State(enum.Enum):
+class RequestState(enum.Enum):
     """Where a row is on its way."""
 
-    NEW = enum.auto()  # In no queue: not added, or a follower whose prompt is not stored yet.
+    NEW = enum.auto()  # In no queue: not added, or a duplicate whose prompt is not stored yet.
     WAITING = enum.auto()  # Has no blocks.
     RUNNING = enum.auto()
     OUT = enum.auto()  # Finished, failed or taken out, for good.
@@ -25,7 +25,7 @@ class Request:
     tokens : list of int
         The prompt, without pads.
     pools : list of BlockPool
-        One an attention group, in the scheduler's order.
+        One per KV cache group, in the scheduler's order.
 
     Attributes
     ----------
@@ -35,32 +35,43 @@ class Request:
         Tokens at the front whose keys and values lie in blocks.
     num_sampled : int
         Length of `tokens` when a next one was last sampled from its logits.
-    state : State
-    followers : list of Request
+    state : RequestState
+    tables : list of BlockTable
+        One per pool.
+    duplicates : list of Request
         Rows with the same prompt: they wait for this one's prefill and fork its tables. If this one is taken
         out before, so are they.
     salt : str or None
-        Separates whom the row belongs to in the prefix cache. None: its blocks depend on more than its tokens, so
-        they are neither looked up nor stored there.
-    chain : list of bytes
-        What the prefix cache has hashed of `tokens` so far.
+        Separates the prefix cache of the row's owner from others'. None: its blocks depend on more than its tokens,
+        so they are neither looked up nor stored there.
+    block_hashes : list of bytes
+        What the prefix cache has hashed of `tokens` so far: the root of its salt, then one per full block.
     order : int
         Place in the queue, given once: first come, first served, preempted or not.
+    num_preemptions : int
     """
 
     __slots__ = (
-        *("tokens", "num_stored", "num_sampled", "state", "tables", "followers", "salt", "chain", "order"),
+        "block_hashes",
+        "duplicates",
         "num_preemptions",
+        "num_sampled",
+        "num_stored",
+        "order",
+        "salt",
+        "state",
+        "tables",
+        "tokens",
     )
 
     def __init__(self, tokens: list[int], pools: list[BlockPool]):
         self.tokens = tokens
         self.num_stored = self.num_sampled = 0
-        self.state = State.NEW
+        self.state = RequestState.NEW
         self.tables = [BlockTable(pool) for pool in pools]
-        self.followers: list[Request] = []
+        self.duplicates: list[Request] = []
         self.salt: str | None = None
-        self.chain: list[bytes] = []
+        self.block_hashes: list[bytes] = []
         self.order = -1
         self.num_preemptions = 0
 
@@ -71,7 +82,7 @@ class Request:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether the next token is being sampled: until it is there the row runs nothing."""
+        """Tell whether the next token is being sampled: until it is there the row runs nothing."""
         return self.num_sampled == len(self.tokens)
 
     def release(self) -> None:

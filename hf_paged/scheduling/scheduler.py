@@ -8,23 +8,38 @@ that starts takes what the prefix cache has of it, and runs the rest.
 import bisect
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable, make_writable
+from hf_paged.memory.kv_pool import PrefixCounts
+from hf_paged.memory.sizing import row_blocks
 from hf_paged.scheduling.prefix_cache import Hit, PrefixCache
-from hf_paged.scheduling.request import Request, State
+from hf_paged.scheduling.request import Request, RequestState
+
+_GroupCopy = tuple[int, tuple[int, int]]  # Number of a group, and (source, destination) in it.
 
 
-class Group(Protocol):
-    """What the scheduler knows of an attention group."""
+class CacheGroup(Protocol):
+    """The part of a `KVCacheGroup` that the scheduler uses."""
 
     blocks: BlockPool
-    window: int | None
-    allocate: Callable[[int], list[int]]  # Beyond the budget, with a warning, if need be.
+
+    @property
+    def window(self) -> int | None:
+        """Sliding window in tokens; None: full attention."""
+
+    def allocate_or_grow(self, num_blocks: int) -> list[int]:
+        """Take blocks, past the budget if it does not hold them.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the memory of the device cannot hold them. Nothing is changed.
+        """
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the row's next token will be sampled from the last of these."""
+        """Tell whether the row's next token will be sampled from the last of these."""
         return self.end == len(self.request.tokens)
 
 
@@ -51,7 +66,7 @@ class SchedulerOutput:
         In order of arrival.
     copies : list of list of (source, destination)
         For each group the blocks to copy before anything is written (copy-on-write). The scheduler holds the
-        sources until the step is done or aborted.
+        sources until the step is committed or aborted.
     failed : list of (Request, OutOfBlocksError)
         Rows that the whole pool cannot hold; they are out.
     """
@@ -68,10 +83,12 @@ class Scheduler:
 
     Parameters
     ----------
-    groups : sequence of Group
-        The model's attention groups.
+    groups : sequence of CacheGroup
+        The model's KV cache groups.
     token_budget : int
         Tokens that one step may run.
+    prefix_counts : PrefixCounts or None
+        Counted up by the prefix cache; None: new ones.
 
     Attributes
     ----------
@@ -79,72 +96,80 @@ class Scheduler:
         Of the groups' pools.
     """
 
-    def __init__(self, groups: Sequence[Group], token_budget: int):
+    def __init__(self, groups: Sequence[CacheGroup], token_budget: int, prefix_counts: PrefixCounts | None = None):
         self.groups, self.token_budget = groups, token_budget
-        self.prefix = PrefixCache([group.blocks for group in groups], [group.window for group in groups])
+        pools, windows = [group.blocks for group in groups], [group.window for group in groups]
+        self.prefix = PrefixCache(pools, windows, prefix_counts)
         self.waiting: list[Request] = []  # Both in order of arrival.
         self.running: list[Request] = []
         self.held: list[list[int]] = [[] for _ in groups]  # Sources of the copies of the step under way.
         self.num_preemptions = 0
-        self.is_closed = False  # Whether rows that wait stay out while others run: a rectangular call is to come in.
-        self.keeps_budget = False  # Whether a row alone waits, too: blocks of others will be free soon.
-        self._queues = {State.WAITING: self.waiting, State.RUNNING: self.running}
+        self._queues = {RequestState.WAITING: self.waiting, RequestState.RUNNING: self.running}
         self._arrivals = itertools.count()
 
     def add(self, request: Request) -> None:
-        """Queue a new row. Its followers arrive with it, whenever they start."""
-        for row in (request, *request.followers):
+        """Queue a new row. Its duplicates arrive with it, whenever they start."""
+        for row in (request, *request.duplicates):
             row.order = next(self._arrivals)
-        self._move(request, State.WAITING)
+        self._move(request, RequestState.WAITING)
 
-    def follow(self, request: Request) -> None:
-        """Let the followers of a row whose prompt is stored run: over the same blocks, until they diverge."""
-        for follower in request.followers:
-            if follower.state is State.OUT:
+    def start_duplicates(self, request: Request) -> None:
+        """Let the duplicates of a row whose prompt is stored run: over the same blocks, until they diverge."""
+        for duplicate in request.duplicates:
+            if duplicate.state is RequestState.OUT:
                 continue
-            follower.tables = [table.fork() for table in request.tables]
-            follower.num_stored, follower.num_sampled = request.num_stored, request.num_sampled
-            follower.chain = list(request.chain)
-            self._move(follower, State.RUNNING)
-        request.followers = []
+            duplicate.tables = [table.fork() for table in request.tables]
+            duplicate.num_stored, duplicate.num_sampled = request.num_stored, request.num_sampled
+            duplicate.block_hashes = list(request.block_hashes)
+            self._move(duplicate, RequestState.RUNNING)
+        request.duplicates = []
 
     def remove(self, request: Request) -> None:
-        """Take a row out, finished or not, with the followers that never ran; its blocks are free at once."""
-        for row in (request, *request.followers):
-            self._move(row, State.OUT)
+        """Take a row out, finished or not, with the duplicates that never ran; its blocks are free at once."""
+        for row in (request, *request.duplicates):
+            self._move(row, RequestState.OUT)
             row.release()
 
-    def schedule(self) -> SchedulerOutput:
+    def schedule(self, admits_waiting: bool = True, may_exceed_budget: bool = True) -> SchedulerOutput:
         """Choose the next step and make room for it. Rows that are being sampled sit it out.
 
-        The step before is done or aborted. After an error no row has any blocks: all run their tokens again.
+        The step before is committed or aborted. After an error no row has any blocks: all run their tokens again.
+
+        Parameters
+        ----------
+        admits_waiting : bool
+            Let waiting rows start beside running ones. False while a call waits until all blocks that it will need
+            are free. Where no row runs, waiting ones start all the same.
+        may_exceed_budget : bool
+            Let a row that is alone, and has too few blocks, grow the pool. False while others will free blocks soon:
+            it waits for them.
         """
         try:
-            return self._schedule()
+            return self._schedule(admits_waiting, may_exceed_budget)
         except BaseException:
-            # Rows may own blocks whose copies were never told to anyone.
+            # Rows may own blocks whose copies are in no step.
             for request in reversed(self.running[:]):
                 self._preempt(request)
             self._let_go()
             raise
 
-    def _schedule(self) -> SchedulerOutput:
+    def _schedule(self, admits_waiting: bool, may_exceed_budget: bool) -> SchedulerOutput:
         step = SchedulerOutput([], [[] for _ in self.groups], [])
         left, preemptions = self.token_budget, self.num_preemptions
         for request in list(self.running):
             if left == 0:
                 break
-            if request.state is State.RUNNING and not request.is_sampling:
-                left -= self._run(request, left, step)
+            if request.state is RequestState.RUNNING and not request.is_sampling:
+                left -= self._run(request, left, step, may_exceed_budget)
         # What a preempted row gave up is not for those that wait: it was needed just now.
-        is_closed = self.is_closed and self.running
-        if self.waiting and left and self.num_preemptions == preemptions and not is_closed:
-            self._admit(left, step)
+        has_preempted = self.num_preemptions > preemptions
+        if self.waiting and left and not has_preempted and (admits_waiting or not self.running):
+            self._admit(left, step, may_exceed_budget)
         if not step.chunks:
             self._let_go()
         return step
 
-    def done(self, step: SchedulerOutput) -> None:
+    def commit(self, step: SchedulerOutput) -> None:
         """Note that a step has run: its tokens are stored, and next tokens are being sampled.
 
         Parameters
@@ -167,7 +192,7 @@ class Scheduler:
         missing = [{destination for _, destination in copies} for copies in step.copies]
         for chunk in step.chunks:
             is_short = any(not copied.isdisjoint(t.blocks) for copied, t in zip(missing, chunk.request.tables))
-            if is_short and chunk.request.state is State.RUNNING:
+            if is_short and chunk.request.state is RequestState.RUNNING:
                 self._preempt(chunk.request)
         self._let_go()
 
@@ -177,7 +202,7 @@ class Scheduler:
             while held:
                 group.blocks.let_go(held.pop())
 
-    def _move(self, request: Request, state: State) -> None:
+    def _move(self, request: Request, state: RequestState) -> None:
         """Take a row from the queue it is in to its place in that of `state`."""
         queue = self._queues.get(request.state)
         if queue is not None:
@@ -186,12 +211,13 @@ class Scheduler:
         if state in self._queues:
             bisect.insort(self._queues[state], request, key=_order)
 
-    def _run(self, request: Request, left: int, step: SchedulerOutput) -> int:
-        """Add a running row to the step, `left` tokens at most; how many: 0 if the row itself must yield."""
-        count, copies = self._chunk_length(request, left), []
+    def _run(self, request: Request, left: int, step: SchedulerOutput, may_exceed_budget: bool) -> int:
+        """Add `left` tokens of a running row to the step at most; returns how many, 0 if the row itself must yield."""
+        count = self._chunk_length(request, left)
+        copies: list[_GroupCopy] = []
         while self._make_room(request, count, copies) is not None:
-            self._yield_blocks(request, count, copies, step)
-            if request.state is not State.RUNNING:
+            self._yield_blocks(request, count, copies, step, may_exceed_budget)
+            if request.state is not RequestState.RUNNING:
                 for index, (source, _) in copies:
                     self.held[index].remove(source)
                     self.groups[index].blocks.let_go(source)
@@ -202,7 +228,7 @@ class Scheduler:
         return count
 
     def _chunk_length(self, request: Request, left: int) -> int:
-        """Tokens of the row's next chunk: fewer than `left` if a window group could not hold as many, even alone."""
+        """Tokens of the row's next chunk: fewer than `left` where a windowed group could not hold as many."""
         start, count = request.num_stored, min(request.num_pending, left)
         for group in self.groups:
             if group.window is not None and count > 1:
@@ -211,16 +237,16 @@ class Scheduler:
                 count = min(count, (first + pool.total_blocks) * pool.block_size - start)
         return max(count, 1)
 
-    def _admit(self, left: int, step: SchedulerOutput) -> None:
+    def _admit(self, left: int, step: SchedulerOutput, may_exceed_budget: bool) -> None:
         """Start waiting rows, the first that came first, until one does not fit beside those that run.
 
         A row whose next block is computed in this very step, for another row, starts in the next one and finds it;
-        nobody gets the blocks that it will need.
+        the blocks that it will need are kept for it.
         """
         spare = [self._spare(index) for index in range(len(self.groups))]
         underway: set[bytes] = set()
         for chunk in step.chunks:
-            underway.update(self.prefix.digests(chunk.request, chunk.start, chunk.end))
+            underway.update(self.prefix.completed_hashes(chunk.request, chunk.start, chunk.end))
         for request in list(self.waiting):
             if left == 0:
                 break
@@ -232,16 +258,16 @@ class Scheduler:
                 continue
             hit = self.prefix.match(request)
             blocks = [self._wanted(request, index, hit) for index in range(len(self.groups))]
-            if (self.running or self.keeps_budget) and any(map(operator.gt, blocks, spare)):
+            if (self.running or not may_exceed_budget) and any(map(operator.gt, blocks, spare)):
                 break
             spare = list(map(operator.sub, spare, blocks))
-            if self.prefix.next_digest(request, hit) in underway:
+            if self.prefix.first_missing_hash(request, hit) in underway:
                 continue
             self.prefix.take(request, hit)
-            self._move(request, State.RUNNING)
-            count = self._run(request, left, step)
+            self._move(request, RequestState.RUNNING)
+            count = self._run(request, left, step, may_exceed_budget)
             left -= count
-            underway.update(self.prefix.digests(request, request.num_stored, request.num_stored + count))
+            underway.update(self.prefix.completed_hashes(request, request.num_stored, request.num_stored + count))
         step.chunks.sort(key=lambda chunk: chunk.request.order)
 
     def _wanted(self, request: Request, index: int, hit: Hit) -> int:
@@ -251,14 +277,16 @@ class Scheduler:
         """
         group, ahead = self.groups[index], bool(self.running)
         num_blocks = self._blocks(request, index, ahead, stored=hit.num_blocks * group.blocks.block_size)
-        if group.window is not None:  # What it shares there it gives up soon, and nobody gets it.
+        if group.window is not None:  # What it shares there it gives up soon, and that frees no block.
             return num_blocks
         return num_blocks - sum(group.blocks.ref_count(block) > 0 for block in hit.blocks[index])
 
-    def _make_room(self, request: Request, count: int, copies: list, beyond: bool = False) -> OutOfBlocksError | None:
-        """Blocks for the row's next `count` tokens in every group; the error of the first that has too few.
+    def _make_room(
+        self, request: Request, count: int, copies: list[_GroupCopy], may_grow: bool = False
+    ) -> OutOfBlocksError | None:
+        """Take blocks for the row's next `count` tokens in every group; returns the error of the first with too few.
 
-        What groups before that one gave stays with the row. `copies` gets (group, (source, destination)).
+        What groups before that one gave stays with the row. Appends to `copies`.
         """
         start, end = request.num_stored, request.num_stored + count
         for index, (group, table) in enumerate(zip(self.groups, request.tables)):
@@ -268,7 +296,7 @@ class Scheduler:
                 table.num_tokens = end
                 continue
             try:
-                allocate = group.allocate if beyond else group.blocks.allocate
+                allocate = group.allocate_or_grow if may_grow else group.blocks.allocate
                 pairs = make_writable([table], [(start, end)], allocate)
             except OutOfBlocksError:
                 return self._error(request, index)
@@ -279,20 +307,27 @@ class Scheduler:
                 copies.append((index, (source, destination)))
         return None
 
-    def _yield_blocks(self, request: Request, count: int, copies: list, step: SchedulerOutput) -> None:
+    def _yield_blocks(
+        self,
+        request: Request,
+        count: int,
+        copies: list[_GroupCopy],
+        step: SchedulerOutput,
+        may_exceed_budget: bool,
+    ) -> None:
         """Free blocks for `request`: preempt the row that came last, or let a row alone go past the budget."""
         # Alone, and still no room: caches outside the scheduler hold the blocks, or the pool is too small.
         error = self._shortage(request) if len(self.running) == 1 else None
-        if error is None and (len(self.running) > 1 or self.keeps_budget):
+        if error is None and (len(self.running) > 1 or not may_exceed_budget):
             self._withdraw(self.running[-1], step)
             self._preempt(self.running[-1])
             return
-        error = error or self._make_room(request, count, copies, beyond=True)
+        error = error or self._make_room(request, count, copies, may_grow=True)
         if error is not None:
             self._fail(request, error, step)
 
     def _withdraw(self, request: Request, step: SchedulerOutput) -> None:
-        """Take a row's chunk out of the step that is being planned: one that waited may run beside later ones."""
+        """Take a row's chunk out of the step that is being chosen: one that waited may run beside later ones."""
         if all(chunk.request is not request for chunk in step.chunks):
             return
         step.chunks[:] = [chunk for chunk in step.chunks if chunk.request is not request]
@@ -301,7 +336,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Free a running row's blocks and queue it where it was; it runs all its tokens again."""
-        self._move(request, State.WAITING)
+        self._move(request, RequestState.WAITING)
         request.release()
         request.num_preemptions += 1
         self.num_preemptions += 1
@@ -326,12 +361,10 @@ class Scheduler:
         group, pool = self.groups[index], self.groups[index].blocks
         tokens = len(request.tokens) + ahead
         if group.window is None:
-            return -(-tokens // pool.block_size)
-        # Before a chunk lies the window of its first token, which may begin at a block's last slot.
-        before = group.window - 1 + pool.block_size - 1
+            return row_blocks(tokens, pool.block_size, None)
         chunk = min(max(request.num_pending - stored, 1), self.token_budget)
-        least, most = (-(-min(tokens, before + count) // pool.block_size) for count in (1, chunk))
-        return max(least, min(most, pool.total_blocks))
+        least, most = (row_blocks(tokens, pool.block_size, group.window, count) for count in (1, chunk))
+        return max(least, min(most, pool.total_blocks))  # Where blocks are few, its chunks are shorter.
 
     def _error(self, request: Request, index: int) -> OutOfBlocksError:
         pool = self.groups[index].blocks
@@ -350,7 +383,7 @@ def _order(request: Request) -> int:
 
 
 def _is_private(table: BlockTable, start: int, end: int) -> bool:
-    """Whether the row alone owns blocks for these tokens already, as for most tokens of a decode."""
+    """Tell whether the row alone owns blocks for these tokens already, as for most tokens of a decode."""
     size = table.pool.block_size
     first, last = (start - table.base) // size, (end - 1 - table.base) // size
     blocks, pool = table.blocks, table.pool

@@ -1,1 +1,1 @@
-"""What joins hf_paged to other libraries."""
+"""hf_paged in other libraries: the hooks in transformers, pipelines, servers."""

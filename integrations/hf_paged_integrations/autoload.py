@@ -1,4 +1,4 @@
-"""Whether ``attn_implementation="paged"`` works here without ``import hf_paged``, and why not."""
+"""Zero-code activation, looked at from inside: the switches and the entry point that `hf_paged_autoload` needs."""
 
 import os
 from importlib.metadata import entry_points
@@ -11,7 +11,10 @@ SWITCH, TORCH_SWITCH = "HF_PAGED_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def why_off() -> str | None:
-    """What keeps `hf_paged_autoload` from being called at ``import torch``; None if nothing does."""
+    """Say what keeps ``import torch`` from calling `hf_paged_autoload`; None if nothing does.
+
+    Where nothing does, ``attn_implementation="paged"`` works without ``import hf_paged``.
+    """
     if not is_on(SWITCH):
         return f"{SWITCH}={os.environ[SWITCH]} is set"
     if os.environ.get(TORCH_SWITCH, "1") != "1":

@@ -1,74 +1,24 @@
-"""The op layer: what every kernel computes, on whatever backend. Imports nothing of hf_paged's own.
+"""The op layer: what every kernel computes, on whatever backend. Imports nothing of hf_paged.
 
 Blocks are named by id. A slot is ``block * block_size + offset``. The ops own nothing: the caller owns
 the blocks and guarantees that those written belong to one row only.
 
-Each function is a custom op of its name in ``torch.ops.hf_paged``. On the CPU the C++ kernels register
-themselves for these ops when they are first used, on GPUs (CUDA and HIP) Triton kernels are launched; what these
-do not serve, and every other device, runs in torch, which is the op ``<name>_torch``.
+Each function is a custom op of its name in ``torch.ops.hf_paged``, and `backends` says what serves a call of it.
 """
 
 import torch
 
-from hf_paged_kernels import torch_sdpa
+from hf_paged_kernels import backends, torch_sdpa
+from hf_paged_kernels.backends import Backend
 from hf_paged_kernels.cpu import loader
 from hf_paged_kernels.triton import dispatch
 
-_ROWS = "Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q"
-_OPTIONS = "float scale, int? window=None, float? softcap=None, Tensor? sinks=None"
-_WRITE = "Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping"
-_SCHEMAS = {
-    "write_kv": f"({_WRITE}) -> ()",
-    "copy_blocks": "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source, Tensor destination) -> ()",
-    "paged_attention": f"(Tensor query, Tensor key_cache, Tensor value_cache, {_ROWS}, {_OPTIONS}) -> Tensor",
-    "write_and_attend": f"(Tensor query, {_WRITE}, {_ROWS}, {_OPTIONS}) -> Tensor",
-}
-_library = torch.library.Library("hf_paged", "DEF")
-
-
-def _define(name: str, schema: str) -> None:
-    """Define an op and its twin in torch, which serves what no kernel does."""
-    in_torch = getattr(torch_sdpa, name)
-    for op, kernel in ((name, _first_call(name, in_torch)), (f"{name}_torch", in_torch)):
-        _library.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(op, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"hf_paged::{op}", _FAKES[name])
-
-
-def _first_call(name: str, in_torch):
-    """The op before the C++ kernels are registered for it, and wherever they are not."""
-
-    def call(*arguments):
-        # Arguments of all ops begin with tensors of the device in question.
-        device = arguments[0].device.type
-        if device == "cpu" and loader.load():
-            return getattr(torch.ops.hf_paged, name).default(*arguments)
-        kernel = dispatch.find(name, arguments) if device == "cuda" else None
-        return (kernel or in_torch)(*arguments)
-
-    return call
-
-
-def _no_output(*arguments) -> None:
-    return None
-
-
-def _attention_output(query, key_cache, value_cache, *arguments) -> torch.Tensor:
-    return query.new_empty(*query.shape[:2], value_cache.shape[3])
-
-
-def _write_and_attend_output(query, key, value, *arguments) -> torch.Tensor:
-    return query.new_empty(*query.shape[:2], value.shape[2])
-
-
-_FAKES = {
-    "write_kv": _no_output,
-    "copy_blocks": _no_output,
-    "paged_attention": _attention_output,
-    "write_and_attend": _write_and_attend_output,
-}
-for _name, _schema in _SCHEMAS.items():
-    _define(_name, _schema)
+for _backend in (
+    Backend("cpp", "cpu", loader.find, priority=10, state=loader.state),
+    Backend("triton", "cuda", dispatch.find, priority=10, state=dispatch.state),
+    Backend("torch", None, torch_sdpa.find, priority=0),
+):
+    backends.register(_backend)
 _write_kv = torch.ops.hf_paged.write_kv.default
 _copy_blocks = torch.ops.hf_paged.copy_blocks.default
 _paged_attention = torch.ops.hf_paged.paged_attention.default

@@ -1,4 +1,4 @@
-"""What pages cannot serve goes dense and stays right; what nobody knows is refused."""
+"""Calls that pages cannot serve go dense and stay right; arguments that are not known are refused."""
 
 import gc
 import inspect
@@ -69,7 +69,7 @@ def test_training_mode_with_dropout_runs_on_a_cache():
     with torch.no_grad():
         model(zoo.prompts([8])["input_ids"], past_key_values=cache)
         model(torch.tensor([[5]]), past_key_values=cache)
-    assert "attention dropout" in hf_paged.stats(model).gathers
+    assert "attention dropout is on" in hf_paged.stats(model).gathers
     del cache
 
 
@@ -106,19 +106,19 @@ def test_custom_4d_masks(name):
         logits.append(torch.cat(rows, 1))
         del cache
     assert_close(*logits)
-    assert "a custom attention mask" in hf_paged.stats(models[1]).gathers
+    assert "the attention mask is a custom one" in hf_paged.stats(models[1]).gathers
 
 
 def test_a_mask_with_a_custom_overlay_is_not_taken_for_causal(monkeypatch):
     """A model that adds its own mask function (image tokens that see each other) gathers."""
     from transformers.models.llama import modeling_llama
 
-    def see_twins(batch, head, q, kv):
+    def see_pairs(batch, head, q, kv):
         return q // 2 == kv // 2
 
     original = modeling_llama.create_causal_mask
     monkeypatch.setattr(
-        modeling_llama, "create_causal_mask", lambda **kwargs: original(**kwargs, or_mask_function=see_twins)
+        modeling_llama, "create_causal_mask", lambda **kwargs: original(**kwargs, or_mask_function=see_pairs)
     )
     models = zoo.pair("llama")
     hf_paged.release(models[1])
@@ -167,7 +167,7 @@ def test_writing_into_returned_keys_is_refused():
     cache = DynamicCache(config=paged.config)
     with torch.no_grad():
         paged(zoo.prompts([9])["input_ids"], past_key_values=cache)
-        forward_context._thread.calls.append(
+        forward_context._thread.forwards.append(
             forward_context.Forward(paged.model, forward_context.Inputs((), {}), sys._getframe())
         )
         try:
@@ -176,7 +176,7 @@ def test_writing_into_returned_keys_is_refused():
             with pytest.raises(RuntimeError, match="in place"):
                 keys.mul_(2)
         finally:
-            forward_context._thread.calls.clear()
+            forward_context._thread.forwards.clear()
     del cache, keys, values
 
 
@@ -232,7 +232,7 @@ def test_everything_else_is_not():
         assert causal_pattern(function) is None
 
 
-def test_hand_over_is_cleared_when_a_forward_fails(monkeypatch):
+def test_the_request_for_a_mask_is_cleared_when_a_forward_fails():
     dense, paged = zoo.pair("llama")
     cache = DynamicCache(config=paged.config)
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_hand_over_is_cleared_when_a_forward_fails(monkeypatch):
         assert forward_context._thread.mask_request is not None
         with pytest.raises(IndexError):
             paged(torch.tensor([[10**6]]), past_key_values=cache)
-    assert forward_context._thread.mask_request is None and not forward_context._thread.calls
+    assert forward_context._thread.mask_request is None and not forward_context._thread.forwards
     del cache
 
 
@@ -256,7 +256,7 @@ def test_layers_that_failed_halfway_do_not_poison_the_next_call():
     with pytest.raises(KeyError, match="halfway"):
         paged.generate(ids, max_new_tokens=4)
     hook.remove()
-    assert not forward_context._thread.calls
+    assert not forward_context._thread.forwards
     assert torch.equal(dense.generate(ids, max_new_tokens=8), paged.generate(ids, max_new_tokens=8))
 
 

@@ -97,7 +97,7 @@ CALLS = {
 
 
 def outcome(call, model, mask: torch.Tensor):
-    """What a call gives, or the error it ends in."""
+    """The result of a call, or the kind and the text of its error."""
     torch.manual_seed(0)
     try:
         with torch.no_grad():
@@ -116,7 +116,7 @@ def test_read_as_dense_reads_it(name, call, mask):
         return
     assert isinstance(paged, torch.Tensor), paged
     if dense.dim() == 3 and mask.dim() == 2 and mask.shape[1] >= 9 and mask.shape[0] >= 2:
-        real = mask[:2, 9 - dense.shape[1] : 9].bool()  # Of pads the results are anybody's.
+        real = mask[:2, 9 - dense.shape[1] : 9].bool()  # At pads the results are of no account.
         dense, paged = dense[real], paged[real]
     torch.testing.assert_close(dense, paged, atol=2e-3, rtol=1e-3, equal_nan=True)
 
@@ -135,4 +135,4 @@ def test_masks_of_other_values_do_not():
     hf_paged.release(models[1])
     assert torch.equal(*(model.generate(IDS, attention_mask=CONTENTS["twos"], **FEW) for model in models))
     stats = hf_paged.stats(models[1])
-    assert stats.fallbacks == {"an attention mask with values other than 0 and 1": 1} and stats.page_reads
+    assert stats.fallbacks == {"the attention mask has values other than 0 and 1": 1} and stats.page_reads

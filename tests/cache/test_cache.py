@@ -1,4 +1,4 @@
-"""What lives inside transformers' DynamicCache: every method of its layers, against the dense ones."""
+"""Paged layers inside transformers' DynamicCache: every method of theirs, against the dense ones."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import hf_paged
-from hf_paged.cache.paged_layers import PagedLayer, PagedSlidingWindowLayer
+from hf_paged.cache.layers import PagedLayer
 from support import zoo
 from support.caches import as_arguments, assert_same_next, every_cache, prefill, step, used
 
@@ -19,7 +19,7 @@ def test_layers_are_upstreams_own_subclasses(models):
 
     cache = DynamicCache(config=models[1].config)
     assert type(cache) is DynamicCache and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
-    assert all(isinstance(layer, (PagedLayer, PagedSlidingWindowLayer)) for layer in cache.layers)
+    assert all(isinstance(layer, PagedLayer) for layer in cache.layers)
     assert all(
         type(layer) is DynamicLayer or layer.is_sliding for layer in DynamicCache(config=models[0].config).layers
     )
@@ -112,7 +112,7 @@ SELECTIONS = {
     "last": slice(-1, None),
     "every_second": slice(None, None, 2),
     "no_slice": slice(0, 0),
-    "nobody": torch.tensor([], dtype=torch.long),
+    "no_rows": torch.tensor([], dtype=torch.long),
     "mask": torch.tensor([True, False, True]),
     "empty_mask": torch.tensor([False] * 3),
     "mask_of_another_size": torch.tensor([True, False]),
@@ -189,12 +189,12 @@ def test_a_cache_that_was_cropped_whole_is_empty_and_goes_on(models, then):
 def test_deepcopy_is_independent(models):
     ids = zoo.prompts([10, 10])["input_ids"]
     caches = [prefill(model, ids) for model in models]
-    twins = [copy.deepcopy(cache) for cache in caches]
-    for model, twin in zip(models, twins):
-        step(model, twin, torch.full((2, 3), 5))
-        twin.reorder_cache(torch.tensor([1, 1]))
+    copies = [copy.deepcopy(cache) for cache in caches]
+    for model, other in zip(models, copies):
+        step(model, other, torch.full((2, 3), 5))
+        other.reorder_cache(torch.tensor([1, 1]))
     assert_same_next(models, caches, 2)
-    assert_same_next(models, twins, 2)
+    assert_same_next(models, copies, 2)
 
 
 @every_cache
@@ -210,12 +210,20 @@ def test_reset(models):
 
 
 @every_cache
-def test_pickled_caches_come_back_dense(models):
+@pytest.mark.parametrize("then", [None, "deepcopy", "pickle", "reset"])
+def test_pickled_caches_come_back_dense(models, then):
     ids = zoo.prompts([10, 10])["input_ids"]
-    caches = [prefill(model, ids) for model in models]
-    caches[1] = pickle.loads(pickle.dumps(caches[1]))
-    assert used(models[1]) == 0
+    caches = [pickle.loads(pickle.dumps(prefill(model, ids))) for model in models]
+    for index, cache in enumerate(caches):
+        if then == "deepcopy":
+            caches[index] = copy.deepcopy(cache)
+        elif then == "pickle":
+            caches[index] = pickle.loads(pickle.dumps(cache))
+        elif then == "reset":
+            cache.reset()
+            step(models[index], cache, zoo.prompts([6, 6])["input_ids"])
     assert_same_next(models, caches, 2)
+    assert used(models[1]) == 0 and all(layer.is_dense for layer in caches[1].layers)
 
 
 @every_cache

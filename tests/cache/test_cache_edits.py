@@ -63,8 +63,17 @@ def edit_both(layer):
 
 
 EDITS = [
-    *(add_to_last, scale, write_some, copy_over, zero, edit_a_view, edit_without_grad, edit_in_inference_mode),
-    *(edit_data, edit_in_numpy, edit_both),
+    add_to_last,
+    scale,
+    write_some,
+    copy_over,
+    zero,
+    edit_a_view,
+    edit_without_grad,
+    edit_in_inference_mode,
+    edit_data,
+    edit_in_numpy,
+    edit_both,
 ]
 every_edit = pytest.mark.parametrize("edit", EDITS, ids=[edit.__name__ for edit in EDITS])
 
@@ -177,11 +186,11 @@ def test_a_tensor_from_before_a_crop_is_the_caches_still(models, removed):
 @every_cache
 def test_an_edit_changes_one_of_the_caches_that_share_blocks(models):
     caches = filled(models)
-    twins = copy.deepcopy(caches)
+    copies = copy.deepcopy(caches)
     for cache in caches:
         for layer in cache.layers:
             add_to_last(layer)
-    assert_same_next(models, twins, 2)
+    assert_same_next(models, copies, 2)
     assert_same_next(models, caches, 2)
 
 

@@ -12,6 +12,7 @@ from support import zoo
 from support.caches import used
 
 SEEDS = 150
+OPERATIONS = "forward forward decode reorder keep_some repeat crop deepcopy read edit".split()
 
 
 class Life:
@@ -100,7 +101,7 @@ class Life:
         self.uncropped = 0
 
     def read(self):
-        """Everything a layer says of itself; pads hold what nobody may see."""
+        """Everything a layer says of itself. What it holds at pads is of no account."""
         for dense, paged in zip(*(cache.layers for cache in self.caches)):
             for method, arguments in (("get_seq_length", ()), ("get_mask_sizes", (3,)), ("get_max_length", ())):
                 assert getattr(dense, method)(*arguments) == getattr(paged, method)(*arguments)
@@ -130,13 +131,7 @@ def test_random_lives(decade):
         life = Life(seed)
         life.forward()
         for _ in range(life.random.randint(1, 8)):
-            operation = life.random.choice(
-                [
-                    *("forward", "forward", "decode", "reorder", "keep_some", "repeat", "crop", "deepcopy"),
-                    *("read", "edit"),
-                ]
-            )
-            getattr(life, operation)()
+            getattr(life, life.random.choice(OPERATIONS))()
         life.caches.clear()
         reads += hf_paged.stats(life.models[1]).page_reads
         assert used(life.models[1]) == 0

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 import hf_paged
-from hf_paged.cache.paged_layers import PagedLayer
+from hf_paged.cache.layers import PagedLayer
 from support import zoo
 from support.caches import as_arguments, assert_same_next, prefill, step, used
 
@@ -55,9 +55,9 @@ def test_two_models_of_one_config_have_two_pools():
 
 def test_a_copied_model_pages_on_its_own():
     model = zoo.build("llama", "paged")
-    twin = copy.deepcopy(model)
-    cache = prefill(twin, zoo.prompts([9])["input_ids"])
-    assert used(twin) > 0 and hf_paged.stats(model).total_blocks == 0
+    copied = copy.deepcopy(model)
+    cache = prefill(copied, zoo.prompts([9])["input_ids"])
+    assert used(copied) > 0 and hf_paged.stats(model).total_blocks == 0
     del cache
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hf_paged
+from hf_paged.cache.duplicate_rows import first_equal_rows, have_equal_states
 from support import zoo
 from support.caches import assert_same_next, every_cache, prefill, step, used
 
@@ -65,24 +66,20 @@ def test_equal_rows_are_stored_once():
 
 
 def test_rows_with_the_same_tokens_and_other_padding_are_told_apart():
-    from hf_paged.cache.duplicate_rows import same_rows
-
     ids = torch.ones(3, 4, dtype=torch.long)
     valid = torch.ones(3, 4, dtype=torch.bool)
-    assert same_rows(ids, None) == same_rows(ids, valid) == [0, 0, 0]
+    assert first_equal_rows(ids, None) == first_equal_rows(ids, valid) == [0, 0, 0]
     valid[1, 0] = False
-    assert same_rows(ids, valid) == [0, 1, 0]
-    assert same_rows(torch.arange(12).view(3, 4), None) is None
+    assert first_equal_rows(ids, valid) == [0, 1, 0]
+    assert first_equal_rows(torch.arange(12).view(3, 4), None) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_small_differences_part_rows_in_every_dtype(dtype):
-    from hf_paged.cache.duplicate_rows import agree
-
     states = torch.randn(1, 2, 6, 16).to(dtype).repeat(3, 1, 1, 1)
-    assert agree([0, 0, 0], states)
+    assert have_equal_states([0, 0, 0], states)
     states[2, 1, 3] *= 1.02
-    assert not agree([0, 0, 0], states) and agree([0, 0, 2], states)
+    assert not have_equal_states([0, 0, 0], states) and have_equal_states([0, 0, 2], states)
 
 
 @every_cache

@@ -1,4 +1,4 @@
-"""hf-paged doctor: says what is here, and is wrong about nothing that matters: whether "paged" works."""
+"""hf-paged doctor: it describes the machine, and is right on the point that counts: "paged" works here or not."""
 
 import dataclasses
 import os
@@ -15,10 +15,12 @@ import hf_paged
 from hf_paged import PagedConfig, self_check
 from hf_paged.cli import main
 from hf_paged.cli.doctor import machine, report
+from hf_paged.memory import sizing
 from hf_paged.models import forward_context
 from hf_paged_integrations import autoload
 from hf_paged_integrations.transformers import hooks
 from hf_paged_kernels import ops
+from support.installed import CHECKOUT
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -31,7 +33,7 @@ def examine(capsys):
 
 
 def test_a_healthy_machine(capsys, monkeypatch):
-    monkeypatch.setattr(hf_paged.config, "available_memory", lambda device: 4 * 10**9)
+    monkeypatch.setattr(sizing, "available_memory", lambda device: 4 * 10**9)
     state = torch.get_rng_state()
     code, out, said = examine(capsys)
     assert code == 0 and out.endswith('attn_implementation="paged" works here.\n')
@@ -149,23 +151,27 @@ def test_a_check_that_fails(fault, capsys, monkeypatch):
     assert 'does not work here: use attn_implementation="sdpa"; install the tested versions' in out
 
 
-def command(*arguments, **environment):
+def command(*arguments, before=()):
+    """Run the command of the checkout; the folders `before` it may hide other packages."""
     script = [sys.executable, str(ROOT / "hf_paged_command.py"), *arguments]
-    return subprocess.run(script, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    path = os.pathsep.join(map(str, (*before, *CHECKOUT)))
+    return subprocess.run(script, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
 
 
+@pytest.mark.slow
 def test_the_command_outlives_an_import_that_fails(tmp_path):
     """As after ``pip install transformers==6``: importing hf_paged raises before any of its code runs."""
     about = tmp_path / "transformers-6.0.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 6.0.0\n")
-    done = command("doctor", PYTHONPATH=str(tmp_path))
+    done = command("doctor", before=[tmp_path])
     assert done.returncode == 1 and not done.stdout
     first, second = done.stderr.splitlines()
     assert "cannot work here: " in first and "transformers 6.0.0 is installed" in first
     assert second == "hf-paged: transformers is 6.0.0: pip install 'transformers<5.24,>=5.23'"
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_package():
     done = command("plan", "demo", "--batch", "0", "--context", "1")
     assert done.returncode == 1 and done.stderr == "hf-paged: --batch must be at least 1; got 0\n"

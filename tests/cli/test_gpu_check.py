@@ -1,4 +1,4 @@
-"""The doctor's check of the GPU kernels, run here on the CPU's: it passes what is right and names what is wrong."""
+"""The doctor's check of the GPU kernels, run here on the CPU's: it passes right ones and names what is wrong."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_wrong_kernels_are_named(small, monkeypatch, change):
 
 @pytest.fixture
 def gpu_machine(monkeypatch):
-    """What the doctor sees where there is a GPU and Triton runs."""
+    """A machine with a GPU on which Triton runs, as the doctor sees it."""
     monkeypatch.setattr(report, "gpus", lambda: ["Some GPU"])
     monkeypatch.setattr(dispatch, "_launch", dispatch)
 

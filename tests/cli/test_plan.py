@@ -70,14 +70,14 @@ def generate(model, watch=None):
 
 
 class Peaks:
-    """The most blocks that each attention group has used, by its window."""
+    """The most blocks that each KV cache group has used, by its window."""
 
     def __init__(self, model):
         self.model, self.blocks = model, {}
 
     def __call__(self, input_ids, scores):
         for group in self.groups():
-            window = group.key.window
+            window = group.spec.window
             self.blocks[window] = max(self.blocks.get(window, 0), group.blocks.used_blocks)
         return scores
 
@@ -94,7 +94,7 @@ def test_blocks_and_bytes_are_those_of_the_pool(name, block_size):
     peaks = Peaks(model)
     cache = generate(model, peaks)
     assert {group.window: plan.blocks(group) for group in plan.footprint.groups} == peaks.blocks
-    block_bytes = {g.key.window: sum(layer.block_bytes for layer in g.layers.values()) for g in peaks.groups()}
+    block_bytes = {g.spec.window: sum(layer.block_bytes for layer in g.layers.values()) for g in peaks.groups()}
     assert {group.window: plan.block_bytes(group) for group in plan.footprint.groups} == block_bytes
     assert plan.kv_bytes == sum(block_bytes[window] * blocks for window, blocks in peaks.blocks.items())
     full = [plan.blocks(group) for group in plan.footprint.groups if group.window is None]

@@ -128,6 +128,7 @@ def test_numbers_below_one_are_refused(numbers, capsys):
     assert "must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_demo_model_can_be_planned(capsys):
     assert run("demo", batch=32, context=1024) == 0
     out = capsys.readouterr().out

@@ -68,6 +68,7 @@ def start(command: list[str], **environment) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_report(files, whole, tmp_path):
     child = start([sys.executable, "-m", "hf_paged.cli", *arguments(files, tmp_path)])
     shard, deadline = tmp_path / "samples" / "perplexity.0.jsonl", time.monotonic() + 120
@@ -84,6 +85,7 @@ def test_a_killed_run_goes_on_to_the_same_report(files, whole, tmp_path):
     assert shard.read_bytes().startswith(whole_lines), "what was finished was not run again"
 
 
+@pytest.mark.slow
 def test_processes_of_accelerate_share_the_samples(files, whole, tmp_path):
     # "--multi_gpu" is accelerate's word for several processes; without GPUs they run on the CPU.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -151,6 +151,7 @@ def test_every_turn_runs_every_contender_once(options_of):
     assert "paged, prepacked, batch 3" in batches and "paged, prepacked, batch 1" not in batches
 
 
+@pytest.mark.slow
 def test_contenders_give_the_same_answers_in_float32(options_of):
     task = Throughput()
     options = options_of(task)
@@ -305,6 +306,7 @@ def test_a_tiny_model_stands_in_for_what_is_too_long(options_of):
     assert all(record["first"] > 0 and record["each"] > 0 for record in records)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(options_of):
     task = Memory()
     options = options_of(task)
@@ -314,6 +316,7 @@ def test_memory_is_measured_in_a_process_of_its_own(options_of):
     assert record["contender"] == "dense" and record["rows"] == 3 and record["peak"] >= 0 and record["course"]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why(options_of):
     task = Memory()
     options = options_of(task)

@@ -5,11 +5,10 @@ import torch
 import torch._dynamo
 
 import hf_paged
-from hf_paged.attention.paged_attention import _check_arguments
-from hf_paged.generation import engine
+from hf_paged.attention.arguments import check_arguments
 from hf_paged_evals.models.tiny import tiny_config, tiny_model
 from support import zoo
-from support.packing import LENGTHS, compare, pair
+from support.packing import LENGTHS, compare, pair, watch_steps
 
 
 @pytest.fixture
@@ -21,7 +20,9 @@ def dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "gpt2", "gpt_oss"))]
+)
 def test_a_compiled_step_has_no_graph_break(name, dynamo):
     dense, paged = pair(name=name)
     hf_paged.release(paged)  # The engine is made anew, after the model was compiled.
@@ -35,6 +36,7 @@ def test_a_compiled_step_has_no_graph_break(name, dynamo):
     assert not dynamo["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_few_graphs_serve_steps_of_every_length(dynamo):
     dense, paged = pair()
     forward = paged.forward
@@ -51,16 +53,13 @@ def test_a_few_graphs_serve_steps_of_every_length(dynamo):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_steps_find_their_metadata_at_the_same_addresses(name, monkeypatch):
-    seen, run_step = [], engine.run_step
+    def addresses(inputs):
+        tensors = [inputs.input_ids, inputs.position_ids, inputs.sample_index]
+        for _, metadata in inputs.layers.values():
+            tensors += [tensor for tensor in vars(metadata).values() if isinstance(tensor, torch.Tensor)]
+        return [tensor.data_ptr() for tensor in tensors if tensor.numel()]
 
-    def watch(model, step):
-        groups = [group for _, group in step.layers.values()]
-        tensors = [step.input_ids, step.position_ids, step.sample_index]
-        tensors += [tensor for group in groups for tensor in vars(group).values() if isinstance(tensor, torch.Tensor)]
-        seen.append([tensor.data_ptr() for tensor in tensors if tensor.numel()])
-        return run_step(model, step)
-
-    monkeypatch.setattr(engine, "run_step", watch)
+    seen = watch_steps(monkeypatch, addresses)
     compare(pair(name=name), zoo.prompts([13, 4, 30, 9, 21, 1]))
     assert len(seen) > LENGTHS["max_new_tokens"]
     moves = sum(before != after for before, after in zip(seen[-20:], seen[-19:]))
@@ -72,7 +71,7 @@ class Attention(torch.nn.Module):
 
     def forward(self, states, tree=None, **kwargs):
         own = {} if tree is None else {"tree_mask": tree}
-        _check_arguments(self, {**own, **kwargs})
+        check_arguments(self, {**own, **kwargs})
         return states + 1
 
 
@@ -88,6 +87,7 @@ def test_a_compiled_forward_refuses_what_its_attention_adds(dynamo):
         compiled(torch.zeros(2), tree=torch.ones(3))
 
 
+@pytest.mark.slow
 def test_a_compiled_mixture_of_experts(dynamo):
     """It hands its output_router_logits down to its attention."""
     logits = []

@@ -27,7 +27,7 @@ def prepacked(name="llama", dtype=torch.float32):
 
 def copies(model):
     (engine,) = registry.pools_under(model)[0].engines
-    return engine._linears_for.__self__._copies
+    return engine.runner.linears._copies
 
 
 def linears(model):
@@ -78,7 +78,7 @@ def test_nothing_but_packed_steps_uses_the_copies():
     compare((dense, paged), inputs)
     with torch.no_grad():
         for weight in copies(paged):
-            copies(paged)[weight] = None  # Who used them would fail.
+            copies(paged)[weight] = None  # A forward that used them would fail.
         assert torch.equal(paged(**inputs).logits, dense(**inputs).logits)
         beams = {**LENGTHS, "num_beams": 2}
         assert torch.equal(paged.generate(**inputs, **beams), dense.generate(**inputs, **beams))
@@ -132,6 +132,7 @@ def test_prefixes_are_found_while_another_thread_steps():
         assert call_in_thread(lambda: fingerprint(paged, "", [])) == expected
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_no_graph_break_and_no_copies():
     dense, paged = prepacked()
     torch._dynamo.reset()

@@ -5,9 +5,8 @@ import time
 
 import torch
 
-from hf_paged.generation import engine
 from support import zoo
-from support.packing import LENGTHS, SAMPLE, pair
+from support.packing import LENGTHS, SAMPLE, pair, watch_steps
 from support.parity import assert_rows_equal
 from support.threads import in_threads
 
@@ -18,11 +17,7 @@ def test_calls_of_many_threads_run_in_common_steps(monkeypatch):
     options = {**LENGTHS, "min_new_tokens": 20}
     expected = [dense.generate(**inputs, **options) for inputs in prompts]
     paged.generate(**prompts[0], **options)
-    rows = []
-    run_step = engine.run_step
-    monkeypatch.setattr(
-        engine, "run_step", lambda model, step: (rows.append(len(step.sample_index)), run_step(model, step))[1]
-    )
+    rows = watch_steps(monkeypatch, lambda inputs: len(inputs.sample_index))
     results = in_threads(*(lambda inputs=inputs: paged.generate(**inputs, **options) for inputs in prompts))
     for inputs, want, got in zip(prompts, expected, results):
         assert not isinstance(got, Exception), got

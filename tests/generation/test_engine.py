@@ -1,4 +1,4 @@
-"""The packed loop: rows queue, are preempted and run with those of other calls, and nobody can tell."""
+"""The packed loop: rows queue, are preempted and run with those of other calls, and their tokens do not tell."""
 
 import pytest
 import torch
@@ -6,15 +6,14 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 import hf_paged
 from hf_paged.attention import paged_attention
-from hf_paged.generation import engine
 from hf_paged.models import registry
 from hf_paged.reasons import Reason
 from support import zoo
-from support.packing import LENGTHS, SAMPLE, compare, pair
+from support.packing import LENGTHS, SAMPLE, compare, pair, watch_steps
 
 
 def preemptions(model) -> int:
-    return registry.engine_of(model, None).scheduler.num_preemptions
+    return registry.engine_of(model).scheduler.num_preemptions
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
@@ -57,11 +56,7 @@ def test_processors_and_criteria_of_transformers(case, sample):
 def test_equal_prompts_are_prefilled_once(monkeypatch):
     models = pair(token_budget=512)
     compare(models, zoo.prompts([8], seed=1), **SAMPLE)
-    ran = []
-    run_step = engine.run_step
-    monkeypatch.setattr(
-        engine, "run_step", lambda model, step: (ran.append(step.input_ids.numel()), run_step(model, step))[1]
-    )
+    ran = watch_steps(monkeypatch, lambda inputs: inputs.input_ids.numel())
     compare(models, zoo.prompts([30]), num_return_sequences=8, min_new_tokens=20, **SAMPLE)
     assert ran[0] == 30 and set(ran[1:]) == {8}
 
@@ -69,11 +64,7 @@ def test_equal_prompts_are_prefilled_once(monkeypatch):
 def test_pads_and_finished_rows_are_not_computed(monkeypatch):
     models = pair(token_budget=512)
     compare(models, zoo.prompts([8], seed=1))
-    ran = []
-    run_step = engine.run_step
-    monkeypatch.setattr(
-        engine, "run_step", lambda model, step: (ran.append(step.input_ids.numel()), run_step(model, step))[1]
-    )
+    ran = watch_steps(monkeypatch, lambda inputs: inputs.input_ids.numel())
     inputs = zoo.prompts([30, 5, 1])
     output = compare(models, inputs)
     generated = [row[30:].tolist() for row in output]
@@ -112,13 +103,13 @@ class Never(StoppingCriteria):
 
 
 FALLBACKS = {
-    "a processor that may look at other rows: Backwards": {"logits_processor": LogitsProcessorList([Backwards()])},
-    "a criterion that may look at other rows": {"stopping_criteria": StoppingCriteriaList([Never()])},
-    "a returned cache": {"return_dict_in_generate": True},
-    "padding that is not on the left": {"attention_mask": torch.tensor([[1] * 7 + [0] * 2, [1] * 9])},
-    "no cache": {"use_cache": False},
-    "rows that go on after they are finished": {"max_time": 1e3, "eos_token_id": None},
-    "positions of the caller's own": {"position_ids": torch.arange(3, 12)[None].expand(2, -1)},
+    "a processor may look at other rows: Backwards": {"logits_processor": LogitsProcessorList([Backwards()])},
+    "a stopping criterion may look at other rows": {"stopping_criteria": StoppingCriteriaList([Never()])},
+    "the cache or the scores of several": {"return_dict_in_generate": True},
+    "the padding is not on the left": {"attention_mask": torch.tensor([[1] * 7 + [0] * 2, [1] * 9])},
+    "the call has no cache": {"use_cache": False},
+    "rows go on after they are finished": {"max_time": 1e3, "eos_token_id": None},
+    "position_ids are not those of the attention mask": {"position_ids": torch.arange(3, 12)[None].expand(2, -1)},
 }
 
 
@@ -139,14 +130,14 @@ def test_a_model_whose_rope_depends_on_the_forward_is_not_packed():
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = zoo.build("llama", "paged", rope_parameters=rope)
     model.generate(**zoo.prompts([9, 3]), **LENGTHS)
-    assert list(hf_paged.stats(model).fallbacks) == ["frequencies that depend on the whole forward"]
+    assert list(hf_paged.stats(model).fallbacks) == ["the rotary frequencies depend on the whole forward"]
 
 
 def test_a_model_that_is_changed_after_its_first_call_runs_the_original_loop(monkeypatch):
     dense, paged = pair()
     inputs = zoo.prompts([9, 3])
     paged.generate(**inputs, **LENGTHS)
-    monkeypatch.setattr(paged_attention, "_general_obstacle", lambda *args: Reason.OUTPUT_ATTENTIONS)
+    monkeypatch.setattr(paged_attention, "_kernel_obstacle", lambda *args: Reason.OUTPUT_ATTENTIONS)
     assert torch.equal(paged.generate(**inputs, **LENGTHS), dense.generate(**inputs, **LENGTHS))
     stats = hf_paged.stats(paged)
-    assert stats.packed_calls == 1 and stats.fallbacks == {"output_attentions": 1}
+    assert stats.packed_calls == 1 and stats.fallbacks == {"attention weights are returned": 1}

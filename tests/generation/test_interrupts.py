@@ -19,7 +19,7 @@ from hf_paged.errors import UnsupportedError
 from hf_paged.execution import packed_cache
 from hf_paged.memory import kv_pool
 from hf_paged.models import forward_context, registry
-from hf_paged.sampling import sampler
+from hf_paged.sampling import categorical, sampler
 from hf_paged.sampling.row_streamer import RowStreamer
 from support import zoo
 from support.interrupts import Interrupt, InterruptedAt
@@ -80,7 +80,7 @@ def test_an_interrupt_at_any_line_costs_its_own_call(mode):
 
 
 class Timeout(Exception):
-    """What the signal handler of a time limit raises."""
+    """Raised by the signal handler of a time limit."""
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def test_a_time_limit_arrives_wherever_it_rings(place, beside, alarm, monkeypatc
     results: list = []
     company = threading.Thread(target=lambda: results.append(paged.generate(**other, **ENDLESS)))
     owner, name = {
-        "choose": (sampler, "likeliest"),
-        "forward": (packed_cache.StepInputs, "attend"),
+        "choose": (categorical, "argmax"),
+        "forward": (packed_cache.PackedForward, "attend"),
         "copy": (kv_pool.KVCacheGroup, "copy_blocks"),
     }[place]
     if beside:
@@ -204,7 +204,7 @@ def test_an_interrupt_inside_a_forward_leaves_no_call_behind(options):
     settled(paged)
     assert forward_context.running_forward() is None
     cache = DynamicCache(config=paged.config)
-    assert not cache.layers[0].sequences.deferred, "a new cache believes that a forward makes it"
+    assert not cache.layers[0].batch.is_deferring, "a new cache believes that a forward makes it"
     assert torch.equal(paged.generate(**inputs, **SHORT), wanted)
     assert hf_paged.stats(paged).packed_calls == before + 1
     new = zoo.build("llama", "paged")
@@ -233,7 +233,7 @@ def test_a_model_whose_call_was_interrupted_can_be_freed(call):
     assert reference() is None
 
 
-def test_a_failing_copy_costs_nobody_a_wrong_token(monkeypatch):
+def test_a_failing_copy_costs_no_call_a_wrong_token(monkeypatch):
     """A device has no memory for the copy of a shared block, once or for good."""
     dense, paged = pair(blocks=60, token_budget=64)
     same = {name: value.repeat(3, 1) for name, value in zoo.prompts([10], seed=3).items()}

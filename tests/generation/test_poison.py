@@ -1,4 +1,4 @@
-"""A model that changes while rows run: what they store meanwhile is found by nobody later."""
+"""A model that changes while rows run: no call finds later what they store meanwhile."""
 
 import pytest
 import torch

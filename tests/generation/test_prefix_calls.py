@@ -49,7 +49,7 @@ def test_a_small_pool_evicts_and_preempts(options):
         compare(models, prompts([13, 14, 30, 19, 21, 11] * 2, shared=10, seed=seed), **options)
     stats = hf_paged.stats(models[1])
     assert stats.prefix_hit_tokens and stats.evictions and stats.total_blocks == 22
-    assert stats.prefix_lookups > 3 * 12, "nobody was preempted"
+    assert stats.prefix_lookups > 3 * 12, "no row was preempted"
 
 
 def test_returned_sequences_are_prefilled_once_and_found_later():
@@ -188,11 +188,11 @@ def test_learned_prompts_are_not_packed():
                 torch.nn.init.constant_(weight, 0.7)
         outputs.append(wrapped.eval().generate(**inputs, **LENGTHS))
     assert torch.equal(*outputs)
-    assert list(hf_paged.stats(models[1]).fallbacks) == ["the model has a prepare_inputs_for_generation of its own"]
+    assert list(hf_paged.stats(models[1]).fallbacks) == ["the model has its own prepare_inputs_for_generation"]
 
 
 def test_under_a_forward_hook_nothing_is_found_or_stored():
-    """What a hook does may change without a trace: here it steers by a number that the test changes."""
+    """A hook may change what it does, and nothing shows it: this one steers by a number that the test changes."""
     models, inputs, by = own_pair(), prompts([30]), {"how much": 0.0}
     compare(models, inputs)
     handles = [
@@ -235,7 +235,7 @@ def test_frequencies_that_depend_on_the_whole_forward(kind):
     for _ in range(2):
         assert_rows_equal(models[0], prompts([30]), *(model.generate(**prompts([30]), **LENGTHS) for model in models))
     stats = hf_paged.stats(models[1])
-    assert stats.fallbacks == {"frequencies that depend on the whole forward": 2}
+    assert stats.fallbacks == {"the rotary frequencies depend on the whole forward": 2}
     assert (stats.prefix_lookups, stats.cached_blocks) == (0, 0)
 
 

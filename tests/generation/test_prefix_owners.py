@@ -32,7 +32,7 @@ def test_a_returned_cache_that_is_cropped_and_continued_leaves_no_wrong_block(na
     assert hf_paged.stats(models[1]).prefix_hit_tokens == (16 if name == "llama" else 28)
 
 
-def test_a_server_passes_the_salt_of_whoever_asks_on():
+def test_a_server_passes_the_salt_of_each_request_on():
     _, paged = pair()
 
     async def ask(salt):
@@ -52,7 +52,7 @@ def test_a_pipeline_that_runs_ahead_passes_the_salt_on():
         assert list(items) == ["a"] * 3
 
 
-def test_a_forward_that_somebody_replaced_finds_nothing_of_before():
+def test_a_forward_that_was_replaced_finds_nothing_of_before():
     _, paged = pair()
     hf_paged.release(paged)
     inputs = zoo.prompts([40])

@@ -1,4 +1,4 @@
-"""What a packed call leaves behind besides its tokens: scores, logits, and a cache to go on from."""
+"""Packed calls leave more than tokens behind: scores, logits, and a cache to go on from."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_a_conversation_over_the_callers_own_cache(name):
     assert all(torch.equal(*turns) for turns in zip(*rows))
     stats = hf_paged.stats(models[1])
     assert stats.packed_calls == 1
-    assert stats.fallbacks == {"a cache that holds tokens already": 2}
+    assert stats.fallbacks == {"the cache holds tokens already": 2}
     assert stats.page_reads
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hf_paged import atomic
 from hf_paged.cache import batch_state
-from hf_paged.cache.group_rows import GroupRows
+from hf_paged.cache.batch_state import GroupRows
 from hf_paged.generation import engine
 from hf_paged.memory import reservation
 from hf_paged.memory.kv_pool import KVCacheGroup
@@ -53,9 +53,9 @@ def in_place(section):
     return section()
 
 
-def tell_only(self, seat, error):
-    seat.error = error
-    seat.wake()
+def tell_only(self, state, error):
+    state.error = error
+    state.wake()
 
 
 MUTATIONS = {
@@ -66,7 +66,7 @@ MUTATIONS = {
     "the sources of copies are never let go": ("none", [(Scheduler, "_let_go", lambda self: None)]),
     "a model that changes keeps its blocks": ("weights", [(PrefixCache, "suspend", lambda self: None)]),
     "a shared block is not copied": ("none", [(KVCacheGroup, "copy_blocks", lambda self, copies: None)]),
-    "a shared block of a cache is not copied": ("none", [(GroupRows, "copy_shared", lambda self: None)]),
+    "a shared block of a cache is not copied": ("none", [(GroupRows, "copy_shared_blocks", lambda self: None)]),
     "the rows of a call that failed run on": ("copy", [(engine.Engine, "_fail", tell_only)]),
     "an aborted step's rows keep blocks that were not copied": (
         "interrupted copy",

@@ -126,7 +126,7 @@ def test_layers_on_several_devices_run_the_loop_of_transformers():
     assert_generates_equal((dense, paged), zoo.prompts([9, 4]))
     handle.remove()
     stats = hf_paged.stats(paged)
-    assert stats.fallbacks == {"layers on several devices": 1} and stats.packed_calls == 0
+    assert stats.fallbacks == {"the model's layers are on several devices": 1} and stats.packed_calls == 0
 
 
 @pytest.mark.parametrize("place", ["around generate", "inside forward"])

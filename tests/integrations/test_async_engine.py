@@ -71,7 +71,7 @@ def test_tokens_come_one_by_one():
         async with AsyncEngine(paged) as requests:
             stream = requests.stream(prompt(5), **LONG)
             await anext(stream)
-            return stream._feed.told.qsize()
+            return stream._streamer.queue.qsize()
 
     assert run(program()) < 149
 

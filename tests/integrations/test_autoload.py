@@ -1,4 +1,4 @@
-"""Zero-code activation: "paged" works without ``import hf_paged``; nothing that goes wrong breaks other imports."""
+"""Zero-code activation: "paged" works without ``import hf_paged``; its errors break no other import."""
 
 import pytest
 
@@ -45,12 +45,13 @@ def test_paged_without_an_import(way, installed, folder):
     assert done.stdout == "True 1 0 {}\n"
 
 
+@pytest.mark.slow
 def test_switched_off(installed, folder):
     done = run(ASK.format(folder=str(folder)), installed, HF_PAGED_AUTOLOAD="0")
     assert done.stdout.startswith('ValueError Specified `attn_implementation="paged"` is not supported.'), done.stderr
 
 
-# Loads a model as everybody does, then asks for "paged"; says how that fails.
+# Loads a dense model, then asks for "paged"; says how that fails.
 ASK = """
 import torch, warnings
 warnings.simplefilter("error")
@@ -73,6 +74,7 @@ def write(folder, **files):
     return folder
 
 
+@pytest.mark.slow
 def test_a_package_that_cannot_be_imported(installed, folder, tmp_path):
     broken = write(tmp_path, hf_paged__dot__py="raise OSError('half of it is missing')")
     done = run(ASK.format(folder=str(folder)), broken, installed)
@@ -82,6 +84,7 @@ def test_a_package_that_cannot_be_imported(installed, folder, tmp_path):
     ), done.stderr
 
 
+@pytest.mark.slow
 def test_an_untested_transformers(installed, folder, tmp_path):
     other = tmp_path / "transformers-6.0.0.dist-info"
     other.mkdir()

@@ -1,4 +1,4 @@
-"""Registration: explicit, idempotent, reversible; nobody else is touched."""
+"""Registration is explicit, idempotent and reversible, and touches no other implementation."""
 
 import subprocess
 import sys
@@ -111,6 +111,7 @@ def run(code: str, folder: Path = ROOT) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_checkout_does_not_shadow_the_package_kernels(tmp_path):
     """From the checkout's root `import kernels` is Hugging Face's, for transformers too."""
     code = (

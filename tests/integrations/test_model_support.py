@@ -1,4 +1,4 @@
-"""What cannot be paged is refused when it is loaded, in a sentence."""
+"""Models that cannot be paged are refused when they are loaded, in a sentence."""
 
 import pytest
 from transformers import SamVisionConfig

@@ -101,7 +101,7 @@ def test_an_adapter_for_each_row(pair):
     """Each row gets its own adapter only in the rectangle: these run transformers' loop over the pages."""
     names = ["two", "__base__", "one"]
     assert_generates_equal(pair, PROMPTS, adapter_names=names)
-    assert hf_paged.stats(pair[1]).fallbacks == {"adapters chosen row by row": 1}
+    assert hf_paged.stats(pair[1]).fallbacks == {"adapters are chosen row by row": 1}
     assert_generates_equal(pair, PROMPTS, adapter_names=names, num_beams=2)
     # Equal prompts whose states differ must not be stored once.
     same = {name: rows[:1].expand(3, -1) for name, rows in PROMPTS.items()}
@@ -117,7 +117,7 @@ def test_adapters_that_begin_inside_the_prompt():
     inputs = zoo.prompts([12, 9])
     inputs["input_ids"][:, 7:9] = torch.tensor([5, 6])
     _, tokens = assert_generates_equal(models, inputs)
-    assert hf_paged.stats(models[1]).fallbacks == {"adapters chosen row by row": 1}
+    assert hf_paged.stats(models[1]).fallbacks == {"adapters are chosen row by row": 1}
     plain = zoo.pair("llama")[0].generate(**inputs, max_new_tokens=24, pad_token_id=0)
     assert tokens.shape != plain.shape or not torch.equal(tokens, plain)
 
@@ -169,7 +169,7 @@ def test_adapters_from_disk_on_an_offloaded_model(tmp_path):
 
 OTHERS = {
     "ia3": (IA3Config(**LM, target_modules=["k_proj", "v_proj"], feedforward_modules=[], init_ia3_weights=False), None),
-    "prompt tuning": (PromptTuningConfig(**LM, num_virtual_tokens=5), "the model has a prepare_inputs_for_generation"),
+    "prompt tuning": (PromptTuningConfig(**LM, num_virtual_tokens=5), "the model has its own prepare_inputs"),
     # The cache is PEFT's own, filled before the first token, and dense.
     "prefix tuning": (PrefixTuningConfig(**LM, num_virtual_tokens=5), "its own cache"),
 }

@@ -1,4 +1,4 @@
-"""Text-generation pipelines: whatever goes in, and with whatever parameters, results are those of a dense model."""
+"""Text-generation pipelines: with any inputs and parameters, results are those of a dense model."""
 
 import datasets
 import pytest

@@ -119,8 +119,8 @@ def test_a_row_whose_consumer_goes_away_ends_and_the_others_go_on(loop):
         break
     other = "".join(streamer.row(1))
     thread.join()
-    told = [row for row, token in streamer._told if token is not None]
-    assert told.count(0) < told.count(1) == 150 and other
+    streamed = [row for row, token in streamer._events if token is not None]
+    assert streamed.count(0) < streamed.count(1) == 150 and other
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -131,7 +131,7 @@ def test_a_call_whose_consumer_goes_away_ends(loop):
         next(iter(streamer))
     thread.join(timeout=30)
     assert not thread.is_alive() and settled(paged)
-    assert sum(token is not None for _, token in streamer._told) < 4 * 150
+    assert sum(token is not None for _, token in streamer._events) < 4 * 150
 
 
 def test_what_generate_raises_reaches_the_consumer():

@@ -71,7 +71,7 @@ def test_a_forward_in_which_it_stays_disabled_raises(models, mode):
 
 
 def test_a_mask_that_was_not_made_is_no_mask_that_hides_nothing(models):
-    """What went wrong: transformers makes no mask for a name that is not registered, and left pads are seen."""
+    """transformers makes no mask for a name that is not registered: left pads were seen."""
     registered = AttentionMaskInterface._global_mapping
     hook = models[1].model.embed_tokens.register_forward_hook(lambda *args: hf_paged.disable())
 

@@ -8,7 +8,8 @@ import torch
 
 import hf_paged
 from hf_paged import PagedConfig
-from hf_paged_integrations.transformers import generate
+from hf_paged.execution.model_runner import ModelRunner
+from hf_paged_integrations.transformers import trial
 from support import zoo
 from support.packing import LENGTHS
 
@@ -24,32 +25,36 @@ def packs(model) -> bool:
     return hf_paged.stats(model).packed_calls == before + 1
 
 
-def failing(monkeypatch, name: str, *errors: BaseException):
-    """Let the next calls of a function of the trial raise these errors before they do anything."""
-    left, plain = list(errors), getattr(generate, name)
+def failing(monkeypatch, *errors: BaseException):
+    """Let the next packed steps that are tried out raise these errors before they do anything."""
+    left, plain = list(errors), ModelRunner.try_out
 
     def fail(*args):
         if left:
             raise left.pop(0)  # In no variable: its traceback would hold it.
         return plain(*args)
 
-    monkeypatch.setattr(generate, name, fail)
+    monkeypatch.setattr(ModelRunner, "try_out", fail)
 
 
-@pytest.mark.parametrize("place", ["_try_step", "run_step"])
+PLACES = {"before the step": (trial, "_run_packed"), "in the step": (ModelRunner, "try_out")}
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_the_exception_of_a_signal_handler_reaches_the_caller(monkeypatch, place):
-    model, plain = zoo.build("llama", "paged"), getattr(generate, place)
+    owner, name = PLACES[place]
+    model, plain = zoo.build("llama", "paged"), getattr(owner, name)
 
     def on_alarm(*args):
         raise Timeout
 
     def interrupted(*args):
-        monkeypatch.setattr(generate, place, plain)
+        monkeypatch.setattr(owner, name, plain)
         signal.raise_signal(signal.SIGALRM)
 
     before = signal.signal(signal.SIGALRM, on_alarm)
     try:
-        monkeypatch.setattr(generate, place, interrupted)
+        monkeypatch.setattr(owner, name, interrupted)
         with pytest.raises(Timeout):
             model.generate(**zoo.prompts([9, 4]), **LENGTHS)
     finally:
@@ -60,7 +65,7 @@ def test_the_exception_of_a_signal_handler_reaches_the_caller(monkeypatch, place
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_what_ends_a_program_reaches_the_caller(monkeypatch, kind):
     model = zoo.build("llama", "paged")
-    failing(monkeypatch, "run_step", kind())
+    failing(monkeypatch, kind())
     with pytest.raises(kind):
         model.generate(**zoo.prompts([9, 4]), **LENGTHS)
     assert packs(model)
@@ -68,7 +73,7 @@ def test_what_ends_a_program_reaches_the_caller(monkeypatch, kind):
 
 def test_an_error_that_comes_again_as_another_is_the_callers(monkeypatch):
     model = zoo.build("llama", "paged")
-    failing(monkeypatch, "run_step", Timeout(), ValueError())
+    failing(monkeypatch, Timeout(), ValueError())
     with pytest.raises(Timeout):
         model.generate(**zoo.prompts([9, 4]), **LENGTHS)
     assert packs(model)
@@ -76,7 +81,7 @@ def test_an_error_that_comes_again_as_another_is_the_callers(monkeypatch):
 
 def test_an_error_that_comes_again_is_the_models(monkeypatch):
     models = zoo.pair("llama")[0], zoo.build("llama", "paged")
-    failing(monkeypatch, "run_step", ValueError(), ValueError())
+    failing(monkeypatch, ValueError(), ValueError())
     assert torch.equal(*(model.generate(**zoo.prompts([9, 4]), **LENGTHS) for model in models))
     assert hf_paged.stats(models[1]).fallbacks == {"a packed step fails in this model (ValueError)": 1}
 

@@ -1,4 +1,4 @@
-"""Compiling the kernels: once, by whoever comes first, and never in the way of a machine without a compiler."""
+"""Compiling the kernels: once, by the process that comes first, and never missed without a compiler."""
 
 import os
 import stat
@@ -70,6 +70,7 @@ def test_a_changed_source_or_flag_is_compiled_anew(counted_compiler):
     assert build.build_library(compiler, "one", objects) != first and links() == 3
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_compile_once(counted_compiler):
     compiler, objects, links = counted_compiler
     code = (
@@ -133,10 +134,12 @@ def test_native_kernels_can_be_turned_off():
     assert done.stdout.startswith("False None") and not done.stderr.count("Warning: hf_paged")
 
 
+@pytest.mark.slow
 def test_an_instruction_set_can_be_forced():
     assert run(USE, HF_PAGED_CPU_ISA="baseline").stdout.split()[:2] == ["True", "baseline"]
 
 
+@pytest.mark.slow
 def test_an_unknown_instruction_set_is_named():
     done = run(USE, HF_PAGED_CPU_ISA="mmx")
     assert done.stdout.startswith("True") and "HF_PAGED_CPU_ISA=mmx is not one of" in done.stderr

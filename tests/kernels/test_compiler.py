@@ -1,4 +1,4 @@
-"""Which compiler is used and how it may fail: always with a sentence, and never for ever."""
+"""The compiler that is used, and how it fails: always with a sentence, and never for ever."""
 
 import time
 

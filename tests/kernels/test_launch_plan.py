@@ -2,52 +2,55 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_paged_kernels import ops, torch_sdpa
+from hf_paged_kernels import backends, torch_sdpa
+from hf_paged_kernels.backends import BackendState
 from hf_paged_kernels.triton import dispatch, launch_plan
 from hf_paged_kernels.triton.launch_plan import BY_ROW, BY_TILE, BY_TOKEN, Device, Heads
+from support.op_matrix import op_arguments
 
 H100 = Device("sm90", 132)
 LLAMA = Heads(num_kv_heads=8, group=4, key_dim=128, value_dim=128, block_size=16, itemsize=2)
 
 
-def launches(num_tokens, num_rows, max_context=4096, heads=LLAMA, device=H100):
-    return launch_plan.attention_launches(device, heads, num_tokens, num_rows, max_context)
+def plans(num_tokens, num_rows, max_context=4096, heads=LLAMA, device=H100):
+    return launch_plan.attention_plans(device, heads, num_tokens, num_rows, max_context)
 
 
-def test_decode_launches_what_works_and_no_more():
-    (launch,) = launches(128, 128)
-    assert launch.mapping == BY_TOKEN and launch.tiles * launch_plan.head_tiles(LLAMA, launch) == 1024
+def test_decode_has_a_program_per_query_and_no_more():
+    (plan,) = plans(128, 128)
+    assert plan.mapping == BY_TOKEN and plan.tiles * launch_plan.head_tiles(LLAMA, plan) == 1024
 
 
-def test_a_mixed_step_is_two_launches():
-    decode, prefill = launches(63 + 1985, 64)
+def test_a_mixed_step_has_two_plans():
+    decode, prefill = plans(63 + 1985, 64)
     assert (decode.mapping, prefill.mapping) == (BY_ROW, BY_TILE)
     assert prefill.min_q == decode.block_q + 1  # Every row belongs to exactly one of the two.
     assert decode.tiles == 64 and prefill.tiles == 63 + -(-1985 // prefill.block_q)
 
 
-def test_one_row_is_one_launch():
-    assert [launch.kernel for launch in launches(4, 1)] == ["decode"]
-    (prefill,) = launches(1000, 1)
+def test_one_row_has_one_plan():
+    assert [plan.kernel for plan in plans(4, 1)] == ["decode"]
+    (prefill,) = plans(1000, 1)
     assert prefill.tiles == -(-1000 // prefill.block_q)
 
 
 def test_large_groups_are_served_by_one_kernel():
     heads = Heads(1, 71, 64, 64, 16, 2)
-    (launch,) = launches(64, 64, heads=heads)
-    assert launch.kernel == "prefill" and launch.min_q == 0 and launch_plan.head_tiles(heads, launch) == 2
+    (plan,) = plans(64, 64, heads=heads)
+    assert plan.kernel == "prefill" and plan.min_q == 0 and launch_plan.head_tiles(heads, plan) == 2
 
 
 def test_splits_fill_the_device_and_no_more():
-    (lone,) = launches(1, 1, 65536)
+    (lone,) = plans(1, 1, 65536)
     programs = lone.tiles * launch_plan.head_tiles(LLAMA, lone) * lone.splits
     assert H100.processors < programs <= H100.processors * lone.resident
-    assert launches(1, 1, 128)[0].splits == 1  # Too short to be worth it.
-    assert launches(1024, 1024, 65536)[0].splits == 1  # Rows alone fill the device.
+    assert plans(1, 1, 128)[0].splits == 1  # Too short to be worth it.
+    assert plans(1024, 1024, 65536)[0].splits == 1  # Rows alone fill the device.
 
 
 def test_tiles_are_enough_for_any_batch():
@@ -67,10 +70,10 @@ def test_tiles_are_enough_for_any_batch():
 def test_plans_hold_their_invariants(arch, itemsize):
     for group, dim in itertools.product([1, 2, 3, 7, 8, 17, 32, 33, 200], [1, 64, 80, 256]):
         heads = Heads(2, group, dim, dim, 16, itemsize)
-        for launch in launches(40, 7, heads=heads, device=Device(arch, 100)):
-            assert launch.heads * launch.block_q <= launch.block_m
-            assert launch_plan.head_tiles(heads, launch) * launch.heads >= 2 * group
-            assert launch.tile % max(launch.parts, 1) == 0 and launch.splits >= 1
+        for plan in plans(40, 7, heads=heads, device=Device(arch, 100)):
+            assert plan.heads * plan.block_q <= plan.block_m
+            assert launch_plan.head_tiles(heads, plan) * plan.heads >= 2 * group
+            assert plan.tile % max(plan.parts, 1) == 0 and plan.splits >= 1
 
 
 @pytest.fixture
@@ -88,9 +91,8 @@ def test_without_a_gpu_there_is_one_warning_and_torch(fresh):
 @pytest.mark.parametrize("word", ["0", "false", "Off"])
 def test_they_can_be_turned_off(word, fresh, monkeypatch, recwarn):
     monkeypatch.setenv("HF_PAGED_TRITON", word)
-    assert (
-        dispatch.state() == dispatch.TritonState(False, f"HF_PAGED_TRITON={word} turns them off") and not recwarn.list
-    )
+    assert dispatch.state() == BackendState(False, f"HF_PAGED_TRITON={word} turns them off")
+    assert not recwarn.list
 
 
 def caches(dim=64, dtype=torch.bfloat16):
@@ -115,9 +117,10 @@ class OnGpu(torch.Tensor):
 
 
 def test_the_ops_ask_for_the_kernels_on_a_gpu(monkeypatch):
-    """Through the function that every device's call of an op without a kernel of its own ends in."""
+    """Through the function that torch's dispatcher calls for an op on devices without kernels of their own."""
     asked = []
-    monkeypatch.setattr(dispatch, "find", lambda name, arguments: lambda *a: asked.append(name))
-    for name in ("write_kv", "copy_blocks", "paged_attention", "write_and_attend"):
-        ops._first_call(name, None)(torch.zeros(1).as_subclass(OnGpu))
-    assert asked == ["write_kv", "copy_blocks", "paged_attention", "write_and_attend"]
+    recorders = {op: lambda *arguments, op=op: asked.append(op) for op in backends.OPS}
+    monkeypatch.setattr(dispatch, "_launch", SimpleNamespace(**recorders))
+    for op, (first, *rest) in op_arguments().items():
+        backends.python_kernel(op)(first.as_subclass(OnGpu), *rest)
+    assert asked == list(backends.OPS)

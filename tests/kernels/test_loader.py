@@ -1,11 +1,11 @@
-"""What only the C++ kernels promise: the same result from any threads, errors for wrong rows, real custom ops."""
+"""Promises of the C++ kernels alone: the same result from any threads, errors for wrong rows, real custom ops."""
 
 import pytest
 import torch
 
 from hf_paged_kernels import ops, torch_sdpa
 from hf_paged_kernels.cpu import loader
-from support.op_matrix import ISAS, assert_accurate, exact, implementation, make_pages
+from support.op_matrix import ISAS, assert_accurate, exact, implementation, make_pages, op_arguments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -111,30 +111,16 @@ def test_ids_out_of_range_are_refused():
         ops.copy_blocks(keys, values, torch.tensor([0]), torch.tensor([99]))
 
 
-def samples():
-    """Arguments of every op."""
-    arguments, sinks = make_pages([(20, 1), (9, 3)], (4, 2), 16, torch.float32, 16, 8)
-    arguments = [x.nan_to_num() if x.is_floating_point() else x for x in arguments]
-    query, keys, values, *rows = arguments
-    states, slots = [torch.randn(4, 2, dim) for dim in (16, 8)], torch.tensor([1, 2, 5, 17])
-    return {
-        "write_kv": (*states, keys, values, slots),
-        "copy_blocks": (keys, values, torch.tensor([0, 1]), torch.tensor([3, 4])),
-        "paged_attention": (query, keys, values, *rows, 0.3, 7, 2.0, sinks),
-        "write_and_attend": (query, *states, keys, values, slots, *rows, 0.3),
-    }
-
-
 @pytest.mark.parametrize("suffix", ["", "_torch"])
-@pytest.mark.parametrize("name", samples())
+@pytest.mark.parametrize("name", op_arguments())
 def test_opcheck(name, suffix):
-    torch.library.opcheck(getattr(torch.ops.hf_paged, name + suffix).default, samples()[name])
+    torch.library.opcheck(getattr(torch.ops.hf_paged, name + suffix).default, op_arguments()[name])
 
 
-@pytest.mark.parametrize("name", samples())
+@pytest.mark.parametrize("name", op_arguments())
 def test_ops_mutate_what_their_schema_says_and_nothing_else(name):
     schema = getattr(torch.ops.hf_paged, name).default._schema
-    arguments = samples()[name]
+    arguments = op_arguments()[name]
     before = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
     getattr(ops, name)(*arguments)
     for declared, now, then in zip(schema.arguments, arguments, before):
@@ -143,6 +129,6 @@ def test_ops_mutate_what_their_schema_says_and_nothing_else(name):
 
 
 def test_the_ops_compile_whole():
-    query, *rest = samples()["paged_attention"]
+    query, *rest = op_arguments()["paged_attention"]
     compiled = torch.compile(lambda query: ops.paged_attention(query, *rest) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(query), ops.paged_attention(query, *rest) * 2)

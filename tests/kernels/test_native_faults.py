@@ -1,4 +1,4 @@
-"""Whatever keeps the C++ kernels away ends in gather + SDPA and one warning, never in an exception out of generate."""
+"""Without the C++ kernels, for any reason, generate runs in torch after one warning, and never raises."""
 
 import os
 import pwd
@@ -106,6 +106,7 @@ def test_generate_goes_on_in_torch(fault, models, without_kernels, tmp_path, mon
     assert not loader.state().available and words in loader.state().reason
 
 
+@pytest.mark.slow
 def test_the_command_compiles_what_is_damaged_anew(tmp_path, monkeypatch, capsys):
     cache = shutil.copytree(loader.state().path.parent, tmp_path / "cache")
     path = cache / loader.state().path.name
@@ -117,6 +118,7 @@ def test_the_command_compiles_what_is_damaged_anew(tmp_path, monkeypatch, capsys
     assert len(path.read_bytes()) == len(content)
 
 
+@pytest.mark.slow
 def test_the_command_prints_any_path(tmp_path, monkeypatch):
     """A name that no encoding has, on a terminal that speaks ASCII."""
     environment = {**os.environ, "HF_PAGED_CACHE": os.fsdecode(bytes(tmp_path) + b"/\xff"), "PYTHONIOENCODING": "ascii"}

@@ -5,6 +5,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from hf_paged_kernels.cpu import build
 from hf_paged_kernels.cpu.compiler import find_compiler
 from support.op_matrix import ISAS
@@ -12,6 +14,7 @@ from support.op_matrix import ISAS
 FLAGS = "-O1 -std=c++17 -w -fsanitize=address -fno-omit-frame-pointer -pthread".split()
 
 
+@pytest.mark.slow
 def test_address_sanitizer(tmp_path):
     compiler = find_compiler().command
     objects = [job for job in build._kernel_objects() if job[0].name != "binding.cpp"]

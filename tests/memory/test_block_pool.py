@@ -8,7 +8,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from hf_paged.errors import BlockError, OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable, make_writable
+from hf_paged.memory.eviction import LeastRecentlyUsed
 from support.fake_groups import WatchedPool
+from support.policies import AnyBlock, MostRecentlyUsed
 
 
 def write(tables, ranges, pool):
@@ -38,14 +40,14 @@ def test_use_after_free_raises():
     pool = BlockPool(2, 4)
     blocks = pool.allocate(1)
     pool.free(blocks)
-    with pytest.raises(BlockError, match="not in use"):
-        pool.share(blocks)
+    with pytest.raises(BlockError, match="is free: what it held is lost"):
+        pool.touch(blocks)
 
 
 def test_a_shared_block_lives_until_its_last_owner_frees_it():
     pool = BlockPool(2, 4)
     blocks = pool.allocate(1)
-    pool.share(blocks)
+    pool.touch(blocks)
     pool.free(blocks)
     assert pool.used_blocks == 1
     pool.free(blocks)
@@ -61,9 +63,7 @@ def test_cached_blocks_are_evicted_least_recently_used_first():
     pool.free([b, a])
     assert (pool.free_blocks, pool.cached_blocks, pool.used_blocks) == (0, 2, 1)
     assert pool.allocate(1) == evicted == [b]
-    pool.revive(a)
-    with pytest.raises(BlockError, match="not cached"):
-        pool.revive(a)
+    pool.touch([a])
     assert pool.used_blocks == 3 and c not in (a, b) and pool.num_evictions == 1
 
 
@@ -180,7 +180,6 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pool = WatchedPool(self.TOTAL, self.BLOCK)  # Watches what an allocation evicts, and what is fresh.
         self.memory: dict[int, int] = {}
         self.tables: dict[int, BlockTable] = {}
         self.model: dict[int, list[int]] = {}
@@ -192,9 +191,14 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
         self.tables[self.next_row], self.model[self.next_row] = table, tokens
         return self.next_row
 
-    @initialize(target=rows, cache_blocks=st.integers(0, TOTAL))
-    def first_row(self, cache_blocks):
-        self.pool.cache_blocks = cache_blocks
+    @initialize(
+        target=rows,
+        cache_blocks=st.integers(0, TOTAL),
+        policy=st.sampled_from([LeastRecentlyUsed, MostRecentlyUsed, AnyBlock]),
+    )
+    def first_row(self, cache_blocks, policy):
+        # Watches what an allocation evicts, and what is fresh.
+        self.pool = WatchedPool(self.TOTAL, self.BLOCK, cache_blocks, policy())
         return self.start()
 
     @rule(target=rows)
@@ -247,7 +251,7 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
 
     @rule(row=rows)
     def keep(self, row):
-        """Whoever starts like this row may have its full blocks, as they are now."""
+        """Rows that start like this one may have its full blocks, as they are now."""
         table, tokens = self.tables[row], self.model[row]
         for index, block in enumerate(table.blocks):
             start = table.base + index * self.BLOCK

@@ -1,4 +1,4 @@
-"""Rectangular calls come in when all their blocks are free, and keep them; nobody waits for what never comes."""
+"""Calls through transformers' own loop come in when all their blocks are free, and keep them; none waits in vain."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import torch
 
 import hf_paged
 from hf_paged.errors import OutOfBlocksError
-from hf_paged.memory import reservation
+from hf_paged.memory import reservation, stall_detector
 from hf_paged.models import registry
 from support import zoo
 from support.packing import LENGTHS, pair
@@ -48,7 +48,7 @@ def test_beams_and_packed_rows_of_other_threads_share_a_pool_within_its_budget(m
     assert only_group(paged).blocks.reserved == 0
 
 
-def test_a_rectangular_call_waits_for_the_rows_that_run(models):
+def test_a_call_through_the_own_loop_waits_for_the_rows_that_run(models):
     dense, paged = models
     order, may_go_on = [], threading.Event()
 
@@ -102,9 +102,9 @@ def test_a_callback_inside_a_call_does_not_wait_for_it(models):
     assert torch.equal(inner[0], dense.generate(**zoo.prompts([30]), **LENGTHS, num_beams=4))
 
 
-def test_nobody_waits_for_a_call_that_makes_no_progress(models, monkeypatch):
+def test_no_call_waits_for_one_that_makes_no_progress(models, monkeypatch):
     dense, paged = models
-    monkeypatch.setattr(reservation, "_PATIENCE", 0.2)
+    monkeypatch.setattr(stall_detector, "_PATIENCE", 0.2)
     is_over = threading.Event()
 
     class Streamer:
@@ -131,8 +131,9 @@ def test_what_a_call_frees_stays_promised_to_it(models):
     _, paged = models
     pool, group = registry.pools_under(paged)[0], only_group(paged)
     with reservation.reserve(pool, {group: 20}):
-        with pool.lock, reservation.keeping(group):
-            mine = group.allocate(18)
+        promised = reservation.of_this_thread()
+        with pool.lock, reservation.keeping(group, promised):
+            mine = group.allocate_or_grow(18, promised)
             group.blocks.free(mine[5:])
         assert group.blocks.spare_blocks == 4 and group.blocks.reserved == 15
         group.blocks.free(mine[:5])
@@ -141,10 +142,10 @@ def test_what_a_call_frees_stays_promised_to_it(models):
 
 def test_a_row_waits_for_the_cache_of_a_call_that_has_just_ended(models, monkeypatch):
     _, paged = models
-    monkeypatch.setattr(reservation, "_LINGER", 30)
+    monkeypatch.setattr(stall_detector, "_LINGER", 30)
     pool, group = registry.pools_under(paged)[0], only_group(paged)
     with reservation.reserve(pool, {group: 20}), pool.lock:
-        mine = group.allocate(20)
+        mine = group.allocate_or_grow(20, reservation.of_this_thread())
     threading.Timer(0.2, lambda: group.blocks.give_back(mine)).start()
     for options in ({}, {"num_beams": 2}):
         paged.generate(**zoo.prompts([30]), **LENGTHS, **options)
@@ -158,7 +159,7 @@ def test_others_cannot_allocate_what_is_reserved(models):
         with pytest.raises(OutOfBlocksError, match="4 are free"):
             group.blocks.allocate(5)
         with pool.lock:
-            mine = group.allocate(18)
+            mine = group.allocate_or_grow(18, reservation.of_this_thread())
         assert group.blocks.spare_blocks == 4 and group.blocks.reserved == 2
         group.blocks.free(mine)
     assert group.blocks.reserved == 0 and group.blocks.spare_blocks == 24

@@ -1,4 +1,4 @@
-"""What a model computes changed between two calls: stored states of before are not found, whatever it was."""
+"""A model that computes something else than at the call before finds none of the states stored then."""
 
 import contextlib
 import functools
@@ -416,7 +416,14 @@ def dispatched(model):
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
 
 
-@pytest.mark.parametrize("wrap", [compiled, compiled_in_place, compiled_inside, dispatched])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        *(pytest.param(wrap, marks=pytest.mark.slow) for wrap in (compiled, compiled_in_place)),
+        compiled_inside,
+        dispatched,
+    ],
+)
 def test_what_wraps_a_forward_and_leaves_it_alone_keeps_the_cache(wrap):
     dense, paged = own_pair()
     tokens(paged)
@@ -623,14 +630,14 @@ def test_threads_that_change_the_model_do_not_disturb_a_look():
     thread = threading.Thread(target=change)
     thread.start()
     try:
-        looks = [identify(base) for _ in range(60)]
-        held = [look.holds() for look in looks if look is not None for _ in range(5)]
+        identities = [identify(base) for _ in range(60)]
+        held = [identity.holds() for identity in identities if identity is not None for _ in range(5)]
     finally:
         is_over.set()
         thread.join()
     assert held and not all(held)
     last = identify(base)
-    assert last.holds() and not any(look.holds() for look in looks[:10] if look is not None)
+    assert last.holds() and not any(identity.holds() for identity in identities[:10] if identity is not None)
 
 
 def test_the_address_of_a_tensor_is_given_to_no_other_while_an_identity_is_held():
@@ -664,7 +671,7 @@ def test_nothing_of_a_model_is_kept_alive():
 
 
 def test_a_call_beside_others_sees_an_edit_that_leaves_no_trace():
-    """Rows run with the identity that the first call found; the next call looks at the tensors' content again."""
+    """Rows run with the identity that the first call found; the next call samples the content of tensors again."""
     model = zoo.build("llama", "paged")
     identity = identify(model)
     assert identity.is_found_again()

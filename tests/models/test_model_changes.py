@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import hf_paged
 from hf_paged import PagedConfig
 from hf_paged.models import registry
-from hf_paged_integrations.transformers import generate
+from hf_paged_integrations.transformers import generate, trial
 from support import zoo
 from support.packing import BLOCK, LENGTHS
 
@@ -40,7 +40,7 @@ def test_a_cast_model_is_packed_in_its_new_dtype_at_once(mode):
         stats = hf_paged.stats(models[1])
         assert stats.packed_calls == number * (1 if mode == "beams" else 2)
         assert not stats.fallbacks and not stats.gathers
-        assert {key.dtype for key in registry.pools_under(models[1])[0].groups} == {dtype}
+        assert {key.states_dtype for key in registry.pools_under(models[1])[0].groups} == {dtype}
 
 
 @pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16], ids=["half", "bfloat16"])
@@ -136,7 +136,7 @@ def test_pages_of_another_dtype_do_not_hinder_the_first_packed_call():
     assert torch.equal(*both(models))
     stats = hf_paged.stats(models[1])
     assert stats.packed_calls == 1 and not stats.fallbacks and stats.page_reads > 0
-    assert [key.dtype for key in registry.pools_under(models[1])[0].groups] == [torch.float32]
+    assert [key.states_dtype for key in registry.pools_under(models[1])[0].groups] == [torch.float32]
 
 
 def test_a_forward_after_a_cast_makes_a_new_pool():
@@ -145,7 +145,7 @@ def test_a_forward_after_a_cast_makes_a_new_pool():
     cache = DynamicCache(config=model.double().config)
     with torch.no_grad():
         model(zoo.prompts([9])["input_ids"], past_key_values=cache)
-    assert [key.dtype for key in registry.pools_under(model)[0].groups] == [torch.float64]
+    assert [key.states_dtype for key in registry.pools_under(model)[0].groups] == [torch.float64]
 
 
 def test_no_step_is_run_in_vain_after_a_cast(rows):
@@ -206,12 +206,12 @@ def test_a_refusal_whose_cause_cannot_be_seen_is_doubted_now_and_then():
 
 def test_a_model_that_stays_refused_is_tried_ever_less(monkeypatch):
     model, _, _ = refused()
-    trials, make = [], generate._make_engine
-    monkeypatch.setattr(generate, "_make_engine", lambda *args: (trials.append(len(calls)), make(*args))[1])
+    trials, make = [], trial.make_engine
+    monkeypatch.setattr(trial, "make_engine", lambda *args: (trials.append(len(calls)), make(*args))[1])
     calls = []
     for number in range(60):
         calls.append(number)
-        registry.engine_of(model, lambda model: generate._make_engine(model, model.device))
+        generate.engine_for(model, model.device)
     assert trials == [9, 26, 59]
 
 
@@ -233,17 +233,17 @@ def test_a_full_pool_is_no_lasting_refusal():
 def test_configure_while_an_engine_is_tried(monkeypatch):
     """Another thread may call it: the engine that was made for the old pool serves that one call at most."""
     dense, paged = fresh_pair()
-    make = generate._make_engine
+    make = trial.make_engine
 
     def make_and_configure(*args):
         engine = make(*args)
         hf_paged.configure(paged, PagedConfig(block_size=8))
         return engine
 
-    monkeypatch.setattr(generate, "_make_engine", make_and_configure)
+    monkeypatch.setattr(trial, "make_engine", make_and_configure)
     expected, got = both((dense, paged))
     assert torch.equal(expected, got)
-    monkeypatch.setattr(generate, "_make_engine", make)
+    monkeypatch.setattr(trial, "make_engine", make)
     assert torch.equal(expected, both([paged])[0])
     stats = hf_paged.stats(paged)
     assert stats.block_size == 8 and stats.page_reads > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged.cache import append_step
+from hf_paged_kernels import ops
 from support import zoo
 from support.multimodal import whisper
 
@@ -40,19 +40,19 @@ def test_equal_to_dense(name, mode, padded, size):
     stats = hf_paged.stats(models[1])
     assert stats.page_reads > 0
     # T5's self-attention adds a position bias in every layer; its cross-attention adds zeros.
-    assert set(stats.gathers) == ({"position bias"} if name == "t5" else set())
+    assert set(stats.gathers) == ({"a position bias is added to the scores"} if name == "t5" else set())
 
 
 def test_cross_attention_is_stored_once_for_all_beams(monkeypatch):
     model = zoo.build_encoder_decoder("bart", "paged")
     hf_paged.configure(model, hf_paged.PagedConfig(block_size=4))
     written = []
-    write_kv = append_step.ops.write_kv
-    monkeypatch.setattr(append_step.ops, "write_kv", lambda *args: (written.append(len(args[4])), write_kv(*args))[1])
+    write_kv = ops.write_kv
+    monkeypatch.setattr(ops, "write_kv", lambda *args: (written.append(len(args[4])), write_kv(*args))[1])
     inputs = zoo.prompts([11])
     output = model.generate(**inputs, num_beams=4, max_new_tokens=6, min_new_tokens=6, return_dict_in_generate=True)
     assert written.count(11) == model.config.decoder_layers, "keys and values of the encoder were written again"
-    cross = output.past_key_values.cross_attention_cache.layers[0].sequences
+    cross = output.past_key_values.cross_attention_cache.layers[0].batch
     tables = [table.blocks for rows in cross.groups.values() for table in rows.tables]
     assert len(tables) == 4 and len({tuple(blocks) for blocks in tables}) == 1, tables
 
@@ -62,7 +62,7 @@ def test_left_padding_of_the_encoder_is_gathered_once():
     inputs = zoo.prompts([11, 6])
     assert torch.equal(*(model.generate(**inputs, max_new_tokens=12, min_new_tokens=12) for model in models))
     layers = models[1].config.decoder_layers
-    assert hf_paged.stats(models[1]).gathers == {"a custom attention mask": 2 * layers}
+    assert hf_paged.stats(models[1]).gathers == {"the attention mask is a custom one": 2 * layers}
 
 
 def test_keys_read_outside_a_forward_are_plain_tensors():

@@ -9,6 +9,7 @@ from hf_paged.cache import padding
 from hf_paged.generation import generate_call as call
 from hf_paged.reasons import Reason
 from hf_paged_integrations.transformers import generate
+from hf_paged_kernels import ops
 from support import zoo
 from support.parity import assert_generates_equal
 
@@ -64,7 +65,7 @@ def loop(request):
 def test_a_wrong_kernel_call_is_seen(name, mutate, loop, monkeypatch):
     check(name, loop)
     for op, names in _ARGUMENTS.items():
-        monkeypatch.setattr(paged_attention.ops, op, mutated(getattr(paged_attention.ops, op), names, mutate))
+        monkeypatch.setattr(ops, op, mutated(getattr(ops, op), names, mutate))
     with pytest.raises(AssertionError):
         check(name, loop)
 
@@ -103,6 +104,6 @@ def test_a_stored_pad_is_seen(loop, monkeypatch):
 
 def test_plain_sdpa_in_disguise_is_seen(loop, monkeypatch):
     monkeypatch.setattr(paged_attention, "_obstacle", lambda *args: Reason.OTHER_FORWARD)
-    monkeypatch.setattr(generate, "_why_not_this_call", lambda *args: Reason.OTHER_FORWARD)
+    monkeypatch.setattr(generate, "why_not_this_call", lambda *args: Reason.OTHER_FORWARD)
     with pytest.raises(AssertionError, match="sdpa in disguise"):
         check("llama", loop)

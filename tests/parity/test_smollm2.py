@@ -42,8 +42,14 @@ def generate(model, implementation, inputs, **options):
     return model.generate(**inputs, max_new_tokens=24, **options)
 
 
-@pytest.mark.parametrize("block_size", [4, 32])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode, block_size",
+    [
+        pytest.param(mode, size, marks=() if (mode, size) == ("greedy", 32) else pytest.mark.slow)
+        for mode in MODES
+        for size in (4, 32)
+    ],
+)
 def test_ragged_batch(smollm2, mode, block_size):
     model, tokenizer = smollm2
     inputs = encode(tokenizer, QUESTIONS[:1] if mode == "lookup" else QUESTIONS)
@@ -65,6 +71,7 @@ def test_stop_strings(smollm2):
     assert torch.equal(expected, got) and "Paris" in tokenizer.decode(got[0])
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_are_as_good_as_those_of_sdpa():
     """In bf16 every engine rounds otherwise: distance to the float32 logits is compared, teacher-forced."""
     model = load_model("sdpa", torch.bfloat16)

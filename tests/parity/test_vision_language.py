@@ -22,8 +22,14 @@ MODES = {
 def qwen2_vl():
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     vision = {
-        **{"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2},
-        **{"spatial_merge_size": 2, "temporal_patch_size": 2},
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "patch_size": 4,
+        "mlp_ratio": 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
     }
     tokens = {"image_token_id": IMAGE, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95}
     config = Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **tokens)
@@ -39,9 +45,17 @@ def mllama():
     text = {**TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
     vision = {
-        **{"hidden_size": 16, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2},
-        **{"intermediate_size": 32, "vision_output_dim": 32, "image_size": 8, "patch_size": 4, "max_num_tiles": 1},
-        **{"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "intermediate_size": 32,
+        "vision_output_dim": 32,
+        "image_size": 8,
+        "patch_size": 4,
+        "max_num_tiles": 1,
+        "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1]],
     }
     config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
     inputs = image_prompt()

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from hf_paged.sampling.categorical import draw, likeliest
+from hf_paged.sampling import categorical
 
 VOCABULARIES = [1, 6, 97, 256, 300, 640, 1000]
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_the_likeliest_is_that_of_argmax(vocab):
+def test_argmax_is_that_of_torch(vocab):
     torch.manual_seed(vocab)
     scores = torch.randn(200, vocab)
     scores[50:100] = scores[50:100].round()  # Many ties: the first one counts.
@@ -17,34 +17,34 @@ def test_the_likeliest_is_that_of_argmax(vocab):
     scores[150] = float("-inf")
     scores[151, vocab // 2] = float("nan")
     scores[152] = 0.0
-    assert torch.equal(likeliest(scores), scores.argmax(-1))
+    assert torch.equal(categorical.argmax(scores), scores.argmax(-1))
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_draws_follow_the_distribution(vocab):
+def test_samples_follow_the_distribution(vocab):
     torch.manual_seed(vocab)
     shares = torch.zeros(vocab)
     some = torch.randperm(vocab)[:5]
     shares[some] = torch.rand(len(some)) + 0.1
     shares /= shares.sum()
-    drawn = draw(shares.expand(20_000, -1))
-    found = drawn.bincount(minlength=vocab) / len(drawn)
+    tokens = categorical.sample(shares.expand(20_000, -1))
+    found = tokens.bincount(minlength=vocab) / len(tokens)
     torch.testing.assert_close(found, shares, atol=0.02, rtol=0)
     assert not found[shares == 0].any()
 
 
-def test_each_row_is_drawn_from_its_own_shares():
+def test_each_row_is_sampled_from_its_own_shares():
     tokens = torch.tensor([0, 255, 256, 511, 599])
-    assert torch.equal(draw(torch.eye(600)[tokens]), tokens)
+    assert torch.equal(categorical.sample(torch.eye(600)[tokens]), tokens)
 
 
 @pytest.mark.parametrize("at", ["least", "most"])
-def test_the_ends_of_the_random_numbers_draw_what_can_be_drawn(at, monkeypatch):
+def test_the_least_and_the_largest_random_number_sample_tokens_with_a_share(at, monkeypatch):
     shares = torch.zeros(3, 600)
     shares[0, [3, 590]], shares[1, [255, 256]], shares[2, [7, 8]] = 1 / 3, 1e-30, 0.1
     end = 0.0 if at == "least" else 1 - 2**-53
     monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, end, **options))
-    assert draw(shares).tolist() == ([3, 255, 7] if at == "least" else [590, 256, 8])
+    assert categorical.sample(shares).tolist() == ([3, 255, 7] if at == "least" else [590, 256, 8])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
@@ -52,4 +52,4 @@ def test_what_is_no_distribution_is_refused(bad):
     shares = torch.full((2, 300), 1 / 300)
     shares[1] = bad
     with pytest.raises(RuntimeError, match="probability tensor"):
-        draw(shares)
+        categorical.sample(shares)

@@ -12,14 +12,14 @@ from support.threads import in_threads
 CPU = torch.device("cpu")
 
 
-def recipe(temperature=0.7, top_k=5, draws=False):
-    return Sampler.of([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)], draws, CPU)
+def sampler(temperature=0.7, top_k=5, do_sample=False):
+    return Sampler.of([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)], do_sample, CPU)
 
 
-def test_recipes_are_equal_if_they_choose_alike():
-    assert recipe() == recipe() and hash(recipe()) == hash(recipe())
-    others = [recipe(temperature=0.8), recipe(top_k=6), recipe(draws=True), Sampler.of([], False, CPU)]
-    assert len({recipe(), *others}) == 5
+def test_samplers_are_equal_if_they_choose_alike():
+    assert sampler() == sampler() and hash(sampler()) == hash(sampler())
+    others = [sampler(temperature=0.8), sampler(top_k=6), sampler(do_sample=True), Sampler.of([], False, CPU)]
+    assert len({sampler(), *others}) == 5
     assert Sampler.of([SuppressTokensLogitsProcessor([3])], False, CPU) is None, "tensors are not compared"
 
 
@@ -27,8 +27,8 @@ def test_calls_choose_together_what_they_would_choose_alone():
     torch.manual_seed(0)
     logits = [torch.randn(rows, 50) for rows in (1, 3, 2, 1, 1)]
     before = [part.clone() for part in logits]
-    first, second = recipe(), Sampler.of([], False, CPU)
-    chosen = sample_together([first, second, recipe(), None, second], logits)
+    first, second = sampler(), Sampler.of([], False, CPU)
+    chosen = sample_together([first, second, sampler(), None, second], logits)
     assert chosen[3] is None
     for tokens, part in zip(chosen[:3] + chosen[4:], logits[:3] + logits[4:]):
         assert torch.equal(tokens, part.argmax(-1))
@@ -45,18 +45,18 @@ def test_greedy_rows_choose_as_float32_does(dtype):
     assert Sampler.of([], False, CPU).choose(logits).tolist() == logits.float().argmax(-1).tolist() == [7]
 
 
-def test_free_draws_follow_the_scores():
+def test_sampled_tokens_follow_the_scores():
     torch.manual_seed(0)
     logits = torch.randn(1, 20)
     parts = [logits.expand(3000, -1), logits.expand(1000, -1)]
-    tokens = torch.cat(sample_together([recipe(draws=True), recipe(draws=True)], parts))
+    tokens = torch.cat(sample_together([sampler(do_sample=True), sampler(do_sample=True)], parts))
     scores = TopKLogitsWarper(5)(None, logits / 0.7).softmax(-1)[0]
     torch.testing.assert_close(tokens.bincount(minlength=20) / 4000, scores, atol=0.03, rtol=0)
 
 
-def test_who_cannot_choose_leaves_the_others_to_themselves():
+def test_an_error_of_one_call_is_told_to_all_that_chose_with_it():
     good, bad = torch.randn(1, 20), torch.full((1, 20), float("nan"))
-    first, second = sample_together([recipe(draws=True)] * 2, [good, bad])
+    first, second = sample_together([sampler(do_sample=True)] * 2, [good, bad])
     assert isinstance(first, RuntimeError) and first is second, "each tries again by itself"
 
 

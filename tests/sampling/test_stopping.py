@@ -1,4 +1,4 @@
-"""What numbers say of a row's end is what transformers' criteria say of its tensors."""
+"""Rows end by numbers where they end by transformers' criteria, which look at tensors."""
 
 import time
 
@@ -28,23 +28,23 @@ def test_rows_end_as_the_criteria_say(name):
     for length in (1, 11, 12, 13, 14, 20):
         rows = torch.randint(0, 9, (40, length), generator=generator)
         expected = StoppingCriteriaList(criteria)(rows, None).tolist()
-        assert StoppingRules(criteria).over(rows[:, -1].tolist(), [length] * 40) == expected
+        assert StoppingRules(criteria).are_over(rows[:, -1].tolist(), [length] * 40) == expected
 
 
 def test_a_cancelled_row_ends():
     cancellation = hf_paged.Cancellation()
-    endings = StoppingRules([cancellation])
-    assert endings.over([1, 2], [5, 6]) == [False, False]
+    rules = StoppingRules([cancellation])
+    assert rules.are_over([1, 2], [5, 6]) == [False, False]
     cancellation.cancel()
-    assert endings.over([1, 2], [5, 6]) == [True, True]
+    assert rules.are_over([1, 2], [5, 6]) == [True, True]
 
 
 def test_rows_past_the_model_s_length_are_warned_of(monkeypatch):
     warned = []
     monkeypatch.setattr(upstream.logger, "warning_once", warned.append)
-    endings = StoppingRules([MaxLengthCriteria(30, max_position_embeddings=20)])
-    assert endings.over([1], [20]) == [False] and not warned
-    assert endings.over([1], [21]) == [False] and "maximum length (20)" in warned[0]
+    rules = StoppingRules([MaxLengthCriteria(30, max_position_embeddings=20)])
+    assert rules.are_over([1], [20]) == [False] and not warned
+    assert rules.are_over([1], [21]) == [False] and "maximum length (20)" in warned[0]
 
 
 def test_other_criteria_are_not_for_numbers():

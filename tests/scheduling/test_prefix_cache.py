@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import hf_paged
 from hf_paged.scheduling.cache_salt import current_salt
-from hf_paged.scheduling.request import Request, State
+from hf_paged.scheduling.request import Request, RequestState
 from support.fake_groups import FakeGroup, Rows
 
 
@@ -41,10 +41,10 @@ def test_a_row_waits_a_step_for_a_block_that_another_computes_and_the_rest_goes_
     assert rows.step() == [(second, 8, 10)]
 
 
-def test_nobody_gets_the_blocks_of_a_row_that_waits_a_step():
+def test_no_other_row_gets_the_blocks_of_one_that_waits_a_step():
     rows = Rows(FakeGroup(8), budget=64)
     first, second, other = rows.arrive(range(11)), rows.arrive(range(11)), rows.arrive(range(30, 41))
-    assert rows.step() == [(first, 0, 11)] and other.state is State.WAITING
+    assert rows.step() == [(first, 0, 11)] and other.state is RequestState.WAITING
     assert rows.step() == [(second, 8, 11), (other, 0, 11)]
 
 
@@ -86,7 +86,7 @@ def test_rows_that_run_while_the_weights_change_store_nothing_even_if_they_chang
     assert rows.groups[0].blocks.cached_blocks == 0 and rows.run(range(10)) == 0
 
 
-def test_equal_digests_are_not_believed_without_equal_tokens():
+def test_equal_block_hashes_are_not_believed_without_equal_tokens():
     rows = Rows(FakeGroup(16))
     rows.run(range(10))
     for entry in rows.prefix._entries.values():
@@ -123,12 +123,12 @@ def test_a_preempted_row_finds_its_own_blocks_again():
 
     def decode():
         step = rows.scheduler.schedule()
-        rows.scheduler.done(step)
+        rows.scheduler.commit(step)
         for chunk in step.chunks:
             chunk.request.tokens.append(90 + len(chunk.request.tokens))
         return [(chunk.request, chunk.start, chunk.end) for chunk in step.chunks]
 
-    while last.state is not State.WAITING or last.num_preemptions == 0:
+    while last.state is not RequestState.WAITING or last.num_preemptions == 0:
         decode()
     rows.scheduler.remove(first)
     assert decode()[0][1] == 8 and len(last.tokens) > 9
@@ -177,7 +177,7 @@ def _blocks_in_order(rows, tokens, group):
     row = _row(rows, tokens)
     rows.prefix.match(row)
     rows.prefix._extend(row, len(tokens) // 4)
-    return [rows.prefix._entries[digest].blocks[group] for digest in row.chain[1:]]
+    return [rows.prefix._entries[block_hash].blocks[group] for block_hash in row.block_hashes[1:]]
 
 
 def _row(rows, tokens):

@@ -3,33 +3,33 @@
 import pytest
 
 from hf_paged.errors import OutOfBlocksError
-from hf_paged.scheduling.request import Request, State
+from hf_paged.scheduling.request import Request, RequestState
 from hf_paged.scheduling.scheduler import Scheduler
 from support.fake_groups import FakeGroup
 
 
 def make(*groups, budget=64):
-    """A scheduler over fake groups; with the function that queues a prompt of some length, and its followers."""
+    """A scheduler over fake groups; with the function that queues a prompt of some length, and its duplicates."""
     scheduler = Scheduler(groups, budget)
 
-    def arrive(length, followers=0):
-        requests = [Request(list(range(length)), [group.blocks for group in groups]) for _ in range(1 + followers)]
-        requests[0].followers = requests[1:]
+    def arrive(length, duplicates=0):
+        requests = [Request(list(range(length)), [group.blocks for group in groups]) for _ in range(1 + duplicates)]
+        requests[0].duplicates = requests[1:]
         scheduler.add(requests[0])
-        return requests if followers else requests[0]
+        return requests if duplicates else requests[0]
 
     return scheduler, arrive
 
 
-def run(scheduler, sampled=True):
+def run(scheduler, sampled=True, **options):
     """One step; with `sampled` its rows get their next tokens at once. Returns the (row, start, end) and the step."""
-    step = scheduler.schedule()
+    step = scheduler.schedule(**options)
     samples = [chunk.request for chunk in step.chunks if chunk.samples]
-    scheduler.done(step)
+    scheduler.commit(step)
     for request in samples:
-        followers = request.followers
-        scheduler.follow(request)
-        for row in (request, *followers) if sampled else ():
+        duplicates = request.duplicates
+        scheduler.start_duplicates(request)
+        for row in (request, *duplicates) if sampled else ():
             row.tokens.append(7)
     return [(chunk.request, chunk.start, chunk.end) for chunk in step.chunks], step
 
@@ -46,7 +46,7 @@ def test_a_row_being_sampled_sits_the_step_out():
     scheduler, arrive = make(FakeGroup(32))
     row = arrive(4)
     run(scheduler, sampled=False)
-    assert run(scheduler)[0] == [] and row.state is State.RUNNING
+    assert run(scheduler)[0] == [] and row.state is RequestState.RUNNING
     row.tokens.append(7)
     assert run(scheduler)[0] == [(row, 4, 5)]
 
@@ -57,10 +57,10 @@ def test_the_row_that_came_last_is_preempted_and_comes_back():
     first, last = arrive(7), arrive(7)
     run(scheduler), run(scheduler)
     assert run(scheduler)[0] == [(first, 8, 9)], "the fifth block is the last row's"
-    assert (last.state, last.num_stored, last.tables[0].blocks) == (State.WAITING, 0, [])
+    assert (last.state, last.num_stored, last.tables[0].blocks) == (RequestState.WAITING, 0, [])
     assert (len(last.tokens), last.num_preemptions, scheduler.num_preemptions) == (9, 1, 1)
     later = arrive(1)
-    assert run(scheduler)[0] == [(first, 9, 10)], "who came later does not overtake it"
+    assert run(scheduler)[0] == [(first, 9, 10)], "a row that came later does not overtake it"
     scheduler.remove(first)
     assert run(scheduler)[0] == [(last, 0, 9), (later, 0, 1)]
 
@@ -70,7 +70,7 @@ def test_a_row_preempted_while_it_is_sampled_waits_for_its_token():
     first, last = arrive(7), arrive(7)
     run(scheduler), run(scheduler, sampled=False)
     first.tokens.append(7)
-    assert run(scheduler)[0] == [(first, 8, 9)] and last.state is State.WAITING
+    assert run(scheduler)[0] == [(first, 8, 9)] and last.state is RequestState.WAITING
     scheduler.remove(first)
     assert run(scheduler)[0] == [], "its token would be sampled twice"
     last.tokens.append(7)
@@ -83,17 +83,17 @@ def test_a_slow_call_does_not_hold_up_those_that_wait_behind_it():
     run(scheduler), run(scheduler, sampled=False)
     first.tokens.append(7)
     run(scheduler)
-    assert slow.state is State.WAITING
+    assert slow.state is RequestState.WAITING
     assert run(scheduler)[0] == [(first, 9, 10), (later, 0, 2)]
     scheduler.remove(first)
     slow.tokens.append(7)
     assert run(scheduler)[0] == [(slow, 0, 9), (later, 2, 3)], "in order of arrival again"
 
 
-def test_followers_share_blocks_until_they_diverge():
+def test_duplicates_share_blocks_until_they_diverge():
     group = FakeGroup(8)
     scheduler, arrive = make(group)
-    rows = arrive(6, followers=2)
+    rows = arrive(6, duplicates=2)
     assert run(scheduler)[0] == [(rows[0], 0, 6)]
     assert group.blocks.used_blocks == 2 and scheduler.running == rows
     chunks, step = run(scheduler)
@@ -101,44 +101,44 @@ def test_followers_share_blocks_until_they_diverge():
     assert len(step.copies[0]) == 2, "the last owner keeps the block"
 
 
-def test_followers_have_arrived_with_their_leader():
+def test_duplicates_have_arrived_with_the_first_row():
     scheduler, arrive = make(FakeGroup(4))
-    (leader, follower), other = arrive(7, followers=1), arrive(7)
+    (first_row, duplicate), other = arrive(7, duplicates=1), arrive(7)
     run(scheduler)
-    assert scheduler.running == [leader, follower, other]
+    assert scheduler.running == [first_row, duplicate, other]
     run(scheduler)
-    assert scheduler.running == [leader, follower] and scheduler.waiting == [other]
+    assert scheduler.running == [first_row, duplicate] and scheduler.waiting == [other]
 
 
-def test_a_leader_takes_followers_that_never_ran_with_it():
+def test_a_row_taken_out_takes_duplicates_that_never_ran_with_it():
     scheduler, arrive = make(FakeGroup(8))
-    rows = arrive(6, followers=2)
+    rows = arrive(6, duplicates=2)
     scheduler.remove(rows[0])
-    assert [row.state for row in rows] == [State.OUT] * 3
+    assert [row.state for row in rows] == [RequestState.OUT] * 3
     assert run(scheduler)[0] == []
 
 
-def test_a_follower_taken_out_early_never_runs():
+def test_a_duplicate_taken_out_early_never_runs():
     scheduler, arrive = make(FakeGroup(8))
-    leader, gone, stays = arrive(6, followers=2)
+    first_row, gone, stays = arrive(6, duplicates=2)
     scheduler.remove(gone)
     run(scheduler)
-    assert scheduler.running == [leader, stays]
+    assert scheduler.running == [first_row, stays]
 
 
-def test_a_preempted_leader_keeps_its_followers():
+def test_a_preempted_row_keeps_its_duplicates():
     group = FakeGroup(6)
     scheduler, arrive = make(group, budget=4)
-    first, (leader, follower) = arrive(3), arrive(12, followers=1)
+    first, (first_row, duplicate) = arrive(3), arrive(12, duplicates=1)
     run(scheduler)
     held = group.blocks.allocate(4)
     run(scheduler)
-    assert run(scheduler)[0] == [(first, 4, 5)] and leader.state is State.WAITING
-    assert leader.followers == [follower] and follower.state is State.NEW
+    assert run(scheduler)[0] == [(first, 4, 5)] and first_row.state is RequestState.WAITING
+    assert first_row.duplicates == [duplicate] and duplicate.state is RequestState.NEW
     scheduler.remove(first)
     group.blocks.free(held)
-    assert [run(scheduler)[0] for _ in range(3)] == [[(leader, at, at + 4)] for at in (0, 4, 8)]
-    assert scheduler.running == [leader, follower]
+    assert [run(scheduler)[0] for _ in range(3)] == [[(first_row, at, at + 4)] for at in (0, 4, 8)]
+    assert scheduler.running == [first_row, duplicate]
 
 
 def test_impossible_rows_fail_at_once_however_many():
@@ -149,7 +149,7 @@ def test_impossible_rows_fail_at_once_however_many():
     assert [request for request, _ in step.failed] == rows and chunks == [(small, 0, 3)]
     error = step.failed[0][1]
     assert (error.needed, error.total) == (5, 4)
-    assert all(row.state is State.OUT for row in rows)
+    assert all(row.state is RequestState.OUT for row in rows)
 
 
 def test_a_row_may_fill_the_pool_to_the_last_slot():
@@ -166,7 +166,7 @@ def test_a_small_window_pool_takes_a_long_prompt_in_small_chunks():
     scheduler, arrive = make(group)
     row = arrive(20)
     ends = [run(scheduler)[0][0][2] for _ in range(3)]
-    assert ends == [12, 20, 21] and row.state is State.RUNNING
+    assert ends == [12, 20, 21] and row.state is RequestState.RUNNING
 
 
 def test_rows_that_decode_in_a_window_promise_no_more_than_it_holds():
@@ -185,7 +185,7 @@ def test_a_row_alone_may_exceed_the_budget_when_others_hold_the_blocks():
     group.blocks.allocate(3)
     first, second = arrive(8), arrive(8)
     assert run(scheduler)[0] == [(first, 0, 8)] and group.blocks.total_blocks == 5
-    assert run(scheduler)[0] == [(first, 8, 9)] and second.state is State.WAITING
+    assert run(scheduler)[0] == [(first, 8, 9)] and second.state is RequestState.WAITING
     scheduler.remove(first)
     assert run(scheduler)[0] == [(second, 0, 8)] and group.blocks.total_blocks == 6
 
@@ -196,12 +196,15 @@ def test_a_row_alone_waits_for_blocks_that_will_be_free_soon():
     held = group.blocks.allocate(1)
     row = arrive(8)
     run(scheduler), run(scheduler)
-    scheduler.keeps_budget = True
     row.tokens += [7, 7, 7]  # More than three blocks hold.
-    assert run(scheduler)[0] == [] and row.state is State.WAITING and not row.tables[0].blocks
-    assert run(scheduler)[0] == [] and group.blocks.total_blocks == 4
+    assert (
+        run(scheduler, may_exceed_budget=False)[0] == []
+        and row.state is RequestState.WAITING
+        and not row.tables[0].blocks
+    )
+    assert run(scheduler, may_exceed_budget=False)[0] == [] and group.blocks.total_blocks == 4
     group.blocks.free(held)
-    assert run(scheduler)[0] == [(row, 0, 13)] and group.blocks.total_blocks == 4
+    assert run(scheduler, may_exceed_budget=False)[0] == [(row, 0, 13)] and group.blocks.total_blocks == 4
 
 
 @pytest.mark.parametrize("is_running", [False, True])
@@ -223,10 +226,10 @@ def test_a_row_alone_fails_when_memory_refuses_and_leaves_nothing_behind(is_runn
 def test_a_row_that_yields_after_its_first_group_leaves_no_copies():
     groups = FakeGroup(8), FakeGroup(3, window=8)
     scheduler, arrive = make(*groups)
-    leader, follower = arrive(6, followers=1)
+    first_row, duplicate = arrive(6, duplicates=1)
     run(scheduler)
     groups[1].blocks.allocate(1)
-    leader.num_sampled = len(leader.tokens)  # Its call is slow: the follower runs alone, and no block is left.
+    first_row.num_sampled = len(first_row.tokens)  # Its call is slow: the duplicate runs alone, and no block is left.
     _, step = run(scheduler)
-    assert follower.state is State.WAITING and step.copies == [[], []]
-    groups[0].blocks.check_integrity([leader.tables[0].blocks])
+    assert duplicate.state is RequestState.WAITING and step.copies == [[], []]
+    groups[0].blocks.check_integrity([first_row.tables[0].blocks])

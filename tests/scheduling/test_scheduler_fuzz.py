@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_paged.errors import OutOfBlocksError
-from hf_paged.scheduling.request import Request, State
+from hf_paged.memory.eviction import LeastRecentlyUsed
+from hf_paged.scheduling.request import Request, RequestState
 from hf_paged.scheduling.scheduler import Scheduler
 from support.fake_groups import FakeGroup
 from support.known_blocks import KnownBlocks
+from support.policies import AnyBlock
 
 between_steps = precondition(lambda self: self.step is None)
 within_a_step = precondition(lambda self: self.step is not None)
@@ -18,7 +20,7 @@ picks = st.integers(0, 10**6)
 
 
 class SchedulerAgainstDictionaries(RuleBasedStateMachine):
-    """Prompts arrive, steps run, calls hand tokens back or leave, weights change, and somebody else takes blocks.
+    """Prompts arrive, steps run, calls hand tokens back or leave, weights change, and others take blocks.
 
     As in the engine, only steps exclude each other: all else may happen while one is under way. A token is
     written into a fake memory at its slot, with the weights and the salt that it was computed with; at the end of
@@ -33,10 +35,12 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         window=st.integers(1, 9),
         token_budget=st.integers(1, 12),
         cache_blocks=st.integers(0, 20),
+        policy=st.sampled_from([LeastRecentlyUsed, AnyBlock]),
     )
-    def begin(self, budgets, slack, block_size, window, token_budget, cache_blocks):
+    def begin(self, budgets, slack, block_size, window, token_budget, cache_blocks, policy):
         self.groups = [
-            FakeGroup(total, length, total + slack, block_size) for total, length in zip(budgets, (None, window))
+            FakeGroup(total, length, total + slack, block_size, policy())
+            for total, length in zip(budgets, (None, window))
         ]
         for group in self.groups:
             group.blocks.cache_blocks = cache_blocks
@@ -48,6 +52,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.held: list[dict[int, None]] = [{} for _ in self.groups]
         self.memory: list[dict[int, tuple]] = [{} for _ in self.groups]
         self.states: dict[Request, list[tuple]] = {}  # What each row has stored, by token.
+        self.keeps_budget = False
         self.weights = 0
         self.born: dict[Request, int] = {}  # The weights that a row started with.
         self.known = KnownBlocks(self.groups)
@@ -64,15 +69,15 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         shared=st.integers(0, 20),
         length=st.integers(1, 24),
         more=st.integers(1, 12),
-        followers=st.integers(0, 3),
+        duplicates=st.integers(0, 3),
         salt=st.sampled_from(["", "", "salt", None]),
     )
-    def arrive(self, pick, shared, length, more, followers, salt):
+    def arrive(self, pick, shared, length, more, duplicates, salt):
         earlier = list(self.tokens.values())
         prompt = earlier[pick % len(earlier)][: min(shared, length)] if earlier else []
         prompt += [next(self.new_tokens) for _ in range(length - len(prompt))]
-        rows = [Request(list(prompt), [group.blocks for group in self.groups]) for _ in range(1 + followers)]
-        rows[0].followers = rows[1:]
+        rows = [Request(list(prompt), [group.blocks for group in self.groups]) for _ in range(1 + duplicates)]
+        rows[0].duplicates = rows[1:]
         for row in rows:
             self.tokens[row], self.limits[row], row.salt = list(prompt), length + more, salt
         self.scheduler.add(rows[0])
@@ -95,25 +100,25 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
 
     @rule(keeps_budget=st.booleans())
     def expect_blocks(self, keeps_budget):
-        """Whether a rectangular call will give its blocks back."""
-        self.scheduler.keeps_budget = keeps_budget
+        """Another call will give its blocks back soon, or will not."""
+        self.keeps_budget = keeps_budget
 
     @between_steps
     @rule()
     def schedule(self):
         running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
         totals = [group.blocks.total_blocks for group in self.groups]
-        step = self.step = self.scheduler.schedule()
+        step = self.step = self.scheduler.schedule(may_exceed_budget=not self.keeps_budget)
         for request, error in step.failed:
             self.check_failure(request, error, totals)
-            self.out.update(dict.fromkeys([request, *request.followers]))
+            self.out.update(dict.fromkeys([request, *request.duplicates]))
         self.check_chunks(step)
         self.check_queues(running, waiting)
         for number, copies in enumerate(step.copies):
             self.check_copies(number, copies)
         ready = [row for row in (*running, *waiting) if row not in self.sampling]
         is_free = not any(row in self.sampling for row in running)
-        if self.scheduler.keeps_budget:
+        if self.keeps_budget:
             assert totals == [group.blocks.total_blocks for group in self.groups], "a pool grew that need not"
             is_free = is_free and not any(self.held)
         assert step.chunks or step.failed or not (ready and is_free), "rows are ready and none of them gets on"
@@ -122,7 +127,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         # A pool may have grown for another row of the step.
         assert any(old <= error.total <= group.blocks.total_blocks for old, group in zip(totals, self.groups))
         assert error.needed <= -(-len(self.tokens[request]) // self.groups[0].blocks.block_size)
-        # What the pool could hold fails for want of memory only: somebody else has it.
+        # What the pool could hold fails for want of memory only: a cache outside has it.
         assert error.needed > error.total or (error.needed > error.free and any(self.held))
 
     def check_chunks(self, step):
@@ -141,17 +146,17 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
 
     def check_queues(self, running, waiting):
         arrivals = {row: number for number, row in enumerate(self.tokens)}
-        preempted = [row for row in running if row.state is State.WAITING]
-        admitted = [row for row in waiting if row.state is State.RUNNING]
+        preempted = [row for row in running if row.state is RequestState.WAITING]
+        admitted = [row for row in waiting if row.state is RequestState.RUNNING]
         assert not (preempted and admitted)
-        # Who waits for a block that is computed in this step may be overtaken by the others of the step.
+        # A row that waits for a block that is computed in this step may be overtaken by the others of the step.
         stays = [row for row in self.scheduler.waiting if row not in self.sampling and not self.finds_more(row)]
         assert not (stays and admitted) or max(map(arrivals.get, admitted)) < arrivals[stays[0]], "a row is overtaken"
         last = max((arrivals[row] for row in self.scheduler.running), default=-1)
         assert all(arrivals[row] > last for row in preempted), "not the last one was preempted"
 
     def finds_more(self, request):
-        """Whether the step computes a block that the row could find."""
+        """Tell whether the step computes a block that the row could find."""
         computed = set()
         for chunk in self.step.chunks:
             if self.born[chunk.request] == self.weights:
@@ -188,23 +193,23 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         for chunk in step.chunks:
             if self.born[chunk.request] == self.weights:
                 self.known.learn(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end)
-        self.scheduler.done(step)
+        self.scheduler.commit(step)
         for chunk in step.chunks:
             if chunk.samples:
-                followers = [row for row in chunk.request.followers if row not in self.out]
-                self.scheduler.follow(chunk.request)
-                self.born.update(dict.fromkeys(followers, self.born[chunk.request]))
-                self.states.update({row: list(self.states[chunk.request]) for row in followers})
-                self.sampling.update(dict.fromkeys([chunk.request, *followers]))
+                duplicates = [row for row in chunk.request.duplicates if row not in self.out]
+                self.scheduler.start_duplicates(chunk.request)
+                self.born.update(dict.fromkeys(duplicates, self.born[chunk.request]))
+                self.states.update({row: list(self.states[chunk.request]) for row in duplicates})
+                self.sampling.update(dict.fromkeys([chunk.request, *duplicates]))
 
     @within_a_step
     @rule()
     def abort_step(self):
-        """Whoever runs the step is interrupted before it has copied anything."""
+        """The step is interrupted before it has copied anything."""
         step, self.step = self.step, None
         self.scheduler.abort(step)
         for number, copies in enumerate(step.copies):
-            for _, destination in copies:  # What was copied is lost; nobody may read it.
+            for _, destination in copies:  # What was copied is lost; no row may read it.
                 assert not any(destination in row.tables[number].blocks for row in self.tokens)
 
     @precondition(lambda self: self.sampling)
@@ -235,7 +240,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
 
     def take_out(self, request):
         self.scheduler.remove(request)
-        for row in (request, *request.followers):
+        for row in (request, *request.duplicates):
             self.out[row] = None
             self.sampling.pop(row, None)
 
@@ -262,16 +267,20 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
 
     @invariant()
     def a_row_is_in_one_place(self):
-        followers = [row for leader in self.live for row in leader.followers if row not in self.out]
-        queues = {State.NEW: followers, State.WAITING: self.scheduler.waiting, State.RUNNING: self.scheduler.running}
-        queues[State.OUT] = list(self.out)
+        duplicates = [row for first in self.live for row in first.duplicates if row not in self.out]
+        queues = {
+            RequestState.NEW: duplicates,
+            RequestState.WAITING: self.scheduler.waiting,
+            RequestState.RUNNING: self.scheduler.running,
+        }
+        queues[RequestState.OUT] = list(self.out)
         arrivals = {row: number for number, row in enumerate(self.tokens)}
-        for state in (State.WAITING, State.RUNNING):
+        for state in (RequestState.WAITING, RequestState.RUNNING):
             assert queues[state] == sorted(queues[state], key=arrivals.get)
         assert sorted(arrivals[row] for queue in queues.values() for row in queue) == list(range(len(arrivals)))
         for state, queue in queues.items():
             assert all(row.state is state for row in queue)
-            assert state is State.RUNNING or not any(table.blocks for row in queue for table in row.tables)
+            assert state is RequestState.RUNNING or not any(table.blocks for row in queue for table in row.tables)
         assert all(row.tokens == tokens for row, tokens in self.tokens.items())
 
     @invariant()
@@ -292,10 +301,10 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             assert sorted(known.values()) == list(kept)
 
     def teardown(self):
-        """Whatever happened, every row gets to its end, even if nobody gives blocks back."""
+        """Whatever happened, every row gets to its end, even if no blocks are given back."""
         if not hasattr(self, "scheduler"):
             return
-        self.scheduler.keeps_budget = False
+        self.keeps_budget = False
         longest = sum(self.limits.values()) + 1
         for _ in range(longest * (1 + len(self.live))):
             if not self.live:

@@ -1,4 +1,4 @@
-"""Attention groups without tensors, for tests of the scheduler."""
+"""KV cache groups without tensors, for tests of the scheduler."""
 
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
@@ -25,11 +25,11 @@ class WatchedPool(BlockPool):
 class FakeGroup:
     """Blocks of 4 tokens, as a rule; past the budget the pool grows up to `capacity` as `KVCacheGroup` does."""
 
-    def __init__(self, num_blocks, window=None, capacity=0, block_size=4):
-        self.blocks, self.window = WatchedPool(num_blocks, block_size), window
+    def __init__(self, num_blocks, window=None, capacity=0, block_size=4, policy=None):
+        self.blocks, self.window = WatchedPool(num_blocks, block_size, policy=policy), window
         self.capacity = max(num_blocks, capacity)
 
-    def allocate(self, num_blocks):
+    def allocate_or_grow(self, num_blocks):
         try:
             return self.blocks.allocate(num_blocks)
         except OutOfBlocksError as error:
@@ -56,7 +56,7 @@ class Rows:
     def step(self):
         """Chunks of one step as (row, start, end); rows that are sampled are finished."""
         step = self.scheduler.schedule()
-        self.scheduler.done(step)
+        self.scheduler.commit(step)
         for chunk in step.chunks:
             if chunk.samples:
                 self.scheduler.remove(chunk.request)
@@ -64,7 +64,7 @@ class Rows:
         return [(chunk.request, chunk.start, chunk.end) for chunk in step.chunks]
 
     def run(self, tokens, salt=""):
-        """Run one row to its end; how many of its tokens were found."""
+        """Run one row to its end; returns the number of its tokens that were found."""
         self.arrive(tokens, salt)
         [(_, start, end), *_] = self.step()
         while end < len(tokens):

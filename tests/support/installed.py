@@ -1,10 +1,12 @@
-"""An interpreter of its own in which hf_paged counts as installed, whatever the one that runs the tests knows."""
+"""Subprocesses in which hf_paged counts as installed, or as not, whatever this interpreter's environment holds."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import hf_paged
 
 ROOT = Path(__file__).parent.parent.parent
 # What must be importable for hf_paged to be, without an installation.
@@ -16,9 +18,9 @@ def install(folder: Path) -> Path:
     groups = re.findall(
         r'^\[project\.entry-points\."(.+)"\]\n((?:\w.*\n)+)', (ROOT / "pyproject.toml").read_text(), re.M
     )
-    about = folder / "hf_paged-0.1.0.dist-info"
+    about = folder / f"hf_paged-{hf_paged.__version__}.dist-info"
     about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: hf-paged\nVersion: 0.1.0\n")
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: hf-paged\nVersion: {hf_paged.__version__}\n")
     lines = [f"[{group}]\n" + points.replace('"', "") for group, points in groups]
     (about / "entry_points.txt").write_text("\n".join(lines))
     return folder

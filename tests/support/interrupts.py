@@ -1,4 +1,4 @@
-"""Interrupts at a chosen line: what a signal handler may do between any two instructions, made repeatable."""
+"""Interrupts at a chosen line: a signal handler may raise between any two instructions, here it is repeatable."""
 
 import sys
 from pathlib import Path
@@ -37,13 +37,7 @@ class InterruptedAt:
         sys.settrace(None)
 
     def _trace_call(self, frame, event, argument):
-        return (
-            self._trace_line
-            if frame.f_globals.get("__name__", "").startswith(
-                ("hf_paged.", "hf_paged_integrations.", "hf_paged_kernels.")
-            )
-            else None
-        )
+        return self._trace_line if frame.f_globals.get("__name__", "").startswith(_PACKAGES) else None
 
     def _trace_line(self, frame, event, argument):
         if event == "line" and self.fired is None:

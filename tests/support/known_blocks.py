@@ -1,8 +1,8 @@
-"""The plain model of a prefix cache: a dictionary a group, from what a block holds to the block."""
+"""The plain model of a prefix cache: a dictionary per group, from what a block holds to the block."""
 
 
 class KnownBlocks:
-    """Which full blocks could be found again, as long as nobody was handed them.
+    """The full blocks that could be found again: those that were stored and not handed out since.
 
     No token may be in two prompts unless all before it is, too: so a block's last token says what the block is a
     function of, together with the salt.
@@ -35,14 +35,14 @@ class KnownBlocks:
                 known.setdefault(key, table.blocks[(last - self.size - table.base) // self.size])
 
     def keys(self, request, tokens, start, end):
-        """What the blocks that tokens ``start .. end - 1`` complete are known by; nothing for rows never cached."""
+        """The keys of the blocks that tokens ``start .. end - 1`` complete; none for rows that are never cached."""
         return [] if request.salt is None else [(request.salt, tokens[last - 1]) for last in self._ends(start, end)]
 
     def _ends(self, start, end):
         return range(start // self.size * self.size + self.size, end + 1, self.size)
 
     def longest(self, request, tokens):
-        """How many blocks of a row every group has, as far as its window sees; the last token is always run."""
+        """Blocks of a row that every group has, as far as its window sees; the last token is always run."""
         keys, best = self.keys(request, tokens, 0, len(tokens) - 1), 0
         for count in range(1, len(keys) + 1):
             seen = [0 if g.window is None else max(0, count * self.size - g.window + 1) for g in self.groups]

@@ -38,8 +38,13 @@ def image_prompt() -> dict[str, torch.Tensor]:
 
 def llava():
     vision = CLIPVisionConfig(
-        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-        **{"image_size": 8, "patch_size": 4, "projection_dim": 32},
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=4,
+        projection_dim=32,
     )
     features = {"vision_feature_select_strategy": "default", "vision_feature_layer": -1}
     config = LlavaConfig(
@@ -56,9 +61,18 @@ def whisper(implementation: str):
     sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
     config = WhisperConfig(
         **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()},
-        **{"vocab_size": 157, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 30, "init_std": 0.4},
-        **{"max_target_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-        **{"decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppress_tokens": None},
+        vocab_size=157,
+        d_model=32,
+        num_mel_bins=8,
+        max_source_positions=30,
+        max_target_positions=64,
+        init_std=0.4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
     )
     model = WhisperForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
     for name, value in {

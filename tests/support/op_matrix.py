@@ -1,4 +1,4 @@
-"""What the op tests share: every implementation that this machine runs, pages of any shape, and the bounds."""
+"""Shared by the op tests: every implementation that this machine runs, pages of any shape, and the bounds."""
 
 import contextlib
 
@@ -8,14 +8,14 @@ from hf_paged_kernels import ops, reference, torch_sdpa
 from hf_paged_kernels.cpu import loader
 
 ISAS = loader.isas() if loader.load() else ()
-IMPLEMENTATIONS = ["gather_sdpa", *ISAS]
+IMPLEMENTATIONS = ["torch", *ISAS]
 HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # Of a number between 1 and 2.
 
 
 @contextlib.contextmanager
 def implementation(name: str):
     """The op layer, on torch or on the C++ kernels of one instruction set."""
-    if name == "gather_sdpa":
+    if name == "torch":
         yield torch_sdpa
         return
     before = loader.isa()
@@ -63,6 +63,21 @@ def make_pages(batch, heads, block_size, dtype, key_dim=16, value_dim=16, seed=0
     query = torch.randn(int(counts.sum()), num_heads, key_dim, generator=generator).to(dtype)
     contexts = torch.tensor([context for context, _ in batch], dtype=torch.long)
     return (query, *caches, tables, contexts, counts.cumsum(0)), torch.randn(num_heads, generator=generator)
+
+
+def op_arguments() -> dict[str, tuple]:
+    """Arguments of every op; no slot holds NaN."""
+    arguments, sinks = make_pages([(20, 1), (9, 3)], (4, 2), 16, torch.float32, 16, 8)
+    query, keys, values, *rows = (x.nan_to_num() if x.is_floating_point() else x for x in arguments)
+    generator = torch.Generator().manual_seed(1)
+    states = [torch.randn(4, 2, dim, generator=generator) for dim in (16, 8)]
+    slots = torch.tensor([1, 2, 5, 17])
+    return {
+        "write_kv": (*states, keys.clone(), values.clone(), slots),
+        "copy_blocks": (keys.clone(), values.clone(), torch.tensor([0, 1]), torch.tensor([3, 4])),
+        "paged_attention": (query, keys, values, *rows, 0.3, 7, 2.0, sinks),
+        "write_and_attend": (query, *states, keys.clone(), values.clone(), slots, *rows, 0.3),
+    }
 
 
 def hide_before_window(arguments, window: int) -> None:

@@ -4,6 +4,7 @@ import torch
 
 import hf_paged
 from hf_paged import PagedConfig
+from hf_paged.execution.model_runner import ModelRunner
 from support import zoo
 from support.parity import assert_rows_equal
 
@@ -19,6 +20,18 @@ def pair(blocks: int | None = None, token_budget: int = 16, name: str = "llama")
     budget = None if blocks is None else blocks * BLOCK
     hf_paged.configure(paged, PagedConfig(block_size=4, memory_budget=budget, token_budget=token_budget))
     return dense, paged
+
+
+def watch_steps(monkeypatch, observe) -> list:
+    """A list that gets ``observe(inputs)`` of each step that an engine runs from now on."""
+    seen, execute = [], ModelRunner.execute
+
+    def watched(self, model, inputs):
+        seen.append(observe(inputs))
+        return execute(self, model, inputs)
+
+    monkeypatch.setattr(ModelRunner, "execute", watched)
+    return seen
 
 
 def compare(models, inputs, **options):

@@ -1,4 +1,4 @@
-"""What "equal to dense" means, in one place."""
+"""The one place that says when outputs are equal to those of dense."""
 
 import torch
 

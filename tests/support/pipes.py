@@ -22,12 +22,12 @@ def pipes(models=None, **options):
 
 
 def rest(results) -> list:
-    """What is left of an iterator of a pipeline: ``iter`` would begin it anew."""
+    """Take the results left in a pipeline's iterator: ``iter`` would begin it anew."""
     return list(iter(results.__next__, None))
 
 
 def settled(model) -> bool:
-    """Whether all blocks come back, and all threads end, without anybody asking for a result."""
+    """Tell whether all blocks come back, and all threads end, while no result is asked for."""
     for _ in range(500):
         threads = [thread for thread in threading.enumerate() if thread.name.startswith("hf_paged")]
         if not threads and not hf_paged.stats(model).used_blocks:

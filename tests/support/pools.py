@@ -9,6 +9,11 @@ from hf_paged.memory.kv_pool import KVCacheGroup, KVPool
 pools: "weakref.WeakSet[KVPool]" = weakref.WeakSet()
 
 
+def poison(dtype: torch.dtype) -> float:
+    """A number that no token may be computed from: NaN, or the largest one of a dtype without NaN."""
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
 def poison_new_slots() -> None:
     """Fill slots with NaN whenever they are handed out, so that a read past the context shows."""
     group_init, layer, init = KVCacheGroup.__init__, KVCacheGroup.layer, KVPool.__init__
@@ -22,8 +27,8 @@ def poison_new_slots() -> None:
             with torch.no_grad():
                 for storage in self.layers.values():
                     storage.ensure(self.blocks.high_water)
-                    for cache in (storage.key_cache, storage.value_cache):
-                        cache[torch.tensor(blocks, dtype=torch.long)] = float("nan")
+                    for page in storage.pages:
+                        page[torch.tensor(blocks, dtype=torch.long)] = poison(page.dtype)
             return blocks
 
         self.blocks.allocate = poisoned_allocate
@@ -33,8 +38,8 @@ def poison_new_slots() -> None:
         storage = layer(self, index, key, value)
         if is_new:
             storage.ensure(self.blocks.high_water)
-            for cache in (storage.key_cache, storage.value_cache):
-                cache[: self.blocks.high_water] = float("nan")
+            for page in storage.pages:
+                page[: self.blocks.high_water] = poison(page.dtype)
         return storage
 
     def tracked_init(self, config):

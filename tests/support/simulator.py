@@ -37,7 +37,7 @@ from hf_paged.execution.packed_cache import packed_mask
 from hf_paged.generation import engine as engine_module
 from hf_paged.generation.engine import CallState, Engine
 from hf_paged.generation.generate_call import GenerateCall
-from hf_paged.memory import reservation
+from hf_paged.memory import reservation, stall_detector
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from support.interrupts import Interrupt, InterruptedAt
 
@@ -77,7 +77,7 @@ def reference(prompt: list[int], max_length: int, weights: int) -> list[int]:
 
 
 class FakeModel:
-    """Two layers that store the same; the second checks the first. Looks like a model to `run_step`."""
+    """Two layers that store the same; the second checks the first. Looks like a model to `ModelRunner`."""
 
     def __init__(self):
         self.weights, self.refused = 0, None
@@ -86,7 +86,7 @@ class FakeModel:
         self.fails_for_good = False
         self.num_forwards, self.num_failures = 0, 0
 
-    def __call__(self, input_ids, position_ids, past_key_values, logits_to_keep, hf_paged_step, **_):
+    def __call__(self, input_ids, position_ids, past_key_values, logits_to_keep, hf_paged_forward, **_):
         self.num_forwards += 1
         is_due = self.fails_at is not None and self.num_forwards >= self.fails_at
         if is_due and (self.fails_for_good or not self.num_failures):
@@ -103,7 +103,8 @@ class FakeModel:
             module = SimpleNamespace(layer_idx=index)
             mask = packed_mask(None, states.device)
             self.weights = self.weights_at.get(self.num_forwards, self.weights)  # In the middle of the forward.
-            outputs.append(hf_paged_step.attend(module, torch.zeros_like(states), key, value, mask, 1.0, {})[0, :, 0])
+            out = hf_paged_forward.attend(module, torch.zeros_like(states), key, value, mask, 1.0, {})
+            outputs.append(out[0, :, 0])
         assert self.weights_at or torch.equal(*outputs), "two layers with the same states differ"
         return SimpleNamespace(logits=self._logits(sum(outputs) / 2, position_ids[0], logits_to_keep))
 
@@ -199,14 +200,14 @@ class Baton:
 
 
 def simulated(baton: Baton):
-    """Seat and engine whose every wait is the baton's."""
+    """Call state and engine whose every wait is the baton's."""
 
-    class SimulatedSeat(CallState):
+    class SimulatedCallState(CallState):
         def sleep(self, seconds):
             until = float("inf") if seconds is None else baton.now + seconds
-            baton.give_up(lambda: not self.mail.empty() or baton.now >= until)
-            while not self.mail.empty():
-                self.mail.get()
+            baton.give_up(lambda: not self.wakeup.empty() or baton.now >= until)
+            while not self.wakeup.empty():
+                self.wakeup.get()
 
         def wait_until_left(self):
             baton.give_up(lambda: not self._has_left.empty())
@@ -217,7 +218,7 @@ def simulated(baton: Baton):
             baton.give_up()
             return super()._change(section)
 
-    return SimulatedSeat, SimulatedEngine
+    return SimulatedCallState, SimulatedEngine
 
 
 @dataclass
@@ -283,14 +284,15 @@ class Run:
         self.counts: Counter[str] = Counter()
 
     def go(self) -> "Run":
-        seat, engine = simulated(self.baton)
+        call_state, engine = simulated(self.baton)
         clock = SimpleNamespace(monotonic=self.baton.monotonic, sleep=self.baton.sleep, time=self.baton.monotonic)
         with contextlib.ExitStack() as patches:
             for module, name, value in (
-                (engine_module, "CallState", seat),
+                (engine_module, "CallState", call_state),
                 (engine_module, "time", clock),
                 (engine_module, "identify", FakeIdentity),
                 (reservation, "time", clock),
+                (stall_detector, "time", clock),
             ):
                 patches.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, value)
@@ -401,37 +403,37 @@ class Run:
         """Appends, copies, reorders and crops as beams do, and reads back what it has stored."""
         chance = random.Random(planned.salt)
         rows = [list(planned.prompts[0])] * len(planned.prompts)
-        sequences = BatchState()
-        sequences.num_layers = 2
+        batch = BatchState()
+        batch.num_layers = 2
         needs = {self.group: len(rows) * (-(-(len(rows[0]) + planned.new_tokens) // BLOCK_SIZE) + 1)}
         with reservation.reserve(self.pool, needs):
-            sequences.bind(self.pool)
-            sequences.batch_size = len(rows)
-            self._append(sequences, rows, 0)
+            batch.bind(self.pool)
+            batch.batch_size = len(rows)
+            self._append(batch, rows, 0)
             copies = []
             for _ in range(planned.new_tokens):
                 chosen = [chance.randrange(len(rows)) for _ in rows]
-                sequences.select(sequences.epoch + 1, torch.tensor(chosen))
+                batch.select_rows(batch.epoch + 1, torch.tensor(chosen))
                 rows = [rows[row] + [chance.randrange(2, VOCAB)] for row in chosen]
-                self._append(sequences, rows, len(rows[0]) - 1)
+                self._append(batch, rows, len(rows[0]) - 1)
                 if chance.random() < 0.3:
-                    copies.append((sequences.__deepcopy__({}), rows))
+                    copies.append((batch.__deepcopy__({}), rows))
                 if chance.random() < 0.2 and len(rows[0]) > 2:
                     for layer in range(2):
-                        sequences.truncate(layer, None, 1)
+                        batch.truncate(layer, 1)
                     rows = [row[:-1] for row in rows]
-            for cache, expected in [(sequences, rows), *copies]:
+            for cache, expected in [(batch, rows), *copies]:
                 for layer in range(2):
                     stored = cache.gather(layer, False, 0, len(expected[0]))[:, 0]  # [rows, tokens, DIM]
                     want = torch.stack([vectors(torch.tensor(row), 0) for row in expected])
                     assert torch.equal(stored, want), "a cache reads what it has not stored"
         return rows
 
-    def _append(self, sequences: BatchState, rows: list[list[int]], start: int) -> None:
+    def _append(self, batch: BatchState, rows: list[list[int]], start: int) -> None:
         self.baton.give_up()
         states = torch.stack([vectors(torch.tensor(row[start:]), 0) for row in rows])[:, None]
         for layer in range(2):
-            sequences.append(layer, None, torch.zeros_like(states), states)
+            batch.append(layer, None, torch.zeros_like(states), states)
 
     def _check(self) -> None:
         plan = self.plan
@@ -477,7 +479,7 @@ class Run:
             self.engine.scheduler.prefix.check_integrity()
             assert not blocks.used_blocks, f"{blocks.used_blocks} blocks are left in use"
             assert not blocks.reserved and not self.pool.reservations and not self.pool.waiting, "a promise is left"
-            assert not self.engine._seats and not self.engine._is_driven, "a call is left in the engine"
+            assert not self.engine._state_of and not self.engine._is_driven, "a call is left in the engine"
             assert blocks.free_blocks + blocks.cached_blocks + blocks.used_blocks == blocks.total_blocks
         except AssertionError as error:
             self.leaks.append(str(error))

@@ -1,4 +1,4 @@
-"""Long calls of both loops, and what their streams carry."""
+"""Long calls of both loops, and the tokens that they stream."""
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -8,7 +8,7 @@ from support.packing import LENGTHS
 
 
 class Same(LogitsProcessor):
-    """Changes nothing, but nobody knows that: the call runs transformers' own loop."""
+    """Changes nothing, but is in no table of processors: the call runs transformers' own loop."""
 
     def __call__(self, input_ids, scores):
         return scores

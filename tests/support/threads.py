@@ -4,7 +4,7 @@ import threading
 
 
 def in_threads(*calls):
-    """Run the calls at the same time; their results, or what they raised."""
+    """Run the calls at the same time; return their results, or the errors that they raised."""
     results: list = [None] * len(calls)
 
     def run(index):

@@ -1,4 +1,4 @@
-"""The work of a decode step beside its forward: schedule, pack and done, with the prefix cache and without a model.
+"""The work of a decode step beside its forward: schedule, prepare, commit, with the prefix cache and without a model.
 
 One full group and, with ``--window``, one of a sliding window.
 """
@@ -10,8 +10,8 @@ from statistics import median
 
 import torch
 
-from hf_paged.execution.packed_cache import pack
 from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.execution.step_inputs import prepare_inputs
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Scheduler
@@ -24,11 +24,11 @@ _BLOCK_SIZE = 16
 
 
 class Group:
-    """Blocks without tensors behind them: `pack` asks a storage for nothing."""
+    """Blocks without tensors behind them: `prepare_inputs` asks a storage for nothing."""
 
     def __init__(self, num_blocks: int, window: int | None):
         self.blocks, self.window = BlockPool(num_blocks, _BLOCK_SIZE), window
-        self.allocate = self.blocks.allocate
+        self.allocate_or_grow = self.blocks.allocate
         self.layers = {0 if window is None else 1: None}
 
 
@@ -68,14 +68,14 @@ def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str,
         request.salt = ""  # Its blocks are hashed and stored.
         scheduler.add(request)
     buffers = StepBuffers(torch.device("cpu"))
-    seconds: dict[str, list[float]] = {"schedule": [], "pack": [], "done": []}
+    seconds: dict[str, list[float]] = {"schedule": [], "prepare": [], "commit": []}
     for step in range(1 + steps):
         times = [time.perf_counter()]
         schedule = scheduler.schedule()
         times.append(time.perf_counter())
-        pack(schedule.chunks, [group.window for group in groups], [g.layers for g in groups], buffers)
+        prepare_inputs(schedule.chunks, groups, buffers)
         times.append(time.perf_counter())
-        scheduler.done(schedule)
+        scheduler.commit(schedule)
         times.append(time.perf_counter())
         assert len(schedule.chunks) == rows
         for chunk in schedule.chunks:

@@ -1,8 +1,7 @@
 """Triton's interpreter made fit for proofs: right bfloat16, a check of every address, a count of every byte.
 
-Import this in a process that has ``TRITON_INTERPRET=1`` set, before any kernel is imported. The interpreter as it
-comes computes on the bit patterns of bfloat16, truncates where it should round, and reads on behind a tensor's
-end.
+Kernels are interpreted if they are defined while Triton's switch for it is on. The interpreter as it comes computes
+on the bit patterns of bfloat16, truncates where it should round, and reads whatever lies behind a tensor's end.
 """
 
 import contextlib

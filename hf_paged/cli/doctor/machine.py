@@ -16,13 +16,13 @@ _FEATURES = {
 
 
 def vector_units() -> dict[str, bool]:
-    """The vector instructions that matter to attention on this kind of processor, and whether it has them."""
+    """Return the vector instructions that attention profits from on this kind of processor; True if it has them."""
     found = torch.cpu.get_capabilities()
     return {title: bool(found[name]) for name, title in _FEATURES.items() if name in found}
 
 
 def gpus() -> list[str]:
-    """A line for each GPU that torch can use: name, capability, memory."""
+    """Return a line for each GPU that torch can use: name, capability, memory."""
     lines = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(index)
@@ -31,7 +31,7 @@ def gpus() -> list[str]:
 
 
 def gpu_driver() -> str | None:
-    """The version of NVIDIA's driver, or None if there is none that answers."""
+    """Return the version of NVIDIA's driver, or None if there is none that answers."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=30)

@@ -10,12 +10,14 @@ from hf_paged import __version__
 from hf_paged.cli.doctor.gpu_check import check_gpu
 from hf_paged.cli.doctor.machine import gpu_driver, gpus, vector_units
 from hf_paged.cli.plan.report import size
-from hf_paged.config import DEFAULT_SHARE, PagedConfig
+from hf_paged.config import PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.memory.limits import memory_limits
+from hf_paged.memory.sizing import DEFAULT_SHARE, budget_bytes
 from hf_paged.self_check import check_paged
 from hf_paged_integrations import autoload
 from hf_paged_integrations.transformers.hooks import NAME, TESTED_TRANSFORMERS, enable
+from hf_paged_kernels import backends
 from hf_paged_kernels.cpu import loader
 from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 from hf_paged_kernels.triton import dispatch
@@ -35,14 +37,41 @@ def run_doctor() -> bool:
     Returns
     -------
     bool
-        Whether ``attn_implementation="paged"`` works here.
+        True if ``attn_implementation="paged"`` works here.
     """
-    driver, gpu_lines = gpu_driver(), gpus()
+    gpu_lines = gpus()
+    _print_machine(gpu_lines)
+    works = _is_enabled() and _passes_check()
+    if works:
+        _print("What is used", kernel_state(bool(gpu_lines)))
+        works = not gpu_lines or not dispatch.state().available or _passes_gpu_check()
+    if works:
+        print(f'\nattn_implementation="{NAME}" works here.')
+    return works
+
+
+def kernel_state(has_gpu: bool) -> list[Line]:
+    """Return the code that attends on each kind of device, and why better code is there but not used."""
+    built_in = [("CPU attention", _cpu_attention()), ("GPU attention", _gpu_attention(has_gpu))]
+    return [*built_in, *_other_backends()]
+
+
+def _print(title: str, lines: list[Line]) -> None:
+    print(title)
+    for label, text in lines:
+        print(f"  {label:<16}{text}")
+
+
+def _print_machine(gpu_lines: list[str]) -> None:
     _print("Versions", _versions())
     _print("Processor", _processor())
     _print("Compiler", _compiler())
-    _print("GPU", _gpu(gpu_lines, driver))
+    _print("GPU", _gpu(gpu_lines, gpu_driver()))
     _print("Defaults on this machine", _defaults())
+
+
+def _is_enabled() -> bool:
+    """Tell whether transformers takes the hooks; print why not."""
     try:
         enable()
     except PagedError as error:
@@ -50,59 +79,71 @@ def run_doctor() -> bool:
         print(f'\nattn_implementation="{NAME}" cannot work here: {error}.')
         print(f"In a fresh environment: pip install 'transformers{_TESTED}'")
         return False
+    return True
+
+
+def _passes_check() -> bool:
+    """Tell whether a tiny model generates the same tokens dense and paged; print how it went."""
     try:
         counted = check_paged()  # Compiles the C++ kernels if that was never done.
-    except Exception as error:  # Whatever goes wrong in there, the report must say it.
-        _print("Check", [("a tiny llama", f"failed: {str(error) or type(error).__name__}")])
+    except Exception as error:  # Any code may fail in there, and the report must say how.
+        _print("Check", [("a tiny llama", _failure(error))])
         print(f'\nattn_implementation="{NAME}" does not work here: {_AFTER_A_FAILED_CHECK}.')
         return False
     gathers = sum(counted.gathers.values())
     passed = f"same tokens dense and paged; {counted.page_reads} page reads, {gathers} gathers, every block returned"
     _print("Check", [("a tiny llama", passed)])
-    _print("What is used", kernel_state(bool(gpu_lines)))
-    if gpu_lines and dispatch.state().available:
-        try:
-            _print("GPU kernels", _gpu_check())
-        except Exception as error:  # As above.
-            _print("GPU kernels", [("against torch", f"failed: {str(error) or type(error).__name__}")])
-            print(f'\nattn_implementation="{NAME}" does not work on this GPU: {_WITHOUT_GPU_KERNELS}.')
-            return False
-    print(f'\nattn_implementation="{NAME}" works here.')
     return True
 
 
-def kernel_state(has_gpu: bool) -> list[Line]:
-    """Which code attends on which device, and what is there but not used."""
+def _passes_gpu_check() -> bool:
+    """Tell whether the kernels are right on the first GPU; print that and their speed."""
+    try:
+        found = check_gpu(torch.device("cuda", 0))
+    except Exception as error:  # As above.
+        _print("GPU kernels", [("against torch", _failure(error))])
+        print(f'\nattn_implementation="{NAME}" does not work on this GPU: {_WITHOUT_GPU_KERNELS}.')
+        return False
+    attention, copy = found.attention / 1e9, found.copy / 1e9
+    lines = [
+        ("against torch", f"{found.cases} calls agree with the reference"),
+        ("decode attention", f"reads keys and values at {attention:,.0f} GB/s"),
+        ("a plain copy", f"reads and writes at {copy:,.0f} GB/s: attention reaches {attention / copy:.0%} of it"),
+    ]
+    _print("GPU kernels", lines)
+    return True
+
+
+def _failure(error: Exception) -> str:
+    return f"failed: {str(error) or type(error).__name__}"
+
+
+def _cpu_attention() -> str:
     kernels = loader.state()
     if kernels.available:
-        cpu = f"C++ kernels for {kernels.isa} read the pages in place (float32, bfloat16, float16)"
-    else:
-        reason = " ".join((kernels.reason or "").split())
-        cpu = f"plain torch, several times slower: gathers the blocks of a layer, then SDPA. No C++ kernels: {reason}"
+        return f"C++ kernels for {kernels.isa} read the pages in place (float32, bfloat16, float16)"
+    reason = " ".join((kernels.reason or "").split())
+    return f"plain torch, several times slower: gathers the blocks of a layer, then SDPA. No C++ kernels: {reason}"
+
+
+def _gpu_attention(has_gpu: bool) -> str:
     if not has_gpu:
-        on_gpu = "nothing: torch sees no GPU"
-    elif (triton := dispatch.state()).available:
-        on_gpu = "Triton kernels read the pages in place (float32, bfloat16, float16)"
-    else:
-        on_gpu = f"plain torch: gathers the blocks of a layer, then SDPA. No Triton kernels: {triton.reason}"
-    return [("CPU attention", cpu), ("GPU attention", on_gpu)]
+        return "nothing: torch sees no GPU"
+    kernels = dispatch.state()
+    if kernels.available:
+        return "Triton kernels read the pages in place (float32, bfloat16, float16)"
+    return f"plain torch: gathers the blocks of a layer, then SDPA. No Triton kernels: {kernels.reason}"
 
 
-def _gpu_check() -> list[Line]:
-    """The kernels' numbers and speed on the first GPU."""
-    found = check_gpu(torch.device("cuda", 0))
-    share = found.attention / found.copy
-    return [
-        ("against torch", f"{found.cases} calls agree with the reference"),
-        ("decode attention", f"reads keys and values at {found.attention / 1e9:,.0f} GB/s"),
-        ("a plain copy", f"reads and writes at {found.copy / 1e9:,.0f} GB/s: attention reaches {share:.0%} of it"),
-    ]
-
-
-def _print(title: str, lines: list[Line]) -> None:
-    print(title)
-    for label, text in lines:
-        print(f"  {label:<16}{text}")
+def _other_backends() -> list[Line]:
+    """Attention backends that are not built in, in the order in which they are asked."""
+    lines = []
+    for backend in backends.registered():
+        if backend.name not in ("cpp", "triton", "torch"):
+            state = backend.state()
+            use = "can be used" if state.available else f"cannot be used: {state.reason}"
+            lines.append((backend.name, f"a backend for {backend.device_type or 'every device'}, {use}"))
+    return lines
 
 
 def _versions() -> list[Line]:
@@ -168,7 +209,7 @@ def _gpu(lines: list[str], driver: str | None) -> list[Line]:
 
 def _defaults() -> list[Line]:
     config = PagedConfig()
-    budget = config.budget_bytes(torch.device("cpu"))
+    budget = budget_bytes(config, torch.device("cpu"))
     return [
         ("block size", f"{config.block_size} tokens"),
         ("memory budget", f"{budget:,} bytes ({size(budget)}): {DEFAULT_SHARE:.0%} of what is available now"),
@@ -178,5 +219,6 @@ def _defaults() -> list[Line]:
 
 def _zero_code() -> str:
     obstacle = autoload.why_off()
-    needed = f'attn_implementation="{NAME}" needs `import hf_paged`: {obstacle}'
-    return f"off, {needed}" if obstacle else f'on: attn_implementation="{NAME}" works without `import hf_paged`'
+    if obstacle is None:
+        return f'on: attn_implementation="{NAME}" works without `import hf_paged`'
+    return f'off, attn_implementation="{NAME}" needs `import hf_paged`: {obstacle}'

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub import is_offline_mode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import logging
 
-from hf_paged.cache.layers import PagedLayerMixin
+from hf_paged.cache.layers import PagedLayer
 from hf_paged.cli.demo_model import load_config
+from hf_paged.compat.transformers import has_model_for
 from hf_paged.errors import PagedError
 from hf_paged_integrations.transformers.hooks import NAME
 
@@ -21,7 +29,7 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class LayerStates:
-    """What one layer stores of one token."""
+    """The keys and values that one layer stores of one token."""
 
     num_kv_heads: int
     key_dim: int
@@ -37,7 +45,7 @@ class LayerStates:
 
 @dataclass(frozen=True)
 class GroupFootprint:
-    """The layers of one attention group: those with the same window."""
+    """The layers of one KV cache group: those with the same window."""
 
     window: int | None
     layers: tuple[LayerStates, ...]
@@ -55,7 +63,7 @@ class Footprint:
     Attributes
     ----------
     groups : tuple of GroupFootprint
-        The attention groups that lie in pages; full attention first.
+        The KV cache groups, full attention first.
     num_paged_layers : int
         Layers of the cache that are paged, those that never store anything included: the pool divides
         its budget by this count.
@@ -126,34 +134,45 @@ def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
             f'{kind} cannot be planned: with attn_implementation="{NAME}" and without weights it does not run '
             f"({type(error).__name__}: {_line(error)}); if it does with its weights, hf_paged.stats(model) measures it"
         ) from error
-    paged, others = [layer for layer in cache.layers if isinstance(layer, PagedLayerMixin)], Counter()
+    groups = _groups(kind, cache)
+    return Footprint(
+        kind,
+        dtype,
+        groups,
+        sum(isinstance(layer, PagedLayer) for layer in cache.layers),
+        sum(parameter.numel() for parameter in model.parameters()),
+        sum(map(_state_bytes, cache.layers)),
+        dict(Counter(type(layer).__name__ for layer in cache.layers if _keeps_own_states(layer))),
+    )
+
+
+def _groups(kind: str, cache: DynamicCache) -> tuple[GroupFootprint, ...]:
+    """The KV cache groups of a cache that holds one token, full attention first."""
     groups: dict[int | None, list[LayerStates]] = {}
-    state_bytes = 0
     for layer in cache.layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-            state_bytes += sum(state.nbytes for state in states if state is not None)
-        if getattr(layer, "keys", None) is None:
+        if not isinstance(layer, PagedLayer) or (keys := layer.keys) is None or (values := layer.values) is None:
             continue
-        if not isinstance(layer, PagedLayerMixin):
-            others[type(layer).__name__] += 1
-            continue
-        if layer.keys.shape[2] != 1:
-            raise PagedError(f"{kind} cannot be planned: it caches {layer.keys.shape[2]} positions for one token")
-        shape = LayerStates(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        if keys.shape[2] != 1:
+            raise PagedError(f"{kind} cannot be planned: it caches {keys.shape[2]} positions for one token")
+        shape = LayerStates(keys.shape[1], keys.shape[3], values.shape[3])
         groups.setdefault(layer.window, []).append(shape)
     if not groups:
         raise PagedError(f"{kind} has nothing to plan: no layer of its cache lies in pages")
     ordered = sorted(groups.items(), key=lambda item: -1 if item[0] is None else item[0])
-    return Footprint(
-        kind,
-        dtype,
-        tuple(GroupFootprint(window, tuple(layers)) for window, layers in ordered),
-        len(paged),
-        sum(parameter.numel() for parameter in model.parameters()),
-        state_bytes,
-        dict(others),
-    )
+    return tuple(GroupFootprint(window, tuple(layers)) for window, layers in ordered)
+
+
+def _keeps_own_states(layer: object) -> bool:
+    """Tell whether a layer's keys and values stay in transformers' own cache."""
+    return not isinstance(layer, PagedLayer) and getattr(layer, "keys", None) is not None
+
+
+def _state_bytes(layer: object) -> int:
+    """Bytes that a recurrent layer keeps of one row; 0 for others."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return 0
+    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    return sum(state.nbytes for state in states if state is not None)
 
 
 def _line(error: Exception) -> str:
@@ -161,13 +180,12 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
 
 
-def _run_without_weights(config: PreTrainedConfig, dtype: torch.dtype):
+def _run_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, DynamicCache]:
     """The model on the meta device, and its cache after one token."""
     config = copy.deepcopy(config)
     config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = None  # Or some look for pads in the ids.
-    auto = AutoModelForCausalLM
-    if type(config) not in auto._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
-        auto = AutoModelForImageTextToText
+    is_text = has_model_for(AutoModelForCausalLM, config) or not has_model_for(AutoModelForImageTextToText, config)
+    auto = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # Advice about weights and speed does not concern a model without weights.
     try:

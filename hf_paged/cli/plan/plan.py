@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_paged.cli.plan.footprint import Footprint, GroupFootprint
-from hf_paged.config import DEFAULT_SHARE
+from hf_paged.cli.plan.footprint import Footprint, GroupFootprint, LayerStates
+from hf_paged.memory.kv_format import BlockShape, make_kv_format
+from hf_paged.memory.sizing import DEFAULT_SHARE, row_blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MIB = 2**20
@@ -39,18 +40,14 @@ class Plan:
 
     def row_blocks(self, group: GroupFootprint) -> int:
         """The most blocks a row owns while it grows to `context` tokens, one at a time."""
-        if group.window is None:
-            return -(-self.context // self.block_size)
-        # How many blocks a window touches depends on where it lies; it moves through them as the row grows.
-        ends = range(max(1, self.context - self.block_size + 1), self.context + 1)
-        return max(-(-end // self.block_size) - max(0, end - group.window) // self.block_size for end in ends)
+        return row_blocks(self.context, self.block_size, group.window)
 
     def blocks(self, group: GroupFootprint) -> int:
         return self.batch * self.row_blocks(group)
 
     def block_bytes(self, group: GroupFootprint) -> int:
         """Bytes of one block in all layers of the group."""
-        return group.elements * self.block_size * self.dtype.itemsize
+        return sum(map(self._layer_block_bytes, group.layers))
 
     @property
     def kv_bytes(self) -> int:
@@ -58,7 +55,7 @@ class Plan:
 
     @property
     def dense_bytes(self) -> int:
-        """What the same rows take in transformers' own dense cache, which keeps ``window - 1`` tokens."""
+        """Bytes of the same rows in transformers' own dense cache, which keeps ``window - 1`` tokens."""
         per_row = 0
         for group in self.footprint.groups:
             kept = self.context if group.window is None else min(self.context, group.window - 1)
@@ -84,13 +81,16 @@ class Plan:
         return max(self.blocks(group) * self._share_unit(group) for group in self.footprint.groups)
 
     def fits(self, budget: int) -> bool:
-        """Whether a pool of `budget` bytes holds the batch without growing."""
+        """Tell whether a pool of `budget` bytes holds the batch without growing."""
         return all(self.blocks(group) <= self._budget_blocks(group, budget) for group in self.footprint.groups)
 
     def _share_unit(self, group: GroupFootprint) -> int:
         """Bytes of budget for which the pool gives this group one block: as if all paged layers were like its first."""
-        elements = group.layers[0].elements * self.footprint.num_paged_layers
-        return elements * self.block_size * self.dtype.itemsize
+        return self._layer_block_bytes(group.layers[0]) * self.footprint.num_paged_layers
+
+    def _layer_block_bytes(self, layer: LayerStates) -> int:
+        shape = BlockShape(layer.num_kv_heads, self.block_size, layer.key_dim, layer.value_dim)
+        return make_kv_format(self.dtype).block_bytes(shape)
 
     def _budget_blocks(self, group: GroupFootprint, budget: int) -> int:
         return max(1, budget // self._share_unit(group))
@@ -98,7 +98,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """What this machine has for the blocks.
+    """The memory that this machine has for the blocks.
 
     Attributes
     ----------
@@ -123,11 +123,11 @@ class Memory:
         return self.stated if self.stated is not None else int(self.left(plan) * DEFAULT_SHARE)
 
     def can_grow(self, plan: Plan) -> bool:
-        """Whether a pool too small for the plan grows to it: its storage reserves what the machine has."""
+        """Tell whether a pool too small for the plan grows to it: its storage reserves what the machine has."""
         return plan.fits(max(self.budget(plan), self.physical)) and plan.kv_bytes <= self.left(plan)
 
     def fits(self, plan: Plan) -> bool:
-        """Whether the pool holds the plan without growing, and the machine holds the pool."""
+        """Tell whether the pool holds the plan without growing, and the machine holds the pool."""
         return plan.fits(self.budget(plan)) and plan.kv_bytes <= self.left(plan)
 
 
@@ -151,7 +151,7 @@ class Remedy:
 
 
 def remedies(plan: Plan, memory: Memory) -> list[Remedy]:
-    """What would make a plan fit that does not: cheapest for the user first."""
+    """Changes that may make a plan fit that does not: cheapest for the user first."""
     found = []
     if plan.dtype.itemsize > 2:
         found.append(_tried("dtype=torch.bfloat16", replace(plan, dtype=torch.bfloat16), memory.fits))

@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedConfig
 
 from hf_paged.cli.plan.footprint import Footprint, footprint, read_config
 from hf_paged.cli.plan.plan import BLOCK_SIZES, Memory, Plan, remedies
-from hf_paged.config import DEFAULT_SHARE, PagedConfig, allowed_budget, available_memory, parse_bytes, physical_memory
+from hf_paged.config import PagedConfig, parse_bytes
+from hf_paged.memory.sizing import DEFAULT_SHARE, allowed_budget, available_memory, physical_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,8 +37,7 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
         if number < 1:
             raise ValueError(f"{name} must be at least 1; got {number}")
     model_config = read_config(model)
-    own = model_config.dtype or model_config.get_text_config(decoder=True).dtype
-    chosen = DTYPES[dtype] if dtype else own or torch.float32
+    chosen = DTYPES[dtype] if dtype else _own_dtype(model_config)
     plan = Plan(footprint(model_config, chosen), batch, context, config.block_size, chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = parse_bytes(config.memory_budget)
@@ -49,6 +50,12 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
     _print_assumptions(plan)
     if getattr(model_config, "quantization_config", None):
         print("The weights are counted without their quantisation; with it they leave more for the KV.")
+
+
+def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype in which ``from_pretrained`` loads a model of this config."""
+    dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def size(num_bytes: float) -> str:
@@ -81,7 +88,7 @@ def _print_model(model: Footprint) -> None:
 def _print_groups(plan: Plan) -> None:
     print(f"\nBatch {plan.batch:,}, context {plan.context:,}, {_name(plan.dtype)}, blocks of {plan.block_size} tokens")
     row = "  {:<22}{:>6}  {:>24}{:>14}{:>10}{:>12}"
-    print(row.format("attention group", "layers", "KV heads x (key + value)", "blocks a row", "blocks", "memory"))
+    print(row.format("KV cache group", "layers", "KV heads x (key + value)", "blocks a row", "blocks", "memory"))
     for group in plan.footprint.groups:
         shapes = list(dict.fromkeys(map(str, group.layers)))
         print(

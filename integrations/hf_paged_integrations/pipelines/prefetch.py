@@ -1,136 +1,59 @@
-"""Run ahead: a function over the items of an iterator, many at a time in threads, results in order.
+"""Prefetch: a function over the items of an iterator, many at a time in threads, results in order.
 
-The iterator itself is drawn on in the consumer's thread, as a plain loop would. Only an iterable that may keep
-one waiting (a generator over a queue) is read in a thread of its own, and only while the consumer waits here:
-a result that is ready does not wait for the next item to arrive.
+The iterator itself is read in the consumer's thread, as a plain loop would. Only an iterable that may keep one waiting
+(a generator over a queue) is read in a thread of its own, and only while the consumer waits here: a result that is
+ready does not wait for the next item to arrive.
 """
 
 import contextvars
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_paged.sampling.cancellation import Cancellation
+from hf_paged_integrations.pipelines.reader import Reader
 
 _READ_AHEAD = 2  # Items read and not yet returned, at most, as a multiple of those that run.
 
 
-class Reader:
-    """An iterator whose items are read by a thread, as many as were asked for.
-
-    Parameters
-    ----------
-    items : iterator
-    news : threading.Condition
-        Notified when an item has arrived.
-    """
-
-    def __init__(self, items: Iterator, news: threading.Condition):
-        self._news, self._wanted, self._is_closed, self._is_over = news, 0, False, False
-        self._arrived: deque[tuple[Any, BaseException | None]] = deque()
-        self._items: Iterator | None = items
-        self._thread: threading.Thread | None = None
-
-    def ask(self, count: int) -> bool:
-        """Whether `count` items, or the end, have arrived; what is missing is read. Call it with `news` held."""
-        missing = count - len(self._arrived)
-        if missing <= 0 or self._is_over:
-            return True
-        if self._wanted < missing:
-            self._wanted = missing
-            self._news.notify_all()
-        if self._thread is None:
-            # A daemon: nobody can interrupt an iterator that waits for its next item.
-            self._thread = threading.Thread(target=self._read, name="hf_paged-reader", daemon=True)
-            self._thread.start()
-        return False
-
-    def close(self) -> None:
-        """Read no more."""
-        with self._news:
-            self._is_closed = True
-            self._news.notify_all()
-
-    def __iter__(self) -> "Reader":
-        return self
-
-    def __next__(self):
-        with self._news:
-            while not self.ask(1):
-                self._news.wait()
-            if not self._arrived:
-                raise StopIteration
-            item, error = self._arrived.popleft()
-        if error is not None:
-            raise error
-        return item
-
-    def _read(self) -> None:
-        items, self._items = self._items, None  # A generator is closed when this thread lets go of it.
-        while True:
-            with self._news:
-                while not self._wanted and not self._is_closed:
-                    self._news.wait()
-                if self._is_closed:
-                    return
-            try:
-                arrival = next(items), None
-            except StopIteration:
-                arrival = None
-            except BaseException as error:
-                arrival = None, error
-            with self._news:
-                if arrival is None:
-                    self._is_over = True
-                else:
-                    self._arrived.append(arrival)
-                    self._wanted -= 1
-                self._news.notify_all()
-                if self._is_over:
-                    return
-
-
-class Arrivals:
-    """An iterable whose every iterator is a `Reader`; `reader` is the newest."""
-
-    def __init__(self, items: Iterable, news: threading.Condition):
-        self._items, self._news, self.reader = items, news, None
-
-    def __iter__(self) -> Reader:
-        self.reader = Reader(iter(self._items), self._news)
-        return self.reader
-
-
 @dataclass
 class _Item:
+    """An item and its run. A stopped one has not begun: its future and cancellation are new."""
+
     value: Any
-    future: Future | None = None  # None: not started.
-    cancellation: Cancellation | None = None
+    future: Future = field(default_factory=Future)
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    is_stopped: bool = False
+
+    @property
+    def is_running(self) -> bool:
+        """Tell whether its thread has been started and has set no result yet."""
+        return not self.is_stopped and not self.future.done()
 
 
 class Prefetch:
     """Results of ``function(item, cancellation)`` in the order of the items, many of which run at a time.
 
-    An error, of the function or of the source, is raised in its item's place; what runs ahead is stopped then and
-    starts anew if somebody asks for the next result. An iterator that is dropped stops what runs ahead.
+    An error, of the function or of the source, is raised in its item's place; what runs ahead is stopped then, and
+    starts anew when the next result is asked for. An iterator that is dropped stops what runs ahead.
 
     Parameters
     ----------
     function : callable
         Runs in threads. Returns soon after its cancellation is set; its result counts for nothing then.
     source : iterator
-        Items, drawn on in the consumer's thread.
+        Items, read in the consumer's thread.
     reader : Reader or None
         What the source reads from, if that may keep it waiting.
-    items_per_draw : int
-        Items of `reader` that one draw on the source takes.
+    batch_size : int
+        Items of `reader` that make one item of the source.
     window : int
         Items that run at the same time.
-    news : threading.Condition
+    wakeup : threading.Condition
         The reader's.
     """
 
@@ -139,12 +62,12 @@ class Prefetch:
         function: Callable[[Any, Cancellation], Any],
         source: Iterator,
         reader: Reader | None,
-        items_per_draw: int,
+        batch_size: int,
         window: int,
-        news: threading.Condition,
+        wakeup: threading.Condition,
     ):
         self._function, self._source, self._reader = function, source, reader
-        self._items_per_draw, self._window, self._news = items_per_draw, window, news
+        self._batch_size, self._window, self._wakeup = batch_size, window, wakeup
         self._items: deque[_Item] = deque()
         self._is_over = False
         weakref.finalize(self, _abandon, self._items, reader)
@@ -155,8 +78,9 @@ class Prefetch:
     def __next__(self):
         try:
             while True:
-                self._start_items()
-                if self._items and self._items[0].future.done():
+                self._restart_stopped()
+                self._start_next()
+                if self._is_first_done():
                     return self._items.popleft().future.result()
                 if not self._items and self._is_over:
                     raise StopIteration
@@ -164,14 +88,17 @@ class Prefetch:
         except StopIteration:
             raise
         except BaseException:
-            self._stop_items()
+            self._stop_all()
             raise
 
-    def _start_items(self) -> None:
-        """Start what can be started without waiting."""
+    def _restart_stopped(self) -> None:
         for item in self._items:
-            if item.future is None:  # It was stopped.
+            if item.is_stopped:
+                item.is_stopped = False
                 self._start(item)
+
+    def _start_next(self) -> None:
+        """Read and start the items that can be had without waiting."""
         while self._can_start():
             try:
                 item = _Item(next(self._source))
@@ -184,46 +111,48 @@ class Prefetch:
                 self._start(item)
 
     def _can_start(self) -> bool:
-        """Whether there is room for another item, and it can be had without waiting."""
-        running = sum(not item.future.done() for item in self._items)
-        if self._is_over or running >= self._window or len(self._items) >= _READ_AHEAD * self._window:
+        """Tell whether there is room for another item, and it can be had without waiting."""
+        num_running = sum(item.is_running for item in self._items)
+        if self._is_over or num_running >= self._window or len(self._items) >= _READ_AHEAD * self._window:
             return False
         if self._reader is None:
             return True
-        with self._news:
-            return self._reader.ask(self._items_per_draw)
+        with self._wakeup:
+            return self._reader.ask(self._batch_size)
 
     def _start(self, item: _Item) -> None:
-        item.cancellation, item.future = Cancellation(), Future()
-        context = contextvars.copy_context()  # The cache salt of whoever iterates.
-        work = (_run, self._function, item.value, item.cancellation, item.future, self._news)
+        context = contextvars.copy_context()  # With the consumer's cache salt.
+        work = (_run, self._function, item.value, item.cancellation, item.future, self._wakeup)
         # Not from an executor: the interpreter would wait for its threads before it tells that it exits.
         threading.Thread(target=context.run, args=work, name="hf_paged-item").start()
 
+    def _is_first_done(self) -> bool:
+        return bool(self._items) and self._items[0].future.done()
+
     def _wait(self) -> None:
-        """Wait until the first item is done, or there is room for another one and it has arrived."""
-        with self._news:
-            while not (self._items and self._items[0].future.done()) and not self._can_start():
-                self._news.wait()
+        """Wait until the first item is done, or another one has arrived for which there is room."""
+        with self._wakeup:
+            while not self._is_first_done() and not self._can_start():
+                self._wakeup.wait()
 
-    def _stop_items(self) -> None:
-        """Stop what runs, and wait until it has left; it has not begun then."""
-        stopped = [item for item in self._items if item.future is not None and not item.future.done()]
-        for item in stopped:
+    def _stop_all(self) -> None:
+        """Stop the items that run, and wait until their threads have left them."""
+        running = [item for item in self._items if item.is_running]
+        for item in running:
             item.cancellation.cancel()
-        wait([item.future for item in stopped])
-        for item in stopped:
-            item.future = None
+        wait([item.future for item in running])
+        for item in running:
+            item.future, item.cancellation, item.is_stopped = Future(), Cancellation(), True
 
 
-def _run(function, value, cancellation: Cancellation, future: Future, news: threading.Condition) -> None:
+def _run(function, value, cancellation: Cancellation, future: Future, wakeup: threading.Condition) -> None:
     try:
         future.set_result(function(value, cancellation))
     except BaseException as error:
         future.set_exception(error)
         del future  # The error's traceback holds this frame: no cycle.
-    with news:
-        news.notify_all()
+    with wakeup:
+        wakeup.notify_all()
 
 
 def _failed(error: Exception) -> Future:
@@ -234,7 +163,6 @@ def _failed(error: Exception) -> Future:
 
 def _abandon(items: deque[_Item], reader: Reader | None) -> None:
     for item in items:
-        if item.cancellation is not None:
-            item.cancellation.cancel()
+        item.cancellation.cancel()
     if reader is not None:
         reader.close()

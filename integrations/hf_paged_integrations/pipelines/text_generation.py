@@ -1,107 +1,149 @@
 """Text-generation pipelines of "paged" models: items run together, and results come back in order.
 
-Everything but the forwards stays where it was: the pipeline's own loader reads, preprocesses and collates, and
-its own iterators take batches apart and postprocess, in the consumer's thread. Each forward is the pipeline's
-own too, and calls `generate`; forwards that run at the same time share the steps of the model's engine.
+Everything but the forwards stays where it was: the pipeline's own loader reads, preprocesses and collates, and its own
+iterators take batches apart and postprocess, in the consumer's thread. Each forward is the pipeline's own, too, and
+calls ``generate``; forwards that run at the same time share the steps of the model's engine.
 """
 
-import collections
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 
-from transformers import GenerationMixin, Pipeline, TextGenerationPipeline
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, TextGenerationPipeline
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
+from hf_paged.compat.transformers import (
+    complete_generation_config,
+    generate_options,
+    has_own_forward,
+    replace_forwards,
+)
 from hf_paged.reasons import Reason, Why
-from hf_paged.sampling.rng_replay import free_draws, is_unseeded
-from hf_paged_integrations.pipelines.prefetch import Arrivals, Prefetch, Reader
-from hf_paged_integrations.transformers.generate import why_not_packable
+from hf_paged.sampling.cancellation import Cancellation
+from hf_paged.sampling.rng_replay import is_unseeded, no_replay
+from hf_paged_integrations.pipelines.prefetch import Prefetch
+from hf_paged_integrations.pipelines.reader import Reader, ReadInThread
+from hf_paged_integrations.transformers.eligibility import why_not_packable
 
 logger = logging.get_logger(__name__)
 
 # Prompts that run at the same time. Twice as many are read ahead at most.
 WINDOW = 32
-# What `generate` takes besides generation parameters. Anything else is an object or a tensor of the caller's, which
-# one item after the other may use and change.
-_KNOWN_ARGUMENTS = {"tokenizer"}
+# Arguments of `generate` that items may share, besides generation parameters. Any other one is an object or a tensor of
+# the caller's, which one item after the other may use and change.
+_SHARED_ARGUMENTS = {"tokenizer"}
 
 
 def iterate(
     original,
     pipe: TextGenerationPipeline,
     inputs,
-    num_workers,
-    batch_size,
-    preprocess_params,
-    forward_params,
-    postprocess,
-):
-    """``get_iterator`` of a `TextGenerationPipeline` whose model is "paged"; `original` is transformers' own."""
+    num_workers: int,
+    batch_size: int,
+    preprocess_params: dict,
+    forward_params: dict,
+    postprocess_params: dict,
+) -> Iterator:
+    """Iterate over a pipeline's results as ``TextGenerationPipeline.get_iterator`` does; its forwards run together.
+
+    Parameters
+    ----------
+    original : callable
+        transformers' own ``get_iterator``.
+    pipe : TextGenerationPipeline
+        Of a "paged" model.
+    inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+        As for `original`. `inputs` that have a length are read as they are needed; others are read in a thread.
+    """
+    params = (preprocess_params, forward_params, postprocess_params)
     why = _why_one_by_one(pipe, forward_params)
     if why is not None:
-        logger.info(f"hf_paged: the pipeline's items run one after another, because of {why}. Remedy: {why.remedy}.")
-        return original(pipe, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess)
-    news = threading.Condition()
-    is_sized = isinstance(inputs, collections.abc.Sized)
-    arrivals = None if is_sized or num_workers else Arrivals(inputs, news)
-    source = inputs if arrivals is None else arrivals
-    results = original(pipe, source, num_workers, batch_size, preprocess_params, forward_params, postprocess)
-    forwards = results.loader
-    forwards.loader = _Forwards(forwards, arrivals, not is_sized, batch_size, news)
-    forwards.infer, forwards.params = _as_it_is, {}
+        logger.info(f"hf_paged: the pipeline's items run one after another, because {why}. Remedy: {why.remedy}.")
+        return original(pipe, inputs, num_workers, batch_size, *params)
+    wakeup = threading.Condition()
+    is_sized = isinstance(inputs, Sized)
+    read = None if is_sized or num_workers else ReadInThread(inputs, wakeup)
+    results = original(pipe, inputs if read is None else read, num_workers, batch_size, *params)
+    outputs = functools.partial(_Forwards, read=read, may_wait=not is_sized, batch_size=batch_size, wakeup=wakeup)
+    replace_forwards(results, outputs)
     return results
 
 
-def _as_it_is(outputs):
-    return outputs
-
-
 class _Forwards:
-    """The forwards of a pipeline's batches, which run ahead of whoever takes them."""
+    """The outputs of a pipeline's forwards, which run ahead of the consumer.
 
-    def __init__(self, forwards, arrivals: Arrivals | None, may_wait: bool, batch_size: int, news):
-        self._loader, self._arrivals, self._may_wait, self._news = forwards.loader, arrivals, may_wait, news
-        self._batch_size, self._function = batch_size, functools.partial(_forward, forwards.infer, forwards.params)
+    Parameters
+    ----------
+    loader : iterable
+        Batches.
+    forward : callable
+        transformers' own, called with a batch and `params`.
+    read : ReadInThread or None
+        The pipeline's inputs, if a thread reads them.
+    may_wait : bool
+        The inputs have no length: they may keep the loader waiting.
+    batch_size : int
+    wakeup : threading.Condition
+    """
+
+    def __init__(
+        self, loader, forward, params: dict, read: ReadInThread | None, may_wait: bool, batch_size: int, wakeup
+    ):
+        self._loader, self._read, self._may_wait = loader, read, may_wait
+        self._batch_size, self._wakeup = batch_size, wakeup
+        self._function = functools.partial(_forward, forward, params)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator:
-        batches, reader, items_per_draw = iter(self._loader), None, 1
-        if self._arrivals is not None:
-            reader, items_per_draw = self._arrivals.reader, self._batch_size
+        batches: Iterator = iter(self._loader)
+        reader, items_per_batch = None, 1
+        if self._read is not None:
+            reader, items_per_batch = self._read.reader, self._batch_size
         elif self._may_wait:  # Worker processes read and preprocess; only what they send is waited for.
-            batches = reader = Reader(batches, self._news)
+            batches = reader = Reader(batches, self._wakeup)
         window = max(1, WINDOW // self._batch_size)
-        return Prefetch(self._function, batches, reader, items_per_draw, window, self._news)
+        return Prefetch(self._function, batches, reader, items_per_batch, window, self._wakeup)
 
 
-def _forward(forward, params: dict, batch, cancellation):
-    with free_draws():  # Items that sample are here only if nobody has seeded torch.
+def _forward(forward, params: dict, batch, cancellation: Cancellation):
+    with no_replay():  # Items that sample are here only if torch was never seeded.
         return forward(batch, **{**params, "stopping_criteria": [cancellation]})
 
 
 def _why_one_by_one(pipe: TextGenerationPipeline, forward_params: dict) -> Why | None:
     """Why items cannot run together with the results of one after another; None if they can."""
-    kind, model = type(pipe), pipe.model
-    if kind._forward is not TextGenerationPipeline._forward or kind.forward is not Pipeline.forward:
-        return Reason.OWN_FORWARD.of(kind.__name__)
+    model = pipe.model
+    if has_own_forward(pipe):
+        return Reason.OWN_FORWARD.of(type(pipe).__name__)
     generate = getattr(model, "generate", None)
-    if getattr(generate, "__func__", None) is not GenerationMixin.generate:
+    if not isinstance(model, GenerationMixin) or getattr(generate, "__func__", None) is not GenerationMixin.generate:
         return Reason.OWN_GENERATE.of(type(model).__name__)
-    options = {name: value for name, value in forward_params.items() if name != "prefix_length"}
     try:
-        options = {name: value for name, value in pipe._prepare_generate_kwargs(options).items() if value is not None}
-        config, others = model._prepare_generation_config(options.pop("generation_config", None), **options)
+        options = _options(pipe, forward_params)
+        config, arguments = complete_generation_config(model, options.pop("generation_config", None), options)
     except Exception as error:  # The pipeline raises it again, where the caller expects it.
         return Reason.WRONG_ARGUMENTS.of(type(error).__name__)
-    unknown = sorted(name for name in others if others[name] is not None and name not in _KNOWN_ARGUMENTS)
-    if unknown:
-        return Reason.SHARED_ARGUMENT.of(unknown[0])
-    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        return Reason.OTHER_MODE.of(config.get_generation_mode().value)
+    return _why_not_these_arguments(arguments) or _why_not_this_config(model, config)
+
+
+def _options(pipe: TextGenerationPipeline, forward_params: dict) -> dict:
+    """Return the arguments that ``generate`` will get besides a batch and its lengths."""
+    params = {name: value for name, value in forward_params.items() if name != "prefix_length"}
+    return {name: value for name, value in generate_options(pipe, params).items() if value is not None}
+
+
+def _why_not_these_arguments(arguments: dict) -> Why | None:
+    others = sorted(name for name, value in arguments.items() if value is not None and name not in _SHARED_ARGUMENTS)
+    return Reason.SHARED_ARGUMENT.of(others[0]) if others else None
+
+
+def _why_not_this_config(model: PreTrainedModel, config: GenerationConfig) -> Why | None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return Reason.OTHER_MODE.of(mode.value)
     if config.max_time is not None:
         return Reason.TIME_LIMIT
     if config.do_sample and not is_unseeded():

@@ -1,7 +1,7 @@
-"""Serve: an asyncio front of a model's engine, ``async for`` over the tokens of a request.
+"""AsyncEngine: an asyncio front of a model's engine, ``async for`` over the tokens of a request.
 
-Thin on purpose: a request is a `generate` call in a thread of its own, so every option means what it means there,
-and requests share steps and blocks with each other and with plain calls.
+Thin on purpose: a request is a ``generate`` call in a thread of its own, so every option means what it means there, and
+requests share steps and blocks with each other and with plain calls.
 """
 
 import asyncio
@@ -37,49 +37,53 @@ class EngineClosedError(PagedError):
     """A request came after the shutdown had begun."""
 
 
-class _Feed(RowStreamer):
-    """Carries tokens from the thread that generates to the event loop."""
+class _RequestStreamer(RowStreamer):
+    """Carries the tokens of one request from the thread that generates them to the event loop.
+
+    Attributes
+    ----------
+    queue : asyncio.Queue
+        Tokens, and at last an error of the call, or None.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         super().__init__()
         self._loop = loop
-        self.told: asyncio.Queue[int | BaseException | None] = asyncio.Queue()  # None: the request is over.
+        self.queue: asyncio.Queue[int | BaseException | None] = asyncio.Queue()
 
     def begin(self, prompts: torch.Tensor) -> None:
         if len(prompts) != 1:
             raise ValueError(f"a stream carries one answer, got {len(prompts)}: leave num_return_sequences out")
 
     def put_rows(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        self._tell(*tokens)
+        self._send(*tokens)
 
     def end_rows(self, rows: Sequence[int]) -> None:
-        self._tell(None)
+        self._send(None)
 
     def fail(self, error: BaseException) -> None:
-        self._tell(error)
+        self._send(error)
 
-    def _tell(self, *items: int | BaseException | None) -> None:
+    def _send(self, *items: int | BaseException | None) -> None:
         try:
             for item in items:
-                self._loop.call_soon_threadsafe(self.told.put_nowait, item)
-        except RuntimeError:  # The loop is closed: nobody listens.
+                self._loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        except RuntimeError:  # The loop is closed: the consumer is gone.
             self.close()
 
 
 class TokenStream:
     """The tokens of one request, an async iterator of int. Made by `AsyncEngine.stream`.
 
-    Whoever drops it, or whose task is cancelled while it waits for a token, aborts the request.
+    The request is aborted when the stream is dropped, and when the task that waits for a token is cancelled.
     """
 
-    def __init__(self, feed: _Feed, future: Future):
-        self._feed, self._future, self._is_over = feed, future, False
+    def __init__(self, streamer: _RequestStreamer, future: Future):
+        self._streamer, self._future, self._is_over = streamer, future, False
 
     def abort(self) -> None:
         """End the request; its blocks are free within a step. The tokens that came before can still be read."""
-        self._feed.close()
-        if self._future.cancel():  # It never ran.
-            self._feed.end_rows([0])
+        _abort(self._streamer, self._future)
 
     def __del__(self):
         self.abort()
@@ -91,7 +95,7 @@ class TokenStream:
         if self._is_over:
             raise StopAsyncIteration
         try:
-            item = await self._feed.told.get()
+            item = await self._streamer.queue.get()
         except asyncio.CancelledError:
             self.abort()
             raise
@@ -117,6 +121,11 @@ class AsyncEngine:
     max_queue : int
         Requests that may wait. One more is refused.
 
+    Raises
+    ------
+    ValueError
+        If one of the numbers is out of range.
+
     Examples
     --------
     >>> async with AsyncEngine(model, max_queue=100) as engine:  # doctest: +SKIP
@@ -131,7 +140,7 @@ class AsyncEngine:
             )
         self.model, self.max_running, self.max_queue = model, max_running, max_queue
         self._threads = ThreadPoolExecutor(max_running, thread_name_prefix="hf_paged-serve")
-        self._requests: dict[Future, _Feed] = {}
+        self._requests: dict[Future, _RequestStreamer] = {}
         self._is_closed = False
 
     def stream(
@@ -149,6 +158,11 @@ class AsyncEngine:
         generation_config, **options
             As for ``model.generate``.
 
+        Returns
+        -------
+        TokenStream
+            Raises what ``generate`` raises.
+
         Raises
         ------
         QueueFullError
@@ -156,25 +170,20 @@ class AsyncEngine:
         EngineClosedError
             If the engine is shut down.
         ValueError
-            If there is not exactly one prompt, or more than one row would answer it.
-
-        What `generate` raises is raised by the stream.
+            If there is not exactly one prompt.
         """
         if self._is_closed:
             raise EngineClosedError("the engine is shut down and takes no more requests: make a new AsyncEngine")
-        ids = torch.as_tensor(input_ids, dtype=torch.long, device=self.model.device)
-        ids = ids[None] if ids.dim() == 1 else ids
-        if ids.dim() != 2 or len(ids) != 1 or ids.shape[1] == 0:
-            raise ValueError(f"a request is one prompt, [tokens] or [1, tokens], not empty; got {list(ids.shape)}")
+        ids = self._as_prompt(input_ids)
         running = min(len(self._requests), self.max_running)
         if len(self._requests) >= self.max_running + self.max_queue:
             raise QueueFullError(len(self._requests) - running, running)
-        feed = _Feed(asyncio.get_running_loop())
-        context = contextvars.copy_context()  # The cache salt of whoever asks.
-        future = self._threads.submit(context.run, _generate, self.model, ids, feed, generation_config, options)
-        self._requests[future] = feed
+        streamer = _RequestStreamer(asyncio.get_running_loop())
+        context = contextvars.copy_context()  # With the cache salt of the task that asks.
+        future = self._threads.submit(context.run, _generate, self.model, ids, streamer, generation_config, options)
+        self._requests[future] = streamer
         future.add_done_callback(self._requests.pop)
-        return TokenStream(feed, future)
+        return TokenStream(streamer, future)
 
     async def shutdown(self, timeout: float | None = None) -> None:
         """Take no more requests, and wait until those under way have ended.
@@ -185,12 +194,10 @@ class AsyncEngine:
             Seconds after which those that are left are aborted. None: they are waited for.
         """
         self._is_closed = True
-        await _ended(list(self._requests), timeout)
-        for future, feed in list(self._requests.items()):
-            feed.close()
-            if future.cancel():
-                feed.end_rows([0])
-        await _ended(list(self._requests), None)
+        await _wait(list(self._requests), timeout)
+        for future, streamer in list(self._requests.items()):
+            _abort(streamer, future)
+        await _wait(list(self._requests), None)
         self._threads.shutdown(wait=False)
 
     async def __aenter__(self) -> "AsyncEngine":
@@ -199,16 +206,33 @@ class AsyncEngine:
     async def __aexit__(self, kind, *_) -> None:
         await self.shutdown(timeout=None if kind is None else 0)
 
+    def _as_prompt(self, input_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Return a request's prompt as ``[1, tokens]`` int64."""
+        ids = torch.as_tensor(input_ids, dtype=torch.long, device=self.model.device)
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.dim() != 2 or len(ids) != 1 or ids.shape[1] == 0:
+            raise ValueError(f"a request is one prompt, [tokens] or [1, tokens], not empty; got {list(ids.shape)}")
+        return ids
 
-async def _ended(futures: list[Future], timeout: float | None) -> None:
+
+def _generate(
+    model, ids: torch.Tensor, streamer: _RequestStreamer, config: GenerationConfig | None, options: dict
+) -> None:
+    if streamer.is_closed:
+        return
+    mask = torch.ones_like(ids)
+    try:
+        model.generate(ids, generation_config=config, streamer=streamer, attention_mask=mask, **options)
+    except BaseException as error:  # The stream raises it, where the request was made.
+        streamer.fail(error)
+
+
+def _abort(streamer: _RequestStreamer, future: Future) -> None:
+    streamer.close()
+    if future.cancel():  # It never ran: it will not end its row.
+        streamer.end_rows([0])
+
+
+async def _wait(futures: list[Future], timeout: float | None) -> None:
     if futures:
         await asyncio.wait([asyncio.wrap_future(future) for future in futures], timeout=timeout)
-
-
-def _generate(model, ids: torch.Tensor, feed: _Feed, config: GenerationConfig | None, options: dict) -> None:
-    if feed.is_closed:
-        return
-    try:
-        model.generate(ids, generation_config=config, streamer=feed, attention_mask=torch.ones_like(ids), **options)
-    except BaseException as error:  # The stream raises it, where the request was made.
-        feed.fail(error)

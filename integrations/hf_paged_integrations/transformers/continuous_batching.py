@@ -4,11 +4,14 @@ It brings a cache and masks of its own, which transformers' sdpa and eager funct
 meanwhile: calls of `generate` in other threads go on, and there is nothing to put back.
 """
 
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.integrations.eager_paged import eager_paged_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_paged.attention.paged_attention import paged_attention_forward
+from hf_paged.compat.transformers import (
+    ContinuousBatchingCache,
+    attend_to_continuous_batch,
+    attention_implementation,
+)
 from hf_paged.errors import UnsupportedError
 from hf_paged.models import forward_context
 
@@ -21,17 +24,17 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     UnsupportedError
         If transformers' continuous batching would leave out the model's softcap.
     """
-    if not isinstance(kwargs.get("cache"), PagedAttentionCache):
+    if not isinstance(kwargs.get("cache"), ContinuousBatchingCache):
         return paged_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("softcap") is not None:
         raise UnsupportedError(
             f"{type(module).__name__} caps its attention scores (softcap), which transformers' continuous batching "
             "does not: call model.generate, which packs rows too"
         )
-    call = forward_context.current_forward()
+    forward = forward_context.current_forward()
     has_sinks = kwargs.get("s_aux") is not None or kwargs.get("sinks") is not None
-    is_fused = not has_sinks and (call is None or call.model._supports_sdpa)
-    attend = sdpa_attention_forward if is_fused else eager_paged_attention_forward
+    is_fused = not has_sinks and (forward is None or forward.supports_sdpa)
+    attend = sdpa_attention_forward if is_fused else attend_to_continuous_batch
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -41,16 +44,16 @@ def leave_config_alone(model, args, kwargs):
     It comes with a mask and with ``is_causal=False``, which transformers writes into the config until the forward ends.
     Any other forward of the model would see what comes after its tokens then. With a mask, the argument says nothing.
     """
-    is_ours = isinstance(kwargs.get("cache"), PagedAttentionCache) and kwargs.get("attention_mask") is not None
+    is_ours = isinstance(kwargs.get("cache"), ContinuousBatchingCache) and kwargs.get("attention_mask") is not None
     return (args, {**kwargs, "is_causal": None}) if is_ours and "is_causal" in kwargs else None
 
 
 def is_mask_needed(config, result: bool) -> bool:
     """The answer of transformers' ``attn_mask_is_needed``, and True for "paged"."""
-    return result or config._attn_implementation == "paged"
+    return result or attention_implementation(config) == "paged"
 
 
 def switch_attention(original, manager, model, *args, **kwargs) -> None:
     """``ContinuousBatchingManager.switch_to_cb_friendly_attn``: a "paged" model suits as it is."""
-    if model.config._attn_implementation != "paged":
+    if attention_implementation(model.config) != "paged":
         original(manager, model, *args, **kwargs)

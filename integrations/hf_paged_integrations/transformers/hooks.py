@@ -1,16 +1,16 @@
 """The hooks in transformers: installed by `enable`, taken out again by `disable`.
 
-Ten places are touched, and only for models and caches whose attention implementation is "paged":
-the registries of attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
-``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that
-can, the forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed;
-``_beam_search`` and ``_assisted_decoding`` reserve their blocks first. ``Pipeline.get_iterator`` runs the items
-of their text-generation pipelines together. Two functions of transformers' continuous batching take them as they are.
+Ten places are touched, and only for models and caches whose attention implementation is "paged": the registries of
+attention and mask functions, ``DynamicCache.__init__`` (its layers become paged), and
+``PreTrainedModel.get_correct_attn_implementation`` (a model that cannot be paged is refused; of one that can, the
+forwards are kept on a stack). ``GenerationMixin._sample`` runs the rows of paged models packed; ``_beam_search`` and
+``_assisted_decoding`` reserve their blocks first. ``Pipeline.get_iterator`` runs the items of their text-generation
+pipelines together. Two functions of transformers' continuous batching take such models as they are.
 """
 
 import functools
-import inspect
 import threading
+from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
@@ -19,15 +19,13 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     DynamicCache,
-    GenerationMixin,
-    Pipeline,
     PreTrainedModel,
     TextGenerationPipeline,
 )
-from transformers.generation.continuous_batching import ContinuousBatchingManager, input_outputs
 
 from hf_paged.attention.mask import paged_mask
-from hf_paged.cache.paged_layers import page_layers
+from hf_paged.cache.layers import page_layers
+from hf_paged.compat import transformers as upstream
 from hf_paged.errors import PagedError
 from hf_paged.models import forward_context, registration, registry
 from hf_paged.sampling.row_streamer import RowStreamer, by_rows
@@ -44,27 +42,6 @@ from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
 
 NAME = "paged"
 TESTED_TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
-_SIGNATURES = {
-    (DynamicCache, "__init__"): ["self", "ddp_cache_data", "config", "offloading", "offload_only_non_sliding"],
-    (GenerationMixin, "_sample"): [
-        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
-        *("streamer", "model_kwargs"),
-    ],
-    (GenerationMixin, "_beam_search"): [
-        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
-        "model_kwargs",
-    ],
-    (GenerationMixin, "_assisted_decoding"): [
-        *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"),
-        *("streamer", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "model_kwargs"),
-    ],
-    (PreTrainedModel, "get_correct_attn_implementation"): ["self", "requested_attention", "is_init_check"],
-    (Pipeline, "get_iterator"): [
-        *("self", "inputs", "num_workers", "batch_size", "preprocess_params", "forward_params", "postprocess_params"),
-    ],
-    (ContinuousBatchingManager, "switch_to_cb_friendly_attn"): ["self", "model", "auto_switch_to_flash"],
-    (input_outputs, "attn_mask_is_needed"): ["config"],
-}
 _GUARDS = "_hf_paged_guards"
 _WRAPPED = "_hf_paged_original"
 _lock = threading.Lock()
@@ -82,14 +59,14 @@ def enable() -> None:
         _check_transformers()
         AttentionInterface.register(NAME, attention_forward)
         AttentionMaskInterface.register(NAME, paged_mask)
-        _wrap(DynamicCache, "__init__", _after(_page_new_cache))
-        _wrap(PreTrainedModel, "get_correct_attn_implementation", _after(_track_paged_model))
-        _wrap(GenerationMixin, "_sample", _sample)
-        _wrap(GenerationMixin, "_beam_search", _for_paged(run_upstream_loop))
-        _wrap(GenerationMixin, "_assisted_decoding", _for_paged(run_upstream_loop))
-        _wrap(Pipeline, "get_iterator", _get_iterator)
-        _wrap(ContinuousBatchingManager, "switch_to_cb_friendly_attn", switch_attention)
-        _wrap(input_outputs, "attn_mask_is_needed", _after(is_mask_needed))
+        _wrap(upstream.CACHE_CONSTRUCTOR, _after(_page_new_cache))
+        _wrap(upstream.ATTENTION_CHOICE, _after(_track_paged_model))
+        _wrap(upstream.SAMPLING_LOOP, _sample)
+        _wrap(upstream.BEAM_SEARCH_LOOP, _for_paged(run_upstream_loop))
+        _wrap(upstream.ASSISTED_LOOP, _for_paged(run_upstream_loop))
+        _wrap(upstream.PIPELINE_ITERATOR, _get_iterator)
+        _wrap(upstream.ATTENTION_SWITCH, switch_attention)
+        _wrap(upstream.MASK_RULE, _after(is_mask_needed))
         registration.turn(on=True)
 
 
@@ -101,17 +78,16 @@ def disable() -> None:
     """
     with _lock:
         registration.turn(on=False)
-        for registry in (AttentionInterface, AttentionMaskInterface):
-            registry._global_mapping.pop(NAME, None)
-        for owner, method in _SIGNATURES:
-            original = getattr(owner.__dict__[method], _WRAPPED, None)
+        upstream.unregister_attention(NAME)
+        for function in upstream.WRAPPED_FUNCTIONS:
+            original = getattr(function.current(), _WRAPPED, None)
             if original is not None:
-                setattr(owner, method, original)
+                function.replace(original)
 
 
 def is_enabled() -> bool:
-    """Whether "paged" is registered with transformers."""
-    return NAME in AttentionInterface._global_mapping
+    """Tell whether "paged" is registered with transformers."""
+    return upstream.is_attention_registered(NAME)
 
 
 def _check_transformers() -> None:
@@ -121,18 +97,17 @@ def _check_transformers() -> None:
             f"hf_paged hooks into private parts of transformers and is tested with {TESTED_TRANSFORMERS}; "
             f"transformers {found} is installed: install a tested one, or a newer hf_paged"
         )
-    for (owner, method), expected in _SIGNATURES.items():
-        function = inspect.unwrap(owner.__dict__[method])
-        if list(inspect.signature(function).parameters) != expected:
+    for function in upstream.WRAPPED_FUNCTIONS:
+        if not function.is_as_expected():
             raise PagedError(
-                f"{owner.__name__}.{method} of transformers {found} takes other arguments than hf_paged expects "
+                f"{function} of transformers {found} takes other arguments than hf_paged expects "
                 "(is it patched by another library?): hf_paged stays disabled"
             )
 
 
-def _wrap(owner, method: str, around) -> None:
-    """Let ``around(original, instance, *args, **kwargs)`` stand for ``owner.method``."""
-    original = owner.__dict__[method]
+def _wrap(function: upstream.UpstreamFunction, around: Callable) -> None:
+    """Let ``around(original, instance, *args, **kwargs)`` stand for a function of transformers."""
+    original = function.current()
     if hasattr(original, _WRAPPED):
         return
 
@@ -141,19 +116,20 @@ def _wrap(owner, method: str, around) -> None:
         return around(original, self, *args, **kwargs)
 
     setattr(wrapper, _WRAPPED, original)
-    setattr(owner, method, wrapper)
+    function.replace(wrapper)
 
 
-def _after(function):
+def _after(function: Callable) -> Callable:
     """Let ``function(instance, result, *args, **kwargs)`` decide what a method returns."""
     return lambda original, self, *args, **kwargs: function(self, original(self, *args, **kwargs), *args, **kwargs)
 
 
-def _is_paged(model) -> bool:
-    return model.config.get_text_config(decoder=True)._attn_implementation == NAME
+def _is_paged(model: PreTrainedModel) -> bool:
+    """Tell whether the attention implementation of a model, or of its decoder, is "paged"."""
+    return upstream.attention_implementation(model.config.get_text_config(decoder=True)) == NAME
 
 
-def _for_paged(loop):
+def _for_paged(loop: Callable) -> Callable:
     """Let ``loop(original, model, ...)`` decode for "paged" models, and the original for all others."""
 
     def decode(original, model, *args, **kwargs):
@@ -176,7 +152,8 @@ def _for_paged(loop):
     return decode
 
 
-def _sample(original, model, *args, **kwargs):
+def _sample(original: Callable, model: PreTrainedModel, *args, **kwargs):
+    """``GenerationMixin._sample``. A `RowStreamer` is told of an error, wherever it is raised."""
     streamer, sample = kwargs.get("streamer"), by_rows(original)
     try:
         return _for_paged(scheduled_sample)(sample, model, *args, **kwargs)
@@ -186,7 +163,8 @@ def _sample(original, model, *args, **kwargs):
         raise
 
 
-def _get_iterator(original, pipe, *args, **kwargs):
+def _get_iterator(original: Callable, pipe, *args, **kwargs):
+    """``Pipeline.get_iterator``: the items of a text-generation pipeline of a paged model run together."""
     is_ours = isinstance(pipe, TextGenerationPipeline) and isinstance(pipe.model, PreTrainedModel)
     is_ours = is_ours and _is_paged(pipe.model)
     return iterate(original, pipe, *args, **kwargs) if is_ours else original(pipe, *args, **kwargs)
@@ -195,13 +173,15 @@ def _get_iterator(original, pipe, *args, **kwargs):
 def _page_new_cache(
     cache: DynamicCache, _, ddp_cache_data=None, config=None, offloading=False, *args, **kwargs
 ) -> None:
+    """``DynamicCache.__init__``: the layers of a paged model's cache become paged."""
     if type(cache) is not DynamicCache or config is None or ddp_cache_data is not None or offloading:
         return
-    if config.get_text_config(decoder=True)._attn_implementation == NAME:
+    if upstream.attention_implementation(config.get_text_config(decoder=True)) == NAME:
         page_layers(cache)
 
 
 def _track_paged_model(model: PreTrainedModel, implementation: str, *args, **kwargs) -> str:
+    """``PreTrainedModel.get_correct_attn_implementation``: from now on the model's forwards are known, or no longer."""
     if implementation == NAME:
         implementation = resolve_implementation(model, NAME)
     # One check serves all the models that share this config: a base model inside its ForCausalLM.
@@ -217,7 +197,7 @@ def _track(model: PreTrainedModel) -> None:
         model.__dict__[_GUARDS] = (
             model.register_forward_pre_hook(_check_begin),
             model.register_forward_pre_hook(leave_config_alone, with_kwargs=True),
-            model.register_forward_hook(_check_end, prepend=True),  # While the call is on the stack.
+            model.register_forward_hook(_check_end, prepend=True),  # While the forward is on the stack.
         )
 
 
@@ -227,13 +207,15 @@ def _untrack(model: PreTrainedModel) -> None:
         hook.remove()
 
 
-def _check_begin(model, args) -> None:
+def _check_begin(model: PreTrainedModel, args: tuple) -> None:
     # A model may have got another implementation unnoticed, while the hooks were out.
     if not torch.compiler.is_compiling() and not registration.is_on() and _is_paged(model):
         registration.refuse(model)
 
 
-def _check_end(model, args, output) -> None:
-    call = None if torch.compiler.is_compiling() else forward_context.current_forward()
-    if call is not None and call.model is model and call.times_off != registration.times_off() and _is_paged(model):
+def _check_end(model: PreTrainedModel, args: tuple, output: object) -> None:
+    forward = None if torch.compiler.is_compiling() else forward_context.current_forward()
+    if forward is None or not forward.is_of(model):
+        return
+    if forward.times_off != registration.times_off() and _is_paged(model):
         registration.refuse_result(model)

@@ -1,16 +1,13 @@
-"""Which models cannot be "paged", told when they are loaded and in a sentence.
+"""Refuses models that cannot be "paged" when they are loaded, in a sentence.
 
 Some modelling files keep a table of attention classes by implementation name instead of calling
 transformers' attention interface. Left alone they raise ``KeyError('paged')`` while they are built.
 """
 
-import sys
-
 from transformers import PreTrainedModel
 
+from hf_paged.compat.transformers import attention_classes
 from hf_paged.errors import UnsupportedError
-
-_TABLE = "_ATTENTION_CLASSES"
 
 
 def resolve_implementation(model: PreTrainedModel, name: str) -> str:
@@ -26,7 +23,7 @@ def resolve_implementation(model: PreTrainedModel, name: str) -> str:
     UnsupportedError
         If the model has attention classes of its own.
     """
-    table_name, table = _attention_classes(type(model))
+    table_name, table = attention_classes(type(model))
     if table is None or name in table:
         return name
     if "VISION" in table_name:
@@ -37,12 +34,3 @@ def resolve_implementation(model: PreTrainedModel, name: str) -> str:
         f"{model.config.model_type} choose their attention from {table_name} and never call transformers' attention "
         f"interface. Load it with attn_implementation={others}"
     )
-
-
-def _attention_classes(kind: type) -> tuple[str, dict | None]:
-    """The table of attention classes in the modelling file of `kind`, or of a base of it."""
-    for base in kind.__mro__:
-        for name, value in vars(sys.modules.get(base.__module__, object)).items():
-            if name.endswith(_TABLE) and isinstance(value, dict):
-                return name, value
-    return "", None

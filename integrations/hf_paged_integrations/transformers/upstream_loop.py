@@ -1,58 +1,65 @@
-"""Rectangular calls: beams, assisted decoding and what falls back, with their blocks reserved at entry."""
+"""Transformers' own decoding loops over the pages: beams, assisted decoding and calls that are not packed.
+
+Their rows hold their blocks to the end, so these are reserved before the loop begins.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from transformers import Cache, PreTrainedModel
 
-from hf_paged.cache.duplicate_rows import same_rows
-from hf_paged.cache.paged_layers import PagedLayer, PagedSlidingWindowLayer
-from hf_paged.memory.kv_pool import KVCacheGroup
+from hf_paged.cache.duplicate_rows import first_equal_rows
+from hf_paged.cache.layers import PagedLayer
+from hf_paged.memory.kv_pool import KVCacheGroup, KVPool
 from hf_paged.memory.reservation import reserve
+from hf_paged.memory.sizing import row_blocks
 from hf_paged.models import registry
 
 
-def run_upstream_loop(original, model, input_ids, *args, **kwargs):
+def run_upstream_loop(
+    original: Callable, model: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """Run transformers' own loop `original` of a paged model; other calls keep off the blocks that it will need."""
     pools = registry.pools_under(model)
     needs = {}
     if len(pools) == 1:
         config = kwargs["generation_config"] if "generation_config" in kwargs else args[2]
         needs = _needs(pools[0], input_ids, kwargs.get("attention_mask"), config.max_length or 0, _cache_of(kwargs))
-    if not needs:  # The first call of all sizes the pool: nobody runs beside it.
+    if not needs:  # The first call of all sizes the pool: no other call runs beside it.
         return original(model, input_ids, *args, **kwargs)
     with reserve(pools[0], needs):
         return original(model, input_ids, *args, **kwargs)
 
 
-def _cache_of(kwargs: dict):
+def _cache_of(kwargs: dict[str, Any]) -> Cache | None:
+    """The cache of the decoder's own tokens."""
     cache = kwargs.get("past_key_values")
     return getattr(cache, "self_attention_cache", cache)
 
 
-def _needs(pool, ids: torch.Tensor, mask: torch.Tensor | None, max_length: int, cache) -> dict[KVCacheGroup, int]:
-    """Blocks that a call's rows hold at most, by attention group, besides those that its cache has already."""
-    layers = [
-        layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PagedLayer | PagedSlidingWindowLayer)
-    ]
+def _needs(
+    pool: KVPool, ids: torch.Tensor, mask: torch.Tensor | None, max_length: int, cache: Cache | None
+) -> dict[KVCacheGroup, int]:
+    """Blocks that a call's rows hold at most, by KV cache group, besides those that its cache has already."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, PagedLayer)]
     if not layers or layers[0].is_dense:
         return {}
-    held = layers[0].sequences.groups
-    has_mask = mask is not None and mask.dim() == 2 and len(mask) == len(ids)
-    valid = mask.bool() if has_mask else torch.ones_like(ids, dtype=torch.bool)
+    held = layers[0].batch.groups
+    if mask is not None and mask.dim() == 2 and len(mask) == len(ids):
+        valid = mask.bool()
+    else:
+        valid = torch.ones_like(ids, dtype=torch.bool)
     prompts, new = valid.sum(1).tolist(), max(0, max_length - ids.shape[1])
-    twins = same_rows(ids, valid) if ids.shape == valid.shape else None
+    duplicate_of = first_equal_rows(ids, valid) if ids.shape == valid.shape else None
     needs = {}
-    for key, group in pool.groups.items():
-        if any(layer.window == key.window for layer in layers):
-            size, window = group.blocks.block_size, key.window
-            count = sum(_row_blocks(prompt, new, size, window) for prompt in prompts)
-            if window is None and twins is not None:  # Full blocks of a prompt are stored once for equal rows.
-                count -= sum(prompt // size for row, prompt in enumerate(prompts) if twins[row] != row)
-            if key in held:
-                count -= sum(len(table.blocks) for table in held[key].tables)
+    for spec, group in pool.groups.items():
+        if any(layer.window == spec.window for layer in layers):
+            size, window = group.blocks.block_size, spec.window
+            count = sum(row_blocks(prompt + new, size, window) for prompt in prompts)
+            if window is None and duplicate_of is not None:  # Full blocks of a prompt are stored once for equal rows.
+                count -= sum(prompt // size for row, prompt in enumerate(prompts) if duplicate_of[row] != row)
+            if spec in held:
+                count -= sum(len(table.blocks) for table in held[spec].tables)
             needs[group] = max(0, count)
     return needs
-
-
-def _row_blocks(prompt: int, new: int, block_size: int, window: int | None) -> int:
-    blocks = -(-(prompt + new) // block_size)
-    # A window may begin and end inside a block.
-    return blocks if window is None else min(blocks, -(-window // block_size) + 1)

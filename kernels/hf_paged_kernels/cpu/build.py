@@ -29,7 +29,7 @@ _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def library_path(compiler: Compiler) -> Path:
-    """Where the kernels that `compiler` makes from these sources for this torch are kept."""
+    """The place in the cache of the kernels that `compiler` makes from these sources for this torch."""
     return _cached(compiler, "cpu", _kernel_objects())
 
 
@@ -61,7 +61,7 @@ def _kernel_objects() -> list[tuple[Path, list[str]]]:
     isas = _X86_ISAS if _IS_X86 else {"baseline": []}
     # The slowest first: the objects are compiled side by side.
     work = [(SOURCES / "work.cpp", [*flags, f"-DHF_PAGED_ISA={name}"]) for name, flags in reversed(isas.items())]
-    rest = [(SOURCES / name, []) for name in ("binding.cpp", "plan.cpp", "copy.cpp")]
+    rest: list[tuple[Path, list[str]]] = [(SOURCES / name, []) for name in ("binding.cpp", "plan.cpp", "copy.cpp")]
     return [*work, *rest, (SOURCES / "isa.cpp", ["-DHF_PAGED_X86"] if _IS_X86 else [])]
 
 
@@ -81,7 +81,7 @@ def _cached(compiler: Compiler, name: str, objects: list[tuple[Path, list[str]]]
     key = hashlib.sha256()
     for part in (torch.__version__, platform.machine(), *_FLAGS, *compiler.command, compiler.version):
         key.update(os.fsencode(part) + b"\0")
-    headers = [(path, []) for path in sorted(SOURCES.glob("*.h"))]
+    headers: list[tuple[Path, list[str]]] = [(path, []) for path in sorted(SOURCES.glob("*.h"))]
     try:
         for path, flags in [*objects, *headers]:
             key.update(" ".join([path.name, *flags]).encode() + b"\0" + path.read_bytes())
@@ -92,7 +92,7 @@ def _cached(compiler: Compiler, name: str, objects: list[tuple[Path, list[str]]]
 
 @contextlib.contextmanager
 def _scratch_folder():
-    """A folder of this user alone. Not inside the cache: who can write the folders above that could swap them."""
+    """A folder of this user alone. Not inside the cache: other users may be able to write the folders above that."""
     try:
         folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The system's C++ compiler: which one runs here, and how it is run."""
+"""The system's C++ compiler: it is found, and run to its end within a limit."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The C++ kernels in this process: they are compiled, or found in the cache, at first use.
+"""The C++ kernels in this process, the backend "cpp": they are compiled, or found in the cache, at first use.
 
 Environment variables, read at first use: ``HF_PAGED_NATIVE=0`` does without them, ``HF_PAGED_CPU_ISA`` names
 the instruction set to use (baseline, avx2, avx512, avx512_bf16), ``HF_PAGED_CACHE`` the folder that keeps what
@@ -9,9 +9,17 @@ import ctypes
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
+
+import hf_paged_kernels.custom_ops  # noqa: F401  Defines the ops that the kernels register themselves for.
+from hf_paged_kernels import backends
+from hf_paged_kernels.backends import BackendState
+from hf_paged_kernels.compat import cpu_dispatch_keys
 from hf_paged_kernels.cpu.build import build_kernels, library_path
 from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 from hf_paged_kernels.cpu.store import has_library, load_library, open_library
@@ -21,19 +29,16 @@ _SWITCH = "HF_PAGED_NATIVE"
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _path: Path | None = None
+_kernels: dict[str, Callable] = {}  # By op, once they are loaded.
 _failure: str | None = None  # Why they will not run in this process; None: they do, or were not tried.
 
 
 @dataclass(frozen=True)
-class NativeState:
-    """What stands between a CPU and its native kernels.
+class NativeState(BackendState):
+    """The state of the C++ kernels in a process.
 
     Attributes
     ----------
-    available : bool
-        Whether they are compiled and can be used.
-    reason : str or None
-        Why not, and the remedy.
     path : pathlib.Path or None
         The compiled library.
     isa : str or None
@@ -44,8 +49,6 @@ class NativeState:
         The command that compiles them.
     """
 
-    available: bool
-    reason: str | None
     path: Path | None
     isa: str | None
     isas: tuple[str, ...]
@@ -53,7 +56,7 @@ class NativeState:
 
 
 def state() -> NativeState:
-    """The state of the native kernels in this process. Compiles nothing; loads them if they are compiled."""
+    """The state of the C++ kernels in this process. Compiles nothing; loads them if they are compiled."""
     compiler, path, reason, is_compiled = None, _path, None, False
     try:
         found = find_compiler()
@@ -75,7 +78,7 @@ def state() -> NativeState:
 
 
 def load() -> bool:
-    """Have the C++ kernels registered for the ops, compiled now if need be; whether they are.
+    """Load the C++ kernels, compiled now if need be. Returns True if they are registered for the ops.
 
     A failure is remembered and warned about once.
     """
@@ -88,7 +91,7 @@ def load() -> bool:
         if _library is None and _failure is None:
             try:
                 path = build_kernels(find_compiler())
-                _library, _path = _open(path), path
+                library = _open(path)
             except BuildError as error:
                 _failure = str(error)
                 warnings.warn(
@@ -97,29 +100,52 @@ def load() -> bool:
                     "HF_PAGED_NATIVE=0 silences this warning.",
                     stacklevel=2,
                 )
+            else:
+                _kernels.update(_registered_kernels())
+                _library, _path = library, path
+                backends.note_dispatched("cpp", "cpu")
     return _library is not None
+
+
+def find(op: str, arguments: tuple) -> Callable | None:
+    """The C++ kernel of an op, which serves every call; None if the kernels cannot be used in this process.
+
+    What a kernel is not made for, it hands on to ``<op>_torch`` itself.
+    """
+    return _kernels[op] if load() else None
 
 
 def isas() -> tuple[str, ...]:
     """Instruction sets that this processor has kernels for, the widest last. The kernels must be loaded."""
-    return tuple(_library.hf_paged_isas().decode().split())
+    return tuple(_loaded().hf_paged_isas().decode().split())
 
 
 def isa() -> str:
     """The instruction set in use. The kernels must be loaded."""
-    return _library.hf_paged_isa().decode()
+    return _loaded().hf_paged_isa().decode()
 
 
 def use_isa(name: str) -> None:
-    """Use the kernels of one instruction set from now on, in every thread.
+    """Use the kernels of one instruction set from now on, in every thread. The kernels must be loaded.
 
     Raises
     ------
     ValueError
         If this processor has none of that name.
     """
-    if not _library.hf_paged_use_isa(name.encode()):
+    if not _loaded().hf_paged_use_isa(name.encode()):
         raise ValueError(f"this processor has no kernels for {name!r}: use one of {', '.join(isas())}")
+
+
+def _loaded() -> ctypes.CDLL:
+    assert _library is not None, "load() has not returned True"
+    return _library
+
+
+def _registered_kernels() -> dict[str, Callable]:
+    """The kernels that the library has just registered with torch's dispatcher, callable without it."""
+    keys = cpu_dispatch_keys()  # Kernels in C++ do not read them.
+    return {op: partial(torch.library.get_kernel(f"hf_paged::{op}", "CPU").call_boxed, keys) for op in backends.OPS}
 
 
 def _open(path: Path) -> ctypes.CDLL:

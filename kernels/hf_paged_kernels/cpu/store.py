@@ -1,8 +1,8 @@
-"""The folder that keeps compiled kernels, and what must hold before one of them is loaded.
+"""The folder that keeps compiled kernels, and the conditions on which a library is loaded from it.
 
 Loading a library runs its code. It is loaded only if root and this user alone could have written it, and if its content
 is what was recorded when it was compiled. Both are checked on an open descriptor, and that descriptor is loaded: a file
-that takes the library's place meanwhile changes nothing, and who can write the folders above gains nothing.
+that takes the library's place meanwhile changes nothing, and users who can write the folders above gain nothing.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _PAUSE = 0.1  # Seconds between two looks at the lock.
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$HF_PAGED_CACHE``, else hf_paged in the user's cache folder.
+    """The folder of compiled kernels: ``$HF_PAGED_CACHE``, else hf_paged in the user's cache folder.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def open_library(path: Path) -> int | None:
 
 
 def has_library(path: Path) -> bool:
-    """As `open_library`: whether it may be loaded."""
+    """Tell whether `open_library` would open it."""
     descriptor = open_library(path)
     if descriptor is not None:
         os.close(descriptor)
@@ -194,7 +194,7 @@ def _record(content: bytes, path: Path) -> bytes:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file under another name first: who reads meanwhile finds the old one or the new one, whole."""
+    """Write a file under another name first: processes that read meanwhile find the old one or the new one, whole."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
     try:
         with open(descriptor, "wb") as file:

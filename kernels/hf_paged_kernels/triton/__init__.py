@@ -1,1 +1,1 @@
-"""The Triton kernels: plans, launches and device code."""
+"""The Triton kernels: plans, kernel calls, launches and device code."""

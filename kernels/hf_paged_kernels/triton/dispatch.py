@@ -1,4 +1,4 @@
-"""Whether the Triton kernels serve a call on a GPU, and why not. Importing this imports no Triton.
+"""The backend "triton": the calls on a GPU that the Triton kernels serve. Importing this imports no Triton.
 
 ``HF_PAGED_TRITON=0``, read at first use, does without them.
 """
@@ -7,37 +7,31 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from hf_paged_kernels.backends import BackendState
 from hf_paged_kernels.switches import is_on
 from hf_paged_kernels.triton.launch_plan import MAX_DIM
 
 _SWITCH = "HF_PAGED_TRITON"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Where the key cache and the value cache stand among the arguments of each op.
+_CACHES = {"copy_blocks": (0, 1), "paged_attention": (1, 2), "write_kv": (2, 3), "write_and_attend": (3, 4)}
 _lock = threading.Lock()
 _launch: ModuleType | None = None
 _failure: str | None = None  # Why they will not run in this process; None: they do, or were not tried.
 
 
-@dataclass(frozen=True)
-class TritonState:
-    """Whether the kernels can be used in this process, or else why not."""
-
-    available: bool
-    reason: str | None
-
-
-def state() -> TritonState:
+def state() -> BackendState:
     """The state of the Triton kernels in this process; loads them."""
     is_loaded = load() is not None
-    return TritonState(is_loaded, None if is_loaded else _failure)
+    return BackendState(is_loaded, None if is_loaded else _failure)
 
 
 def load() -> ModuleType | None:
-    """The module of the launches, or None if this process has to do without. A failure is warned about once."""
+    """The module `launch`, or None if its kernels cannot be used in this process. A failure is warned about once."""
     global _launch, _failure
     if _launch is not None or _failure is not None:
         return _launch
@@ -65,19 +59,18 @@ def load() -> ModuleType | None:
     return _launch
 
 
-def find(name: str, arguments: tuple) -> Callable | None:
-    """The function that serves this call of an op on a GPU; None: torch must."""
+def find(op: str, arguments: tuple) -> Callable | None:
+    """The function that serves this call of an op; None leaves its dtypes, strides or head sizes to torch."""
     launch = load()
-    return getattr(launch, name) if launch is not None and _serves(name, arguments) else None
+    return getattr(launch, op) if launch is not None and _serves(op, arguments) else None
 
 
-def _serves(name: str, arguments: tuple) -> bool:
-    caches = {"copy_blocks": (0, 1), "paged_attention": (1, 2), "write_kv": (2, 3), "write_and_attend": (3, 4)}[name]
-    key_cache, value_cache = (arguments[index] for index in caches)
-    if name == "copy_blocks":
-        return all(cache[:1].is_contiguous() for cache in (key_cache, value_cache))
-    dense = key_cache.stride(3) == 1 and value_cache.stride(3) == 1
-    if name == "write_kv":
-        return dense and arguments[0].dtype == key_cache.dtype and arguments[1].dtype == value_cache.dtype
-    small = max(key_cache.shape[3], value_cache.shape[3]) <= MAX_DIM
-    return dense and small and arguments[0].dtype in _DTYPES and arguments[0].dtype == key_cache.dtype
+def _serves(op: str, arguments: tuple) -> bool:
+    key_cache, value_cache = (arguments[index] for index in _CACHES[op])
+    if op == "copy_blocks":
+        return key_cache[:1].is_contiguous() and value_cache[:1].is_contiguous()
+    is_dense = key_cache.stride(3) == 1 and value_cache.stride(3) == 1
+    if op == "write_kv":
+        return is_dense and arguments[0].dtype == key_cache.dtype and arguments[1].dtype == value_cache.dtype
+    is_small = max(key_cache.shape[3], value_cache.shape[3]) <= MAX_DIM
+    return is_dense and is_small and arguments[0].dtype in _DTYPES and arguments[0].dtype == key_cache.dtype

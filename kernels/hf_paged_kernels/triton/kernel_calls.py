@@ -1,11 +1,12 @@
-"""What each op launches: kernels with their grids and arguments, made from shapes alone. Nothing runs here.
+"""Kernel calls: the kernels of each op with their grids and arguments, made from shapes alone. Nothing runs here.
 
-Whoever wants to know what a call would do, without a GPU, compiles or counts what these functions return.
+Without a GPU the calls that these functions return can still be compiled, interpreted or counted.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -16,10 +17,10 @@ from hf_paged_kernels.triton.kernels.reduce import reduce_kernel
 from hf_paged_kernels.triton.kernels.write import write_kernel
 from hf_paged_kernels.triton.launch_plan import (
     MAX_SPLITS,
+    AttentionPlan,
     Device,
     Heads,
-    Launch,
-    attention_launches,
+    attention_plans,
     head_tiles,
     padded,
 )
@@ -29,31 +30,45 @@ _SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # Options of kernels that o
 _REDUCE = {"SPLITS": 16, "MAX_SPLITS": MAX_SPLITS, **_SMALL}
 
 
+class Kernel(Protocol):
+    """A kernel of Triton: indexed by a grid, it can be called."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]: ...
+
+
 @dataclass(frozen=True)
 class KernelCall:
-    """One launch.
+    """A kernel with all that it is launched with.
 
     Attributes
     ----------
     kernel : triton.JITFunction
     grid : tuple of int
+        Programs along each axis.
     arguments : tuple
         In the kernel's order.
     options : dict
-        What is compiled in, and the number of warps and stages.
+        The numbers that are compiled in, and those of warps and stages.
     """
 
-    kernel: Callable
+    kernel: Kernel
     grid: tuple[int, ...]
     arguments: tuple
-    options: dict
+    options: dict[str, Any]
 
     def launch(self) -> None:
+        """Start the kernel on the current device, on torch's current stream."""
         self.kernel[self.grid](*self.arguments, **self.options)
 
 
-def write_call(key, value, key_cache, value_cache, slot_mapping) -> KernelCall:
-    """The launch of `write_kv`; there is at least one token."""
+def write_call(
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, value_dim]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    slot_mapping: torch.Tensor,  # [num_tokens] int64
+) -> KernelCall:
+    """The kernel call of `write_kv`; there is at least one token."""
     num_tokens, num_kv_heads, key_dim = key.shape
     value_dim = value.shape[2]
     key, value = dense_lanes(key), dense_lanes(value)
@@ -69,8 +84,13 @@ def write_call(key, value, key_cache, value_cache, slot_mapping) -> KernelCall:
     return KernelCall(write_kernel, (-(-num_tokens * num_kv_heads // rows),), arguments, options)
 
 
-def copy_call(key_cache, value_cache, source, destination) -> KernelCall:
-    """The launch of `copy_blocks`; there is at least one copy."""
+def copy_call(
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    source: torch.Tensor,  # [num_copies] int64
+    destination: torch.Tensor,  # [num_copies] int64
+) -> KernelCall:
+    """The kernel call of `copy_blocks`; there is at least one copy."""
     elements = [cache[0].numel() for cache in (key_cache, value_cache)]
     options = {"KEY_ELEMENTS": elements[0], "VALUE_ELEMENTS": elements[1], "CHUNK": _COPY_CHUNK, **_SMALL}
     blocks = (source.contiguous(), destination.contiguous())
@@ -79,10 +99,20 @@ def copy_call(key_cache, value_cache, source, destination) -> KernelCall:
 
 
 def attention_calls(
-    device: Device, out, query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q,
-    scale, window=None, softcap=None, sinks=None,
-) -> list[KernelCall]:  # fmt: skip
-    """The launches of `paged_attention` into `out`, in order; there is at least one query."""
+    device: Device,
+    out: torch.Tensor,  # [num_tokens, num_heads, value_dim], contiguous
+    query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [num_heads]
+) -> list[KernelCall]:
+    """The kernel calls of `paged_attention` into `out`, in order; there is at least one query."""
     num_tokens, num_heads, key_dim = query.shape
     _, num_kv_heads, block_size, value_dim = value_cache.shape
     if scale <= 0:  # The kernels take the maximum before they scale.
@@ -94,43 +124,28 @@ def attention_calls(
     numbers = (num_rows, block_tables.stride(0), query.stride(0), query.stride(1))
     factors = (scale * math.log2(math.e), softcap or 0.0, window or 0)
     calls = []
-    for launch in attention_launches(device, heads, num_tokens, num_rows, max_blocks * block_size):
-        grid = (launch.tiles, head_tiles(heads, launch), launch.splits)
-        scratch = _scratch(query, launch, grid, value_dim)
+    for plan in attention_plans(device, heads, num_tokens, num_rows, max_blocks * block_size):
+        grid = (plan.tiles, head_tiles(heads, plan), plan.splits)
+        scratch = _scratch(query, plan, grid, value_dim)
         shared = {
             "GROUP": heads.group,
-            "MAPPING": launch.mapping,
-            "HEADS": launch.heads,
-            "BLOCK_Q": launch.block_q,
-            "MIN_Q": launch.min_q,
+            "MAPPING": plan.mapping,
+            "HEADS": plan.heads,
+            "BLOCK_Q": plan.block_q,
+            "MIN_Q": plan.min_q,
             "HAS_WINDOW": window is not None,
             "HAS_SINKS": sinks is not None,
         }
-        options = {
-            **shared,
-            **_pages(key_cache, value_cache),
-            **_tile(launch),
-            "BLOCK_M": launch.block_m,
-            # Plain multipliers serve float32: they would hold all queries in registers, so these stay in the cache.
-            "RELOAD_QUERIES": query.dtype == torch.float32 and not device.is_hip,
-            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-            "HAS_SOFTCAP": softcap is not None,
-            "IS_SPLIT": launch.splits > 1,
-            "num_warps": launch.warps,
-            "num_stages": launch.stages,
-            "enable_fp_fusion": True,
-        }
-        kernel = decode_kernel if launch.parts else prefill_kernel
-        if kernel is prefill_kernel:
-            # On sm90 the loop leaves registers over, and is 2% shorter if nothing is found again.
-            options["FIND_ROWS_AGAIN"] = device.arch != "sm90"
+        kernel: Kernel = decode_kernel if plan.parts else prefill_kernel
+        options = {**shared, **_pages(key_cache, value_cache), **_compiled_in(plan, device, query.dtype)}
+        options["HAS_SOFTCAP"] = softcap is not None
         arguments = (query, key_cache, value_cache, block_tables, *rows, sinks, out, *scratch, *numbers, *factors)
         calls.append(KernelCall(kernel, grid, arguments, options))
-        if launch.splits > 1:
+        if plan.splits > 1:
             lanes = {"VALUE_DIM": value_dim, "VALUE_LANES": padded(value_dim)}
-            options = {**shared, **lanes, "TILE": launch.tile, **_REDUCE}
-            arguments = (*scratch, *rows, sinks, out, num_rows, window or 0, launch.splits)
-            calls.append(KernelCall(reduce_kernel, (*grid[:2], launch.heads * launch.block_q), arguments, options))
+            to_reduce = (*scratch, *rows, sinks, out, num_rows, window or 0, plan.splits)
+            options = {**shared, **lanes, "TILE": plan.tile, **_REDUCE}
+            calls.append(KernelCall(reduce_kernel, (*grid[:2], plan.heads * plan.block_q), to_reduce, options))
     return calls
 
 
@@ -139,8 +154,8 @@ def dense_lanes(states: torch.Tensor) -> torch.Tensor:
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
-def _pages(key_cache, value_cache) -> dict:
-    """What the caches' shapes and strides fix."""
+def _pages(key_cache: torch.Tensor, value_cache: torch.Tensor) -> dict[str, Any]:
+    """The options that the caches' shapes and strides fix."""
     return {
         "KEY_DIM": key_cache.shape[3],
         "VALUE_DIM": value_cache.shape[3],
@@ -152,17 +167,33 @@ def _pages(key_cache, value_cache) -> dict:
     }
 
 
-def _tile(launch: Launch) -> dict:
-    if launch.parts:
-        return {"PARTS": launch.parts, "PART_TOKENS": launch.tile // launch.parts}
-    return {"TILE": launch.tile}
+def _compiled_in(plan: AttentionPlan, device: Device, dtype: torch.dtype) -> dict[str, Any]:
+    """The options that the plan, the device and the dtype fix."""
+    options: dict[str, Any] = {
+        "BLOCK_M": plan.block_m,
+        # Plain multipliers serve float32: they would hold all queries in registers, so these stay in the cache.
+        "RELOAD_QUERIES": dtype == torch.float32 and not device.is_hip,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "IS_SPLIT": plan.splits > 1,
+        "num_warps": plan.warps,
+        "num_stages": plan.stages,
+        "enable_fp_fusion": True,
+    }
+    if plan.parts:
+        options.update(PARTS=plan.parts, PART_TOKENS=plan.tile // plan.parts)
+    else:
+        # On sm90 the loop leaves registers over, and is 2% shorter if nothing is found again.
+        options.update(TILE=plan.tile, FIND_ROWS_AGAIN=device.arch != "sm90")
+    return options
 
 
-def _scratch(query, launch: Launch, grid, value_dim: int):
-    """Where splits leave their shares: outputs, and logarithms of their totals."""
-    if launch.splits == 1:
+def _scratch(
+    query: torch.Tensor, plan: AttentionPlan, grid: tuple[int, int, int], value_dim: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Room for the shares of splits: their outputs, and the logarithms of their totals. None without splits."""
+    if plan.splits == 1:
         return None, None
-    shape = (math.prod(grid), launch.heads * launch.block_q)
+    shape = (math.prod(grid), plan.heads * plan.block_q)
     return (
         torch.empty(*shape, value_dim, dtype=torch.float32, device=query.device),
         torch.empty(shape, dtype=torch.float32, device=query.device),

@@ -1,4 +1,4 @@
-"""The op layer on Triton: the same functions as `ops`, for tensors on a GPU. See there for what they compute.
+"""The functions of `ops` on Triton, for tensors on a GPU: they launch kernel calls.
 
 Nothing here waits for the device or reads a tensor, and shapes alone decide what is launched: a captured graph
 replays with other lengths, tables and slots. Scratch comes from torch's allocator, which knows streams and graphs.
@@ -27,21 +27,38 @@ def _on_their_device(op):
 
 
 @_on_their_device
-def write_kv(key, value, key_cache, value_cache, slot_mapping) -> None:
+def write_kv(
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, value_dim]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    slot_mapping: torch.Tensor,  # [num_tokens] int64
+) -> None:
     """See `ops.write_kv`. A negative slot is not written: a captured graph may be padded."""
     if len(key):
         write_call(key, value, key_cache, value_cache, slot_mapping).launch()
 
 
 @_on_their_device
-def copy_blocks(key_cache, value_cache, source, destination) -> None:
+def copy_blocks(
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    source: torch.Tensor,  # [num_copies] int64
+    destination: torch.Tensor,  # [num_copies] int64
+) -> None:
     """See `ops.copy_blocks`."""
     if len(source):
         copy_call(key_cache, value_cache, source, destination).launch()
 
 
 @_on_their_device
-def paged_attention(query, key_cache, value_cache, *rows_and_options, **options) -> torch.Tensor:
+def paged_attention(
+    query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    *rows_and_options,
+    **options,
+) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
     """See `ops.paged_attention`."""
     out = query.new_empty(*query.shape[:2], value_cache.shape[3])
     if len(query):

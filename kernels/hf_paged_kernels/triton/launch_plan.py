@@ -1,6 +1,7 @@
-"""How a call is cut into programs: tiles, warps, splits and grids. From shapes and the device alone, without Triton.
+"""Plans: how a call of an op is cut into the programs of kernels, by tiles, warps and splits. Imports no Triton.
 
-The host never reads a length: grids are upper bounds, and a program that has nothing to do leaves at once.
+A plan comes from shapes and the device alone. The host never reads a length: numbers of programs are upper bounds, and
+a program that has nothing to do leaves at once. `kernel_calls` makes kernels with arguments out of plans.
 """
 
 import functools
@@ -16,7 +17,7 @@ _MIN_SPLIT_TOKENS = 256  # A split of fewer tokens costs more in the reduction t
 
 @dataclass(frozen=True)
 class Device:
-    """What plans depend on.
+    """The part of a GPU that plans depend on.
 
     Attributes
     ----------
@@ -35,18 +36,18 @@ class Device:
 
     @property
     def is_wide(self) -> bool:
-        """Whether matrix products read their operands from shared memory, of which there is plenty then."""
+        """Tell whether matrix products read their operands from shared memory, of which there is plenty then."""
         return self.arch in ("sm90", "sm100", "sm103")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What a model's layer and its pool fix: the part of a plan that is compiled in.
+    """Sizes of a model's layer and of its pages: the part of a plan that is compiled in.
 
     Attributes
     ----------
     group : int
-        Query heads a KV head.
+        Query heads per KV head.
     itemsize : int
         Bytes of an element.
     """
@@ -64,22 +65,23 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One attention kernel over some of a call's queries.
+class AttentionPlan:
+    """How one attention kernel serves some of a call's queries.
 
     Attributes
     ----------
     kernel : str
         ``"decode"`` or ``"prefill"``.
     mapping : int
-        How a program finds its queries.
+        How a program finds its queries: `BY_TOKEN`, `BY_ROW` or `BY_TILE`.
     heads, block_q, block_m : int
         Heads and queries a program packs, and the rows of its matrix products.
     min_q : int
-        Rows of fewer queries are left to another launch.
+        Rows of fewer queries are left to another plan.
     parts, tile : int
         Independent parts of a tile of tokens (0: none), and its tokens.
     warps, stages : int
+        Warps of a program, and tiles of tokens that its loop has under way.
     resident : int
         Programs that fit on a processor at once.
     tiles : int
@@ -118,45 +120,45 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def attention_launches(
+def attention_plans(
     device: Device, heads: Heads, num_tokens: int, num_rows: int, max_context: int
-) -> tuple[Launch, ...]:
-    """The kernels that together serve every query of a call once.
+) -> tuple[AttentionPlan, ...]:
+    """The plans that together serve every query of a call once.
 
     Where there are no more queries than rows, each query is served for itself. Else rows of few queries go to
     the decode kernel, and all others to the prefill kernel, whose tiles they share out.
     """
-    decode, prefill = decode_launch(device, heads), prefill_launch(device, heads)
+    decode, prefill = decode_plan(device, heads), prefill_plan(device, heads)
     if decode is None:
-        launches = [replace(prefill, min_q=0)]
+        plans = [replace(prefill, min_q=0)]
     elif num_tokens <= num_rows:
-        launches = [replace(decode, mapping=BY_TOKEN, block_q=1, tiles=num_tokens)]
+        plans = [replace(decode, mapping=BY_TOKEN, block_q=1, tiles=num_tokens)]
     elif num_rows == 1:
-        launches = [decode if num_tokens <= decode.block_q else prefill]
+        plans = [decode if num_tokens <= decode.block_q else prefill]
     else:
-        launches = [decode, prefill]
-    return tuple(_with_grid(launch, device, heads, num_tokens, num_rows, max_context) for launch in launches)
+        plans = [decode, prefill]
+    return tuple(_with_grid(plan, device, heads, num_tokens, num_rows, max_context) for plan in plans)
 
 
-def _with_grid(launch: Launch, device: Device, heads: Heads, num_tokens, num_rows, max_context) -> Launch:
-    if launch.mapping == BY_ROW:
+def _with_grid(plan: AttentionPlan, device: Device, heads: Heads, num_tokens, num_rows, max_context) -> AttentionPlan:
+    if plan.mapping == BY_ROW:
         tiles = num_rows
-    elif launch.mapping == BY_TOKEN:
+    elif plan.mapping == BY_TOKEN:
         tiles = num_tokens
     else:
-        tiles = (num_tokens + num_rows * (launch.block_q - 1)) // launch.block_q
-    programs = tiles * head_tiles(heads, launch)
-    room = device.processors * launch.resident // max(programs, 1)
-    worth = max_context // max(_MIN_SPLIT_TOKENS, launch.tile)
-    return replace(launch, tiles=tiles, splits=max(1, min(room, worth, MAX_SPLITS)))
+        tiles = (num_tokens + num_rows * (plan.block_q - 1)) // plan.block_q
+    programs = tiles * head_tiles(heads, plan)
+    room = device.processors * plan.resident // max(programs, 1)
+    worth = max_context // max(_MIN_SPLIT_TOKENS, plan.tile)
+    return replace(plan, tiles=tiles, splits=max(1, min(room, worth, MAX_SPLITS)))
 
 
-def head_tiles(heads: Heads, launch: Launch) -> int:
-    """Programs that the heads of a token are divided among."""
-    return heads.num_kv_heads * -(-heads.group // launch.heads)
+def head_tiles(heads: Heads, plan: AttentionPlan) -> int:
+    """Number of programs that the heads of a token are divided among."""
+    return heads.num_kv_heads * -(-heads.group // plan.heads)
 
 
-def decode_launch(device: Device, heads: Heads) -> Launch | None:
+def decode_plan(device: Device, heads: Heads) -> AttentionPlan | None:
     """The decode kernel for rows of a few queries; None if a group of heads is too large for it."""
     plain = heads.itemsize == 4 and not device.is_hip  # Products without tensor cores: no need to fill 16 rows.
     if heads.group > (16 if plain else 32):
@@ -165,16 +167,16 @@ def decode_launch(device: Device, heads: Heads) -> Launch | None:
     parts = min(4, 1024 // (heads.lanes * heads.itemsize))  # A tile of keys is 16 KiB at most.
     if block_m > 16:
         parts = min(parts, 2)
-    return Launch(
+    return AttentionPlan(
         "decode", BY_ROW, heads.group, max(1, block_m // heads.group), block_m, min_q=0,
         parts=parts, tile=parts * 16, warps=8 if plain and heads.lanes > 64 else 4,
         stages=2 if device.is_hip else 3, resident=2,
     )  # fmt: skip
 
 
-def prefill_launch(device: Device, heads: Heads) -> Launch:
+def prefill_plan(device: Device, heads: Heads) -> AttentionPlan:
     """The prefill kernel, for rows of more queries than the decode kernel takes."""
-    decode = decode_launch(device, heads)
+    decode = decode_plan(device, heads)
     plain = heads.itemsize == 4 and not device.is_hip
     # What fits in registers, found by compiling: `hf-paged eval triton` shows what spills and what does not.
     block_m, tile, warps = 64, 64, 4
@@ -188,13 +190,13 @@ def prefill_launch(device: Device, heads: Heads) -> Launch:
         tile = 32
         if heads.lanes > 64:
             # Triton gives each warp rows of its own if there are as many rows as lanes. Else all warps share all rows,
-            # and meet twice a tile to take the maximum and the total of each.
+            # and meet twice per tile to take the maximum and the total of each.
             block_m, warps = 128, 8
     # Large heads in three stages are more than the 99 KiB of small GPUs (sm86, sm89, sm120).
     large = heads.lanes > 128 and not plain and not device.is_wide and device.arch != "sm80"
     stages = 2 if device.is_hip or large else 3
     packed = min(heads.group, block_m)
-    return Launch(
+    return AttentionPlan(
         "prefill", BY_TILE, packed, block_m // packed, block_m, min_q=decode.block_q + 1 if decode else 0,
         parts=0, tile=tile, warps=warps, stages=stages, resident=1 if block_m > 64 else 2,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-// What one call computes, in plain C++: the kernels know nothing of torch.
+// One call of `paged_attention`, in plain C++: the kernels know nothing of torch.
 #pragma once
 #include <cstdint>
 

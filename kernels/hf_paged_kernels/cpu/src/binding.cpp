@@ -177,7 +177,7 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tenso
                   "query must be [num_tokens, num_heads, key_dim], num_heads a multiple of ", num_kv_heads);
   STD_TORCH_CHECK(block_tables.dim() == 2 && block_tables.size(0) == num_rows && cu_seqlens_q.numel() == num_rows + 1,
                   "block_tables, context_lens and cu_seqlens_q must speak of the same rows");
-  STD_TORCH_CHECK(!sinks || sinks->numel() == num_heads, "sinks must be one a head");
+  STD_TORCH_CHECK(!sinks || sinks->numel() == num_heads, "sinks must be one per head");
   const int64_t sizes[] = {num_tokens, num_heads, value_dim}, strides[] = {num_heads * value_dim, value_dim, 1};
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));

@@ -10,7 +10,7 @@ constexpr int kMaxTile = 64;
 
 template <class T>
 struct Tile {
-  const T* keys[kMaxTile];  // One a token; the last token's stands for what lies past it.
+  const T* keys[kMaxTile];  // One per token; the last token's stands for what lies past it.
   const T* values[kMaxTile];
   int tokens;
   int64_t chunk;
@@ -70,7 +70,7 @@ class TileWalk {
   const Attention& a_;
   Plan& plan_;
   int tile_tokens_;
-  int64_t stretch_tokens_;  // What a head reads before the next one's turn, in whole tiles.
+  int64_t stretch_tokens_;  // Tokens that a head reads before the next one's turn, in whole tiles.
   int64_t chunk_ = 0, at_ = 0, begin_ = 0, end_ = 0, stretch_ = 0, stretch_end_ = 0;
   int kv_head_ = 0, first_head_ = 0, last_head_ = 0;
   const int64_t* table_ = nullptr;

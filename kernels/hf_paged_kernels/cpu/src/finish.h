@@ -60,7 +60,7 @@ inline void keep_partial(const Attention& a, Plan& plan, int64_t chunk, int head
   memcpy(partial + 2, acc, padded(a.values.head_dim) * sizeof(float));
 }
 
-// Merges the chunks of one query head in their order, whoever computed them.
+// Merges the chunks of one query head in their order, from whatever threads they come.
 template <class T>
 inline void merge_partials(const Attention& a, Plan& plan, const DecodeQuery& query, int head, float* acc) {
   const int stride = padded(a.values.head_dim);

@@ -18,7 +18,7 @@ struct ValueProduct {
 template <class T>
 struct Pack {
   using Mul = FloatMul;
-  static constexpr bool kIsPlain = sizeof(T) == sizeof(float);  // Whether memory holds whole pairs as words already.
+  static constexpr bool kIsPlain = sizeof(T) == sizeof(float);  // Memory holds whole pairs as words already.
   static constexpr float kRestSteps = 0;                        // Steps of a weight's size that rests count; 0: none.
   static constexpr int kWeightRows = 1;                         // From a row of weights to the next.
   static int depth(int n) { return n; }  // Words that n summed numbers take; n is a multiple of kPad.

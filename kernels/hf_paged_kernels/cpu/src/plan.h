@@ -1,4 +1,4 @@
-// How one call is cut into units of work. The cut depends on the rows alone, never on the threads, and each
+// The plan of one call: how it is cut into units of work. The cut depends on the rows alone, never on the threads, and each
 // row's cut depends on that row alone: results are the same for any number of threads and in any batch.
 #pragma once
 #include <memory>
@@ -40,10 +40,10 @@ struct Plan {
 
 Plan make_plan(const Attention& a);
 
-// Floats of what a chunk leaves of one head: maximum, sum, weighted values.
+// Floats that a chunk leaves for each head: maximum, sum, weighted values.
 inline int64_t partial_floats(const Attention& a) { return 2 + padded(a.values.head_dim); }
 
-// A prefill tile: query tokens times query heads of a KV head, in rows of three vectors, kTileKeys keys at a time.
+// A prefill tile: query tokens times query heads per KV head, in rows of three vectors, kTileKeys keys at a time.
 // Large heads have smaller tiles: there are fewer heads, and as many tiles to share out.
 constexpr int kTileKeys = 64;
 inline int queries_per_tile(const Attention& a) {

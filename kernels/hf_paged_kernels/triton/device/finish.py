@@ -1,4 +1,4 @@
-"""How the attention kernels end: a result, or a split's share of one. Device code."""
+"""The end of the attention kernels: a result, or a split's share of one. Device code."""
 
 import triton
 import triton.language as tl

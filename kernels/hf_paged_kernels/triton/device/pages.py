@@ -1,4 +1,4 @@
-"""Where tokens lie in the pages: device code."""
+"""Addresses and loads of tokens in the pages: device code."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def block_ids(table, tokens, end, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def page_offsets(ids, tokens, BLOCK_SIZE: tl.constexpr, STRIDES: tl.constexpr, TILE: tl.constexpr):
-    """What a step of TILE tokens adds to the addresses of `first_slots`, in a cache of strides (block, head, slot)."""
+    """Offsets of TILE tokens from the addresses of `first_slots`, in a cache of strides (block, head, slot)."""
     offsets = ids.to(tl.int64) * STRIDES[0]
     if TILE % BLOCK_SIZE != 0:
         offsets += (tokens % BLOCK_SIZE) * STRIDES[2]

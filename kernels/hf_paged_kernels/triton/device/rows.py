@@ -1,4 +1,4 @@
-"""Which queries a program serves, and which tokens of their row it reads: device code that all kernels share.
+"""The queries that a program serves, and the tokens of their row that it reads: device code of all kernels.
 
 Lengths are read on the device, so a captured graph may be replayed with other ones; the host knows shapes alone.
 """
@@ -73,7 +73,7 @@ def _row_of_tile(tile, cu_seqlens_q, num_rows, BLOCK_Q: tl.constexpr):
 def product_rows(
     rows, first, count, head_tile, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr
 ):  # fmt: skip
-    """(token, head, whether there is such a query) of the rows of a program's matrix product.
+    """(token, head, is it a query) of the rows of a program's matrix product.
 
     The rows are queries of one row of the batch, and of each query the heads that share a KV head.
     """

@@ -9,7 +9,7 @@ def copy_kernel(
     key_cache, value_cache, source, destination, key_stride, value_stride,
     KEY_ELEMENTS: tl.constexpr, VALUE_ELEMENTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program a copy and a chunk of the block, in both caches."""
+    """One program per copy and chunk of the block, in both caches."""
     number = tl.program_id(0)
     from_block = tl.load(source + number).to(tl.int64)
     to_block = tl.load(destination + number).to(tl.int64)

@@ -1,8 +1,8 @@
-"""Attention of rows with few queries: one program a row, a KV head and a split of the row's context.
+"""Attention of rows with few queries: one program per row, KV head and split of the row's context.
 
 The queries of a group of heads fill the rows of one matrix product, so each key and value is read once.
-A tile of tokens is cut into PARTS, one a warp, each with a running softmax of its own: no warp waits for another
-inside the loop, and one block id a part gives the addresses of all its tokens. Ids are loaded one tile ahead,
+A tile of tokens is cut into PARTS, one per warp, each with a running softmax of its own: no warp waits for another
+inside the loop, and one block id per part gives the addresses of all its tokens. Ids are loaded one tile ahead,
 because the pipeliner prefetches a load only if its address is known when an iteration begins.
 """
 

@@ -1,7 +1,7 @@
-"""Attention of rows with many queries: one program a tile of queries, a KV head and a split of the context.
+"""Attention of rows with many queries: one program per tile of queries, KV head and split of the context.
 
 The rows of a tile's matrix product are BLOCK_Q queries times the heads of a group, so each key and value is read
-once a tile. Tiles of tokens that all queries see wholly need no mask; the others, at the diagonal and at the edge
+once per tile. Tiles of tokens that all queries see wholly need no mask; the others, at the diagonal and at the edge
 of a window, come last.
 """
 

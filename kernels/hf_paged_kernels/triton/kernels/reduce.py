@@ -14,7 +14,7 @@ def reduce_kernel(
     MAPPING: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, MIN_Q: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of queries, a KV head's tile of heads, and a row of their product.
+    """One program per tile of queries, tile of a KV head's query heads, and row of their product.
 
     The totals of all splits are read first: once the largest is known, the shares need no running maximum and no
     rescaling, which would take registers that the shares themselves need.

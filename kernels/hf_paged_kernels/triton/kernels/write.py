@@ -12,7 +12,7 @@ def write_kernel(
     KEY_STRIDES: tl.constexpr, VALUE_STRIDES: tl.constexpr, KEY_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program ROWS pairs of a token and a KV head. A negative slot is not written (padding of a captured graph)."""
+    """One program per ROWS pairs (token, KV head). A negative slot is not written: a captured graph may be padded."""
     pairs = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = pairs // NUM_KV_HEADS, pairs % NUM_KV_HEADS
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)

@@ -1,20 +1,24 @@
 """The Triton kernels in Triton's interpreter, against the float64 oracle over the matrix of all implementations.
 
-Run by `test_triton.py` in processes of their own: ``TRITON_INTERPRET=1`` must be set before the first kernel is
-imported. Unused slots hold NaN, every address is checked, every byte counted.
+Unused slots hold NaN, every address is checked, every byte counted.
 """
+
+import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from hf_paged_evals.triton import interpreter
+from hf_paged_kernels import reference
+from hf_paged_kernels.triton import launch_plan
+from hf_paged_kernels.triton.kernels.decode import decode_kernel
+from support.interpreted_kernels import interpreted_launch
 from support.op_matrix import BATCHES, HEADS, OPTIONS, assert_accurate, exact, hide_before_window, make_pages
 
-interpreter.install()
-
-from hf_paged_kernels import reference  # noqa: E402
-from hf_paged_kernels.triton import kernel_calls, launch, launch_plan  # noqa: E402
-
+launch = interpreted_launch()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FULL = OPTIONS[-1]
 UNEVEN = {"searched": [(5, 0), (9, 2), (3, 0), (7, 1)], "one_row": [(70, 70)], "one_long_row": [(90, 3)]}
@@ -81,12 +85,9 @@ def test_many_splits(monkeypatch):
     monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 30))
     batch = [(1280, 1), (1100, 1), (64, 1)]
     arguments, _ = make_pages(batch, (1, 1), 16, torch.float32, 16, 16)
-    assert (
-        launch_plan.attention_launches(launch.describe(None), launch_plan.Heads(1, 1, 16, 16, 16, 4), 3, 3, 1280)[
-            0
-        ].splits
-        == 20
-    )
+    heads = launch_plan.Heads(1, 1, 16, 16, 16, 4)
+    (plan,) = launch_plan.attention_plans(launch.describe(None), heads, 3, 3, 1280)
+    assert plan.splits == 20
     assert_accurate(launch.paged_attention(*arguments, 0.3), exact(arguments, 0.3))
     check(batch, (1, 1), dims=(16, 16), **FULL)
 
@@ -163,9 +164,8 @@ def test_launches_replay_with_other_lengths(before, after, splits):
     query, starts, contexts = (torch.empty_like(first[index]) for index in (0, 5, 4))
     caches, tables = [torch.empty(room[0]) for _ in range(2)], torch.zeros(room[1], dtype=torch.long)
     out = torch.empty_like(query)
-    fixed = kernel_calls.attention_calls(
-        launch.describe(out.device), out, query, *caches, tables, contexts, starts, 0.3
-    )
+    device = launch.describe(out.device)
+    fixed = launch.attention_calls(device, out, query, *caches, tables, contexts, starts, 0.3)
     for new in (first, later):
         query.copy_(new[0])
         for cache, states in zip(caches, new[1:3]):
@@ -238,3 +238,16 @@ def test_bfloat16_is_rounded_as_torch_rounds():
     for values in (numbers, halfway):
         rounded = torch.from_numpy(interpreter.round_to_bfloat16(values.numpy()))
         assert torch.equal(rounded, values.bfloat16().float())
+
+
+def test_compiled_kernels_of_the_same_process_stay_as_they_are():
+    """Triton's language is put back after a launch, and the module of a kernel holds the compiled one."""
+    owners = (tl, tl.core, tl.standard, tl.math, tl.core.tensor, tl.core.dtype, triton.knobs.runtime, decode_kernel)
+    before = [dict(vars(owner)) for owner in owners]
+    arguments, _ = make_pages(BATCHES["mixed"], (4, 2), 16, torch.float32)
+    for call in launch.attention_calls(launch.describe(arguments[0].device), arguments[0].clone(), *arguments, 0.3):
+        assert isinstance(call.kernel, InterpretedFunction)
+        call.launch()
+    assert [vars(owner) for owner in owners] == before
+    assert isinstance(decode_kernel, triton.JITFunction) and isinstance(tl.sum, triton.JITFunction)
+    assert sys.modules["hf_paged_kernels.triton.kernels.decode"].decode_kernel is decode_kernel

@@ -90,6 +90,7 @@ def test_a_model_that_drops_queries_is_right(call, inputs):
     torch.testing.assert_close(results[0][real], results[1][real], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_that_drops_queries_is_right():
     results = []
     for model in zoo.pair("gemma4_text"):

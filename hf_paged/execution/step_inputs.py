@@ -1,0 +1,95 @@
+"""StepInputs: the tokens of one packed step as tensors, and where its layers write and read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hf_paged.execution.attention_metadata import AttentionMetadata
+from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.memory.block_table import BlockTable
+from hf_paged.memory.kv_pool import KVCacheGroup
+from hf_paged.memory.kv_storage import KVStorage
+from hf_paged.scheduling.scheduler import Chunk
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One packed step: tokens of many rows, one after another in one ragged forward.
+
+    Its tensors lie in `StepBuffers` and hold until the next step is prepared in the same buffers.
+
+    Attributes
+    ----------
+    input_ids, position_ids : torch.Tensor
+        ``[1, num_tokens]`` int64; positions count within each row.
+    sample_index : torch.Tensor
+        ``[num_samples]`` int64: the tokens whose logits are wanted.
+    layers : dict of int to (KVStorage, AttentionMetadata)
+        By cache layer. Layers of one KV cache group share their metadata.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    sample_index: torch.Tensor
+    layers: dict[int, tuple[KVStorage, AttentionMetadata]]
+
+
+def prepare_inputs(chunks: Sequence[Chunk], groups: Sequence[KVCacheGroup], buffers: StepBuffers) -> StepInputs:
+    """Describe the chunks of a step as tensors.
+
+    Parameters
+    ----------
+    chunks : sequence of Chunk
+        At least one. Their rows have blocks for the tokens.
+    groups : sequence of KVCacheGroup
+        In the order of the requests' tables.
+    buffers : StepBuffers
+        Filled: the step that was prepared in them before is over.
+    """
+    tokens = [token for chunk in chunks for token in chunk.request.tokens[chunk.start : chunk.end]]
+    positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+    ends = np.cumsum([chunk.end - chunk.start for chunk in chunks])
+    samples = [end - 1 for chunk, end in zip(chunks, ends.tolist()) if chunk.samples]
+    cu_seqlens_q = buffers.fill("cu_seqlens_q", np.concatenate([[0], ends]))
+    layers: dict[int, tuple[KVStorage, AttentionMetadata]] = {}
+    for number, group in enumerate(groups):
+        slot_mapping, block_tables, context_lens = _locate([(chunk, chunk.request.tables[number]) for chunk in chunks])
+        metadata = AttentionMetadata(
+            buffers.fill(f"slot_mapping {number}", slot_mapping),
+            buffers.fill(f"block_tables {number}", block_tables),
+            buffers.fill(f"context_lens {number}", context_lens),
+            cu_seqlens_q,
+            group.window,
+        )
+        layers.update({index: (storage, metadata) for index, storage in group.layers.items()})
+    return StepInputs(
+        buffers.fill("input_ids", np.array([tokens])),
+        buffers.fill("position_ids", positions[None]),
+        buffers.fill("sample_index", np.array(samples, dtype=np.int64)),
+        layers,
+    )
+
+
+def _locate(rows: list[tuple[Chunk, BlockTable]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the tokens of a step in one KV cache group.
+
+    Returns
+    -------
+    (slot_mapping, block_tables, context_lens)
+        ``[num_tokens]``, ``[num_rows, max_blocks]`` and ``[num_rows]``, int64.
+    """
+    tables = np.zeros((len(rows), max(len(table.blocks) for _, table in rows)), dtype=np.int64)
+    slots = []
+    for row, (chunk, table) in enumerate(rows):
+        blocks, size = table.blocks, table.pool.block_size
+        tables[row, : len(blocks)] = blocks
+        if chunk.end - chunk.start == 1:  # A decode token: without arrays of one element.
+            at = chunk.start - table.base
+            slots.append(np.array([blocks[at // size] * size + at % size]))
+        else:
+            places = np.arange(chunk.start, chunk.end) - table.base
+            slots.append(tables[row, places // size] * size + places % size)
+    lens = np.array([chunk.end - table.base for chunk, table in rows], dtype=np.int64)
+    return np.concatenate(slots), tables, lens

@@ -1,0 +1,218 @@
+"""KV formats: how the keys and values of a layer lie in its pages.
+
+A format with the three methods `parts`, `encode` and `decode` is right everywhere; it overrides the operations on
+pages where a kernel does better. Operations get the pages from the storage that owns them and keep nothing.
+"""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hf_paged.errors import UnsupportedError
+from hf_paged_kernels import ops
+
+Pages = tuple[torch.Tensor, ...]  # Each [num_blocks, num_kv_heads, block_size, size]: those of keys, then of values.
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The states that one block of one layer holds; key and value head sizes may differ."""
+
+    num_kv_heads: int
+    block_size: int
+    key_dim: int
+    value_dim: int
+
+
+class Part(NamedTuple):
+    """One tensor of pages: `size` numbers of `dtype` for each token and KV head."""
+
+    dtype: torch.dtype
+    size: int
+
+
+class KVFormat(abc.ABC):
+    """The way in which states of one dtype are stored in pages, attended to and read back.
+
+    The keys of a layer lie in one tensor of pages for each of ``parts(key_dim)``, its values in one for each of
+    ``parts(value_dim)``. Slots that hold no token contain anything, NaN included, and must never matter.
+
+    Parameters
+    ----------
+    states_dtype : torch.dtype
+        Of the keys and values that the model computes, and of those that it reads back.
+
+    Raises
+    ------
+    UnsupportedError
+        If the format does not store states of that dtype.
+    """
+
+    def __init__(self, states_dtype: torch.dtype):
+        self.states_dtype = states_dtype
+        if not self.accepts(states_dtype):
+            raise UnsupportedError(
+                f"the KV format {type(self).__name__} does not store states in {states_dtype}: load the model in "
+                "another dtype, or leave the KV cache in the model's own"
+            )
+
+    @classmethod
+    def accepts(cls, states_dtype: torch.dtype) -> bool:
+        """Tell whether states of this dtype can be stored."""
+        return states_dtype.is_floating_point
+
+    @abc.abstractmethod
+    def parts(self, head_dim: int) -> tuple[Part, ...]:
+        """Tensors that hold the keys (or the values) of a layer, such as numbers and their scales.
+
+        As many for every `head_dim`.
+        """
+
+    @abc.abstractmethod
+    def encode(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Turn states ``[..., head_dim]`` into what is stored, ``[..., size]`` for each part.
+
+        Each token and head by itself: what a slot holds does not depend on other slots.
+        """
+
+    @abc.abstractmethod
+    def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Turn stored ``[..., size]`` tensors, one per part, into states ``[..., head_dim]`` in `states_dtype`."""
+
+    def block_bytes(self, shape: BlockShape) -> int:
+        """Bytes that one block of one layer takes, keys and values."""
+        parts = self.parts(shape.key_dim) + self.parts(shape.value_dim)
+        return shape.num_kv_heads * shape.block_size * sum(part.dtype.itemsize * part.size for part in parts)
+
+    def write(
+        self,
+        pages: Pages,
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, value_dim]
+        slot_mapping: torch.Tensor,  # [num_tokens] int64
+    ) -> None:
+        """Store new tokens in their slots. Mutates `pages`, nothing else."""
+        size = pages[0].shape[2]
+        block, offset = slot_mapping // size, slot_mapping % size
+        for page, part in zip(pages, (*self.encode(key), *self.encode(value))):
+            page[block, :, offset] = part
+
+    def attend(
+        self,
+        pages: Pages,
+        query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+        block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+        context_lens: torch.Tensor,  # [num_rows] int64
+        cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,  # [num_heads]
+    ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
+        """Attend to stored tokens, as `hf_paged_kernels.ops.paged_attention` does. Mutates nothing."""
+        blocks = block_tables.flatten()
+        keys, values = (self.gather(pages, is_key, blocks) for is_key in (True, False))
+        tables = torch.arange(blocks.shape[0], device=blocks.device).view_as(block_tables)
+        return ops.paged_attention(
+            query, keys, values, tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks
+        )
+
+    def write_and_attend(
+        self,
+        pages: Pages,
+        query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, value_dim]
+        slot_mapping: torch.Tensor,  # [num_tokens] int64
+        block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+        context_lens: torch.Tensor,  # [num_rows] int64
+        cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,  # [num_heads]
+    ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
+        """`write`, then `attend`. Mutates `pages`, nothing else."""
+        self.write(pages, key, value, slot_mapping)
+        return self.attend(pages, query, block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks)
+
+    def gather(self, pages: Pages, is_key: bool, blocks: torch.Tensor) -> torch.Tensor:
+        """Copy whole blocks out of the pages, keys or values.
+
+        Parameters
+        ----------
+        blocks : torch.Tensor
+            ``[num_blocks]`` int64
+
+        Returns
+        -------
+        torch.Tensor
+            ``[num_blocks, num_kv_heads, block_size, head_dim]`` in `states_dtype`.
+        """
+        half = len(pages) // 2
+        return self.decode([page[blocks] for page in (pages[:half] if is_key else pages[half:])])
+
+    def copy_blocks(
+        self,
+        pages: Pages,
+        source: torch.Tensor,  # [num_copies] int64
+        destination: torch.Tensor,  # [num_copies] int64
+    ) -> None:
+        """Copy whole blocks (copy-on-write). Mutates `pages`; sources and destinations are disjoint."""
+        for page in pages:
+            page[destination] = page[source]
+
+
+class NativeFormat(KVFormat):
+    """States as they are, in the model's dtype: what the kernels read without a copy."""
+
+    def parts(self, head_dim: int) -> tuple[Part, ...]:
+        return (Part(self.states_dtype, head_dim),)
+
+    def encode(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (states,)
+
+    def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return parts[0]
+
+    def write(self, pages, key, value, slot_mapping):
+        key_cache, value_cache = pages
+        ops.write_kv(key, value, key_cache, value_cache, slot_mapping)
+
+    def attend(self, pages, query, block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks):
+        key_cache, value_cache = pages
+        return ops.paged_attention(
+            query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks
+        )
+
+    def write_and_attend(
+        self, pages, query, key, value, slot_mapping,
+        block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
+    ):  # fmt: skip
+        key_cache, value_cache = pages
+        return ops.write_and_attend(
+            query, key, value, key_cache, value_cache, slot_mapping,
+            block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
+        )  # fmt: skip
+
+    def copy_blocks(self, pages, source, destination):
+        key_cache, value_cache = pages
+        ops.copy_blocks(key_cache, value_cache, source, destination)
+
+
+KV_FORMATS: dict[str, type[KVFormat]] = {"native": NativeFormat}
+DEFAULT_FORMAT = "native"
+
+
+def make_kv_format(states_dtype: torch.dtype) -> KVFormat:
+    """Make the format in which pools keep states of this dtype: the one place that chooses it.
+
+    Raises
+    ------
+    UnsupportedError
+        If the format does not store them.
+    """
+    return KV_FORMATS[DEFAULT_FORMAT](states_dtype)

@@ -1,0 +1,75 @@
+"""Sizing: the bytes that a pool may take on a device, and the blocks that a row takes in it."""
+
+import torch
+from transformers.utils import logging
+
+from hf_paged.config import PagedConfig, parse_bytes
+from hf_paged.memory.limits import memory_limits
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_SHARE = 0.25  # Of the memory that is available when a pool is made without a memory_budget.
+
+
+def budget_bytes(config: PagedConfig, device: torch.device) -> int:
+    """The budget of a pool that is made now on `device`, in bytes."""
+    stated = parse_bytes(config.memory_budget)
+    return int(available_memory(device) * DEFAULT_SHARE) if stated is None else allowed_budget(stated, device)
+
+
+def allowed_budget(stated: int, device: torch.device) -> int:
+    """A budget in bytes, lowered to what can ever be held on `device`, with a warning."""
+    if device.type == "cuda":
+        name, most = f"the memory of {device}", torch.cuda.mem_get_info(device)[1]
+    else:
+        limits = ((limit.left if limit.counts_addresses else limit.total, limit.name) for limit in memory_limits())
+        most, name = min(limits)
+    if stated > most:
+        logger.warning_once(
+            f"hf_paged: memory_budget is larger than {name}, {most:,} bytes: these are the budget. "
+            "Lower memory_budget, or leave it out for the default."
+        )
+    return min(stated, most)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a new allocation on `device` could get now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(limit.left for limit in memory_limits())
+
+
+def physical_memory(device: torch.device) -> int:
+    """Bytes that a pool may reserve on `device`: its memory, as far as this process may have it.
+
+    Reserving takes address space alone. Where that is limited, half of what is left stays for everything else.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return min(limit.left // 2 if limit.counts_addresses else limit.total for limit in memory_limits())
+
+
+def row_blocks(tokens: int, block_size: int, window: int | None, chunk: int = 1) -> int:
+    """The most blocks that a row owns at once in one KV cache group while it grows to `tokens` tokens.
+
+    Parameters
+    ----------
+    tokens : int
+        Tokens of the row at its end, prompt and generated.
+    block_size : int
+        Tokens a block holds.
+    window : int or None
+        The sliding window: a token sees the last `window` tokens, itself included. None: all of them.
+    chunk : int
+        Tokens that one forward runs at most. The first of them sees ``window - 1`` tokens before it, so these must
+        be there as well. Chunks may begin anywhere, and end at `tokens` at the latest.
+
+    Returns
+    -------
+    int
+        Reached by some division into chunks; no division needs more.
+    """
+    if window is not None:
+        # What a chunk needs begins at the last slot of a block at worst.
+        tokens = min(tokens, block_size - 1 + window - 1 + chunk)
+    return -(-tokens // block_size)

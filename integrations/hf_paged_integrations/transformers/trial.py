@@ -1,0 +1,162 @@
+"""The trial of a model: two tiny forwards that tell whether its rows can run packed, before an engine serves it."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_paged.atomic import Undo, atomically
+from hf_paged.cache.layers import PagedLayer
+from hf_paged.errors import OutOfBlocksError
+from hf_paged.execution.packed_cache import NotPackableError
+from hf_paged.generation.engine import Engine
+from hf_paged.memory.kv_pool import KVPool
+from hf_paged.models import forward_context, registry
+from hf_paged.models.refusal import Refusal
+from hf_paged.reasons import Reason
+from hf_paged.scheduling.request import Request
+from hf_paged.scheduling.scheduler import Chunk, Scheduler
+
+# Of the largest logit: what a row may change by when another is packed beside it.
+_TOLERANCE = 0.05
+
+
+class _ForwardError(Exception):
+    """The model's forward has raised `error`."""
+
+    def __init__(self, error: Exception):
+        super().__init__(type(error).__name__)
+        self.error = error
+
+
+def make_engine(model: PreTrainedModel, device: torch.device) -> Engine | Refusal:
+    """Make an engine for a model, or find out why it can have none.
+
+    Runs two forwards of a few tokens: one through an ordinary cache, which sizes the model's pool, and one packed.
+    They run uncompiled, whatever the user compiled: what they check is not checked again in compiled steps.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where a forward of the model begins.
+
+    Raises
+    ------
+    Exception
+        What a forward raises once and not again: such an error, as of a signal's handler, is the caller's. One that
+        comes again is the model's own, and a reason to refuse it.
+    """
+    # The stance is the process's: callers hold `registry.trial_lock`.
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            return _try_model(model, device)
+        except _ForwardError as failure:
+            first = failure.error
+        try:
+            if _fails_again(model, device, type(first)):
+                return Refusal(Reason.FAILING_STEP.of(type(first).__name__))
+            raise first
+        finally:
+            del first  # Its traceback holds this frame: the cycle would keep blocks until gc.
+
+
+def _fails_again(model: PreTrainedModel, device: torch.device, kind: type[Exception]) -> bool:
+    """Tell whether a second trial ends with an error of the same kind."""
+    try:
+        _try_model(model, device)
+    except _ForwardError as failure:
+        return type(failure.error) is kind
+    return False
+
+
+def _try_model(model: PreTrainedModel, device: torch.device) -> Engine | Refusal:
+    """Size the pool, make the engine, run a packed step on it, and compare the logits of both forwards."""
+    token = model.generation_config.bos_token_id
+    token = token if isinstance(token, int) and token >= 0 else 0
+    try:
+        alone, pool = _run_alone(model, token, device)
+        if pool is None:
+            # In a call from inside a forward, nothing is stored yet.
+            return Refusal(Reason.NO_POOL, is_lasting=forward_context.current_forward() is None)
+        # Hooks of accelerate move what an offloaded model is given to where its layers run: to one device, if to any.
+        begins = device if model.device.type != "meta" else next(iter(pool.groups)).device
+        if any(spec.device != begins for spec in pool.groups):
+            return Refusal(Reason.SEVERAL_DEVICES)
+        engine = Engine(pool)
+        packed = _run_packed(model, engine, token)
+    except NotPackableError as error:
+        return Refusal(error.why, is_lasting=error.why is not Reason.FULL_POOL)
+    except OutOfBlocksError:
+        return Refusal(Reason.FULL_POOL, is_lasting=False)
+    # A row that is packed beside another must not feel it.
+    if not torch.allclose(packed, alone, rtol=_TOLERANCE, atol=float(_TOLERANCE * alone.abs().max())):
+        return Refusal(Reason.MIXED_ROWS)
+    return engine
+
+
+def _run_alone(model: PreTrainedModel, token: int, device: torch.device) -> tuple[torch.Tensor, KVPool | None]:
+    """Run one token through an ordinary cache, as any forward does: this makes the model's pool and sizes its groups.
+
+    Returns
+    -------
+    (logits, pool)
+        Logits ``[vocab]``; None for the pool if the model does not have just one. The pool knows the model's KV cache
+        groups then, and no others: what was stored under another dtype stays behind.
+    """
+    ids = torch.tensor([[token]], device=device)
+    for _ in range(2):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            output = _call(functools.partial(model, input_ids=ids, past_key_values=cache, use_cache=True))
+        pools = registry.pools_under(model)
+        stored = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_paged]
+        if len(pools) != 1 or not pools[0].groups or not stored:
+            return output.logits[0, -1], None
+        if pools[0].groups.keys() == stored[0].batch.groups.keys():
+            break
+        registry.renew_pools(model, even_good=True)
+    return output.logits[0, -1], pools[0]
+
+
+def _run_packed(model: PreTrainedModel, engine: Engine, token: int) -> torch.Tensor:
+    """Run a row of one token beside another row, in a packed step of the engine's runner: its logits ``[vocab]``."""
+    scheduler, runner = Scheduler(engine.scheduler.groups, token_budget=8), engine.runner
+    away = -1 if token > 1 else 1  # The other row has other tokens: a mean over equal ones would show nothing.
+    others = [token + away, token + 2 * away, token + away]
+    requests = [Request(others, engine.block_pools), Request([token], engine.block_pools)]
+    undo = Undo(functools.partial(_release, engine.pool, requests))
+    try:
+        chunks = atomically(functools.partial(_plan, engine.pool, scheduler, requests))
+        for number in range(len(runner.groups)):
+            runner.make_ready(number, copies=[])
+        return _call(functools.partial(runner.try_out, model, chunks))[1]
+    finally:
+        undo.now()
+
+
+def _call(forward: Callable):
+    """Call a forward. An error of the model's own is told from all others."""
+    try:
+        return forward()
+    except (NotPackableError, OutOfBlocksError):
+        raise
+    except Exception as error:
+        raise _ForwardError(error) from error
+
+
+def _plan(pool: KVPool, scheduler: Scheduler, requests: list[Request]) -> list[Chunk]:
+    """Plan one step of all tokens of the requests. In a section."""
+    with pool.lock:
+        for request in requests:
+            scheduler.add(request)
+        chunks = scheduler.schedule().chunks
+    if len(chunks) < len(requests):
+        raise NotPackableError(Reason.FULL_POOL)
+    return chunks
+
+
+def _release(pool: KVPool, requests: list[Request]) -> None:
+    with pool.lock:
+        for request in requests:
+            request.release()
