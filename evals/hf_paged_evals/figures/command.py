@@ -69,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checkout(given: argparse.Namespace) -> Checkout:
     own = own_checkout()
-    if given.checkout is None and own is None:
-        raise ValueError("hf-paged was installed without its pages: name a checkout with --checkout DIR")
     chosen = own if given.checkout is None else Checkout(given.checkout.resolve())
+    if chosen is None:
+        raise ValueError("hf-paged was installed without its pages: name a checkout with --checkout DIR")
     if chosen == own and (given.quick or given.model or given.dataset):
         raise ValueError(
             "figures of --quick, --model or --dataset are not published: copy README.md, docs/ and evals/results/, and "

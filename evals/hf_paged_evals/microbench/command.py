@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _title(name: str) -> str:
     """The first sentence of a module's docstring, which is its description."""
-    return _module(name).__doc__.splitlines()[0]
+    return (_module(name).__doc__ or "").partition("\n")[0]
 
 
 def _module(name: str) -> ModuleType:

@@ -1,5 +1,7 @@
 """Contenders that transformers runs: dense, its own continuous batching, paged, and paged with prepacked weights."""
 
+import abc
+
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
@@ -9,14 +11,20 @@ from hf_paged_evals.speed.contenders.interface import Lengths
 _NEVER = -1  # An end-of-sequence id that no token has.
 
 
-class Padded:
+class Padded(abc.ABC):
     """``generate`` over left-padded batches of `batch` rows; None: all rows in one."""
-
-    model: PreTrainedModel
-    pool_owner: PreTrainedModel | None = None
 
     def __init__(self, models: ModelPair, batch: int | None):
         self.models, self.batch = models, batch
+
+    @property
+    @abc.abstractmethod
+    def model(self) -> PreTrainedModel:
+        """The model that generates."""
+
+    @property
+    def pool_owner(self) -> PreTrainedModel | None:
+        return None
 
     def obstacle(self) -> str | None:
         return None
