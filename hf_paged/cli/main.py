@@ -139,7 +139,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    model_config = read_config(arguments.model)  # Before anything else: a wrong name is the likeliest mistake.
+    model_config = read_config(arguments.model)  # First of all: a wrong name is the usual mistake.
     batch, context, assumed = arguments.batch, arguments.context, []
     if batch is None:
         batch = DEFAULT_BATCH

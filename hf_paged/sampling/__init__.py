@@ -1,1 +1,1 @@
-"""From logits to tokens: processors, random numbers, stopping criteria, streamers of rows."""
+"""From logits to tokens: the table of processors, samplers, random numbers, stopping criteria, streamers of rows."""
