@@ -13,10 +13,9 @@ from hf_paged_evals.runner.options import Options
 from hf_paged_evals.runner.section import Figure, Plot, Section, Table
 from hf_paged_evals.runner.task import Sample
 from hf_paged_evals.speed.arrivals import Clock
+from hf_paged_evals.speed.contenders.interface import Lengths
+from hf_paged_evals.speed.contenders.local import arguments
 from hf_paged_evals.speed.timing import digest
-
-from .contenders.interface import Lengths
-from .contenders.local import arguments
 
 _STAND_IN = "a tiny random llama"
 _COLUMNS = ["Prompt (tokens)", "Model", "Contender", "To the first token (s)", "Each further token (ms)", "Same answer"]

@@ -12,9 +12,8 @@ from hf_paged_evals.runner.section import Figure, Plot, Section, Table
 from hf_paged_evals.runner.task import Sample
 from hf_paged_evals.speed.arrivals import Clock, poisson
 from hf_paged_evals.speed.contenders import Lengths, contender, label
+from hf_paged_evals.speed.contenders.local import arguments, padded
 from hf_paged_evals.speed.timing import fresh_pool
-
-from .contenders.local import arguments, padded
 
 _COLUMNS = ["Rate (requests/s)", "Server", "Served (requests/s)"] + [
     f"{name} {kind} (ms)" for name in ("TTFT", "TPOT", "ITL") for kind in ("median", "p99")
