@@ -122,13 +122,10 @@ _WORDS = {
     ("transformers.generation.utils", "GenerationMixin._prepare_special_tokens"): ["_pad_token_tensor"],
     ("transformers.generation.utils", "GenerationMixin._prepare_cache_for_generation"): ["_is_user_defined"],
     ("transformers.pipelines.pt_utils", "PipelineIterator.__init__"): ["loader", "infer", "params"],
-    ("torch.nn", "Module.__init__"): [
-        "_buffers",
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_modules",
-        "_parameters",
-    ],
+    # Not in the constructor, in whose place torch._dynamo puts another one.
+    ("torch.nn", "Module.__getattr__"): ["_buffers", "_modules", "_parameters"],
+    ("torch.nn", "Module.register_forward_hook"): ["_forward_hooks"],
+    ("torch.nn", "Module.register_forward_pre_hook"): ["_forward_pre_hooks"],
     ("torch._dynamo.eval_frame", "_TorchDynamoContext.__init__"): ["callback"],
     ("torch._dynamo.eval_frame", "_create_delayed_compile_callback"): ["_torchdynamo_orig_backend"],
 }

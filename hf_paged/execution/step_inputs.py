@@ -49,13 +49,17 @@ def prepare_inputs(chunks: Sequence[Chunk], groups: Sequence[KVCacheGroup], buff
         Filled: the step that was prepared in them before is over.
     """
     tokens = [token for chunk in chunks for token in chunk.request.tokens[chunk.start : chunk.end]]
-    positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
-    ends = np.cumsum([chunk.end - chunk.start for chunk in chunks])
+    starts = np.array([chunk.start for chunk in chunks])
+    lengths = np.array([chunk.end for chunk in chunks]) - starts
+    ends = np.cumsum(lengths)
+    row_of = np.repeat(np.arange(len(chunks)), lengths)  # [num_tokens]
+    positions = np.arange(len(tokens)) + (starts - ends + lengths)[row_of]
     samples = [end - 1 for chunk, end in zip(chunks, ends.tolist()) if chunk.samples]
     cu_seqlens_q = buffers.fill("cu_seqlens_q", np.concatenate([[0], ends]))
     layers: dict[int, tuple[KVStorage, AttentionMetadata]] = {}
     for number, group in enumerate(groups):
-        slot_mapping, block_tables, context_lens = _locate([(chunk, chunk.request.tables[number]) for chunk in chunks])
+        tables = [chunk.request.tables[number] for chunk in chunks]
+        slot_mapping, block_tables, context_lens = _locate(tables, row_of, positions, starts + lengths)
         metadata = AttentionMetadata(
             buffers.fill(f"slot_mapping {number}", slot_mapping),
             buffers.fill(f"block_tables {number}", block_tables),
@@ -72,7 +76,12 @@ def prepare_inputs(chunks: Sequence[Chunk], groups: Sequence[KVCacheGroup], buff
     )
 
 
-def _locate(rows: list[tuple[Chunk, BlockTable]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _locate(
+    tables: Sequence[BlockTable],
+    row_of: np.ndarray,  # [num_tokens]
+    positions: np.ndarray,  # [num_tokens]
+    ends: np.ndarray,  # [num_rows]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the tokens of a step in one KV cache group.
 
     Returns
@@ -80,16 +89,9 @@ def _locate(rows: list[tuple[Chunk, BlockTable]]) -> tuple[np.ndarray, np.ndarra
     (slot_mapping, block_tables, context_lens)
         ``[num_tokens]``, ``[num_rows, max_blocks]`` and ``[num_rows]``, int64.
     """
-    tables = np.zeros((len(rows), max(len(table.blocks) for _, table in rows)), dtype=np.int64)
-    slots = []
-    for row, (chunk, table) in enumerate(rows):
-        blocks, size = table.blocks, table.pool.block_size
-        tables[row, : len(blocks)] = blocks
-        if chunk.end - chunk.start == 1:  # A decode token: without arrays of one element.
-            at = chunk.start - table.base
-            slots.append(np.array([blocks[at // size] * size + at % size]))
-        else:
-            places = np.arange(chunk.start, chunk.end) - table.base
-            slots.append(tables[row, places // size] * size + places % size)
-    lens = np.array([chunk.end - table.base for chunk, table in rows], dtype=np.int64)
-    return np.concatenate(slots), tables, lens
+    block_tables = np.zeros((len(tables), max(len(table.blocks) for table in tables)), dtype=np.int64)
+    for row, table in enumerate(tables):
+        block_tables[row, : len(table.blocks)] = table.blocks
+    bases = np.array([table.base for table in tables])
+    block, offset = np.divmod(positions - bases[row_of], tables[0].pool.block_size)
+    return block_tables[row_of, block] * tables[0].pool.block_size + offset, block_tables, ends - bases

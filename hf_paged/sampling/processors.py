@@ -16,6 +16,7 @@ A new processor is one line, here in the table or anywhere else before the call:
 ``tests/sampling/test_processors.py`` checks every entry by experiment and wants an example of each.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -136,12 +137,16 @@ def properties_of(processor: object) -> Properties:
 
 def shared_properties(processors: Iterable[object]) -> Properties:
     """Return the properties that all of some processors or criteria have; of none of them, every property."""
-    each = [properties_of(processor) for processor in processors]
+    return _intersection(frozenset(map(properties_of, processors)))
+
+
+@functools.cache
+def _intersection(some: frozenset[Properties]) -> Properties:
     return Properties(
-        row_wise=all(one.row_wise for one in each),
-        token_free=all(one.token_free for one in each),
-        place_free=all(one.place_free for one in each),
-        cheap=all(one.cheap for one in each),
+        row_wise=all(one.row_wise for one in some),
+        token_free=all(one.token_free for one in some),
+        place_free=all(one.place_free for one in some),
+        cheap=all(one.cheap for one in some),
     )
 
 

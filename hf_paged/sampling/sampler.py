@@ -31,7 +31,7 @@ class Sampler:
     device : torch.device
         Where the tokens are wanted.
     top_k : TopKSplit or None
-        The processors, split at top-k where that is possible.
+        The processors of a sampler that samples, split at top-k where that is possible.
     """
 
     key: Hashable
@@ -51,7 +51,7 @@ class Sampler:
         if not all(isinstance(value, _COMPARABLE) for some in settings for value in some.values()):
             return None
         key = tuple((type(one), tuple(sorted(some.items()))) for one, some in zip(processors, settings))
-        return cls(key, processors, do_sample, device, split_at_top_k(processors))
+        return cls(key, processors, do_sample, device, split_at_top_k(processors) if do_sample else None)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Choose the next token of each row.
@@ -75,7 +75,7 @@ class Sampler:
         if not self.processors and not self.do_sample:
             # Dense looks at float32, in which two numbers of float64 may be one.
             return categorical.argmax(logits.float() if logits.dtype == torch.float64 else logits)
-        if self.do_sample and self.top_k is not None and (kept := keep_top_k(self.top_k, logits)) is not None:
+        if self.top_k is not None and (kept := keep_top_k(self.top_k, logits)) is not None:
             tokens, scores = kept
             place = categorical.sample(apply_token_free(self.top_k.after, scores).softmax(dim=-1))  # [rows]
             return tokens.gather(1, place[:, None]).squeeze(1)

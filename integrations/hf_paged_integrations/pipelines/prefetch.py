@@ -123,8 +123,9 @@ class Prefetch:
     def _start(self, item: _Item) -> None:
         context = contextvars.copy_context()  # With the consumer's cache salt.
         work = (_run, self._function, item.value, item.cancellation, item.future, self._wakeup)
-        # Not from an executor: the interpreter would wait for its threads before it tells that it exits.
-        threading.Thread(target=context.run, args=work, name="hf_paged-item").start()
+        # Not from an executor: the interpreter would wait for its threads before it tells that it exits. Not a daemon,
+        # as it would be if the consumer is one: the interpreter must wait, and not pull torch from under the item.
+        threading.Thread(target=context.run, args=work, name="hf_paged-item", daemon=False).start()
 
     def _is_first_done(self) -> bool:
         return bool(self._items) and self._items[0].future.done()
