@@ -15,7 +15,7 @@ PACKAGES = ("hf_paged", "kernels", "integrations", "evals")
 
 
 def named_paths(page: Path) -> set[str]:
-    """What stands in code font and looks like the path of a file or of a folder of the repository."""
+    """The words in code font that look like the path of a file or of a folder of the repository."""
     words = set(re.findall(r"`([\w./-]+)`", page.read_text(encoding="utf-8")))
     return {word for word in words if "/" in word and word[0] not in "./"}
 
