@@ -84,7 +84,7 @@ class _UnfinishedModule(types.ModuleType):
         found = super().__getattribute__(name)
         if name == _CLASS:
             try:
-                self.__class__ = types.ModuleType
+                self.__class__ = types.ModuleType  # type: ignore[assignment]  # The stubs allow only derived classes.
                 _await_request(self)
             except Exception as error:
                 _warn(error)
