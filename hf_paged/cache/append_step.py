@@ -1,4 +1,4 @@
-"""AppendStep: what one forward writes and reads in one attention group, computed once for all its layers."""
+"""AppendStep: what one forward writes and reads in one KV cache group, computed once for all its layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ def padded_block_tables(tables: Sequence[BlockTable], device: torch.device) -> t
 
 @dataclass(eq=False)
 class AppendStep:
-    """Positions ``start .. end - 1`` of every row, as one forward appends them to one attention group.
+    """Positions ``start .. end - 1`` of every row, as one forward appends them to one KV cache group.
 
     Attributes
     ----------

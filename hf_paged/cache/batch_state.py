@@ -1,7 +1,7 @@
 """The rows of one cache: `BatchState`, which all its paged layers share, and `GroupRows`, its part in one group.
 
 transformers' cache is a list of layers, and each is told on its own to append, crop or reorder. Their tokens lie at
-the same slots, so the block tables are kept here, once per attention group: the first layer to be told does the work,
+the same slots, so the block tables are kept here, once per KV cache group: the first layer to be told does the work,
 and its siblings find it done.
 """
 
@@ -31,7 +31,7 @@ class DeferredStates(NamedTuple):
 
 
 class GroupRows:
-    """The rows of one cache in one attention group: a block table per row, and how far each layer has come.
+    """The rows of one cache in one KV cache group: a block table per row, and how far each layer has come.
 
     Blocks are taken and freed in atomic sections. The content of shared blocks is copied outside of these, before the
     rows are used again: see `copy_shared_blocks`.
@@ -218,9 +218,9 @@ class BatchState:
             self._pool = pool
             self._change_tables(lambda: pool.caches.add(self))
 
-    def tables_in(self, key: KVCacheSpec) -> list[BlockTable]:
-        """Every table that owns blocks of the attention group `key`."""
-        return self.groups[key].owning_tables if key in self.groups else []
+    def tables_in(self, spec: KVCacheSpec) -> list[BlockTable]:
+        """Every table that owns blocks of the KV cache group `spec`."""
+        return self.groups[spec].owning_tables if spec in self.groups else []
 
     def _change_tables(self, change: Callable[[], None]) -> None:
         """Run `change` as an atomic section, under the pool's lock."""
@@ -489,5 +489,5 @@ class BatchState:
         return 0
 
     def group_rows(self, layer: int) -> GroupRows:
-        """The rows of the attention group in which layer `layer` is stored."""
+        """The rows of the KV cache group in which layer `layer` is stored."""
         return next(rows for rows in self.groups.values() if layer in rows.lengths)

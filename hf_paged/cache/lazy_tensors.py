@@ -52,7 +52,7 @@ class PageView:
     ----------
     batch : BatchState
     rows : GroupRows
-        Of the layer's attention group.
+        Of the layer's KV cache group.
     step : AppendStep
         The update.
     layer : int

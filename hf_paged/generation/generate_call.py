@@ -193,9 +193,11 @@ class GenerateCall:
             None for a row that is finished.
         """
         rows, tokens = [self._row_of[request] for request in requests], choice.tokens
-        if self.logits is not None and choice.logits is not None:
+        if self.logits is not None:
+            assert choice.logits is not None, "a call that returns logits makes every choice with them"
             self.logits += (choice.logits,)
-        if self.scores is not None and choice.scores is not None:
+        if self.scores is not None:
+            assert choice.scores is not None, "a call that returns scores makes every choice with them"
             self.scores += (choice.scores,)
         with torch.inference_mode(False), torch.no_grad():
             if self.streamer is not self._row_streamer:
