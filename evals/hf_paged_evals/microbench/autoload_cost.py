@@ -82,7 +82,9 @@ def _seconds(code: str, folder: Path, **environment: str) -> float:
     path = os.pathsep.join(map(str, (folder, Path(hf_paged_autoload.__file__).parent)))
     environment = {**os.environ, "PYTHONPATH": path, **environment}
     command = [sys.executable, "-c", code]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    # Not in a checkout, whose metadata (`hf_paged.egg-info`) an interpreter that is given code finds before `folder`.
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=folder)
+    return float(done.stdout)
 
 
 main = Script(f"microbench {NAME}", __doc__, add_settings, measure, QUICK).main
