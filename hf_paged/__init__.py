@@ -7,6 +7,10 @@ Importing the package registers the implementation:
 >>> model.generate(**inputs)  # doctest: +SKIP
 """
 
+from hf_paged.compat.requirements import check_transformers
+
+check_transformers()  # Before the modules that an unsuitable transformers would fail to import, without a sentence.
+
 import torch
 
 from hf_paged.config import PagedConfig

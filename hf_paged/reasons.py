@@ -65,7 +65,7 @@ class Reason(enum.Enum):
     DEVICE_NOISE = "rows are sampled on a device whose random numbers are not drawn row by row", "use do_sample=False"
     RETURNED_ROWS = (
         "the cache or the scores of several or padded rows are returned",
-        "call generate once per row, or leave return_dict_in_generate and past_key_values out",
+        "call generate once per row, or leave return_dict_in_generate and the cache out",
     )
     PROCESSOR = (
         "a processor may look at other rows: ...",

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 import hf_paged
 from hf_paged.cli.demo_model import load_model, load_tokenizer
+from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged_kernels.cpu import loader
 
 _CHAT = ["What is the capital of France, and what is it famous for?"]
@@ -136,7 +137,7 @@ def _run_dense(model: PreTrainedModel, options: dict) -> tuple[_Run, int]:
     """Generate with the dense cache; return the run and the bytes of one token in all layers."""
     model.set_attn_implementation("sdpa")
     output, seconds = _timed(model, {**options, "return_dict_in_generate": True})
-    layers = output.past_key_values.layers
+    layers = output[CACHE_ARGUMENT].layers
     kv_bytes = sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
     rows, _, positions, _ = layers[0].keys.shape  # [rows, num_kv_heads, positions, head_dim]
     return _Run(output.sequences, seconds, kv_bytes), kv_bytes // (rows * positions)

@@ -41,8 +41,8 @@ class Symbol:
 
 
 def missing_symbols() -> list[Symbol]:
-    """The symbols that the installed transformers and torch lack."""
-    return [symbol for symbol in SYMBOLS if not symbol.is_there()]
+    """The symbols that the installed transformers and torch lack, and that hf_paged cannot do without."""
+    return [symbol for symbol in SYMBOLS if symbol not in OPTIONAL and not symbol.is_there()]
 
 
 def words_of(code: types.CodeType) -> set[str]:
@@ -129,6 +129,9 @@ _WORDS = {
     ("torch._dynamo.eval_frame", "_TorchDynamoContext.__init__"): ["callback"],
     ("torch._dynamo.eval_frame", "_create_delayed_compile_callback"): ["_torchdynamo_orig_backend"],
 }
+
+# What some of the supported versions lack, and `compat` replaces there.
+OPTIONAL = {Symbol("transformers.pipelines.text_generation", "TextGenerationPipeline._prepare_generate_kwargs")}
 
 # The tests fail on a name that `compat` uses and this lacks, and on one that it lists in vain.
 SYMBOLS = (

@@ -42,6 +42,7 @@ class UpstreamFunction:
     name : str
     parameters : tuple of str
         Their names as the hooks expect them: by these a patch of another library, or another transformers, is found.
+        The hooks hand all others on untouched, where these may be left out.
     """
 
     owner: type | types.ModuleType
@@ -58,7 +59,9 @@ class UpstreamFunction:
 
     def is_as_expected(self) -> bool:
         """Tell whether it takes the parameters that hf_paged was written for, under whatever wraps it."""
-        return tuple(inspect.signature(inspect.unwrap(self.current())).parameters) == self.parameters
+        found = inspect.signature(inspect.unwrap(self.current())).parameters.values()
+        needed = [one.name for one in found if one.name in self.parameters or one.default is one.empty]
+        return tuple(needed) == self.parameters
 
     def __str__(self) -> str:
         return f"{self.owner.__name__}.{self.name}"
@@ -92,9 +95,7 @@ ASSISTED_LOOP = UpstreamFunction(
 PIPELINE_ITERATOR = UpstreamFunction(Pipeline, "get_iterator", ("self", "inputs", *_STAGES))
 """Chains the loader, the forwards and the postprocessing of a pipeline's items. No argument replaces a stage."""
 
-ATTENTION_SWITCH = UpstreamFunction(
-    ContinuousBatchingManager, "switch_to_cb_friendly_attn", ("self", "model", "auto_switch_to_flash")
-)
+ATTENTION_SWITCH = UpstreamFunction(ContinuousBatchingManager, "switch_to_cb_friendly_attn", ("self", "model"))
 """Where continuous batching changes a model's implementation to one that suits it. It knows transformers' own only."""
 
 MASK_RULE = UpstreamFunction(input_outputs, "attn_mask_is_needed", ("config",))
@@ -237,6 +238,19 @@ def _closure(function: Any) -> dict[str, Any]:
 
 # generate
 
+
+def _cache_argument() -> str:
+    parameters = inspect.signature(inspect.unwrap(GenerationMixin.prepare_inputs_for_generation)).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+CACHE_ARGUMENT = _cache_argument()
+"""The name under which models, decoding loops and their outputs have the cache: "past_key_values", later "cache".
+
+Asks ``GenerationMixin.prepare_inputs_for_generation``, which hands it to every model. Models that take "cache" accept
+the older name as well, and say that it is deprecated.
+"""
+
 # A decoding loop calls these besides the forward, and a model may have its own version of each.
 _LOOP_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill")
 
@@ -297,9 +311,10 @@ def generate_options(pipe: TextGenerationPipeline, options: dict[str, Any]) -> d
     """The arguments with which a pipeline's forward would call `generate`, besides its inputs.
 
     Calls ``TextGenerationPipeline._prepare_generate_kwargs``, which adds the defaults of the pipeline. There is no
-    public view of these.
+    public view of these. Pipelines without it have all of them in their ``generation_config``.
     """
-    return pipe._prepare_generate_kwargs(options)
+    prepare = getattr(pipe, "_prepare_generate_kwargs", None)
+    return {"generation_config": vars(pipe)["generation_config"], **options} if prepare is None else prepare(options)
 
 
 def replace_forwards(results: Any, outputs_of: Callable[[Iterable, Callable, dict[str, Any]], Iterable]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.execution.packed_cache import PACKED_FORWARD, NotPackableError, PackedCache, PackedForward
 from hf_paged.execution.prepacked_linear import PrepackedLinears
 from hf_paged.execution.step_buffers import StepBuffers
@@ -137,11 +138,10 @@ class ModelRunner:
         output = model(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
-            past_key_values=PackedCache(forward),
             logits_to_keep=inputs.sample_index,
             use_cache=True,
             return_dict=True,
-            **{PACKED_FORWARD: forward},
+            **{CACHE_ARGUMENT: PackedCache(forward), PACKED_FORWARD: forward},
         )
         if not forward.has_attended:
             raise NotPackableError(Reason.OWN_ATTENTION)

@@ -12,13 +12,14 @@ import torch
 import transformers
 
 import hf_paged
-from hf_paged import PagedConfig, self_check
+from hf_paged import PagedConfig
 from hf_paged.cli import main
 from hf_paged.cli.doctor import machine, report
+from hf_paged.compat import requirements
 from hf_paged.memory import sizing
 from hf_paged.models import forward_context
 from hf_paged_integrations import autoload
-from hf_paged_integrations.transformers import hooks
+from hf_paged_integrations.transformers import self_check, version_gate
 from hf_paged_kernels import ops
 from support.installed import CHECKOUT
 
@@ -39,7 +40,7 @@ def test_a_healthy_machine(capsys, monkeypatch):
     assert code == 0 and out.endswith('attn_implementation="paged" works here.\n')
     assert torch.equal(torch.get_rng_state(), state)
     assert said["hf_paged"] == hf_paged.__version__ and said["torch"] == torch.__version__
-    assert said["transformers"] == f"{transformers.__version__} (tested: >=5.23,<5.24)"
+    assert said["transformers"] == f"{transformers.__version__} (tested: >=5.17,<5.25)"
     assert said["block size"] == f"{PagedConfig().block_size} tokens"
     assert said["memory budget"].startswith("1,000,000,000 bytes (954 MiB): 25%")
     # 2 layers; 16 new tokens, all of which come from pages.
@@ -108,13 +109,26 @@ def test_vector_units_are_those_of_the_processor(found, monkeypatch):
     assert list(machine.vector_units().values()) == list(found.values())
 
 
-def test_an_untested_transformers(capsys, monkeypatch):
-    for module in (hooks, report):
-        monkeypatch.setattr(module, "version", lambda name: "6.0.0")
+def install_transformers(monkeypatch, number):
+    for module in (requirements, report):
+        monkeypatch.setattr(module, "version", lambda name: number)
+
+
+def test_a_transformers_that_is_too_old(capsys, monkeypatch):
+    install_transformers(monkeypatch, "5.16.1")
     code, out, said = examine(capsys)
     assert code == 1
-    assert said["transformers"] == "6.0.0 (not tested: >=5.23,<5.24)" and said["a tiny llama"] == "not run"
-    assert "cannot work here: " in out and out.endswith("pip install 'transformers>=5.23,<5.24'\n")
+    assert said["transformers"] == "5.16.1 (not tested: >=5.17,<5.25)" and said["a tiny llama"] == "not run"
+    assert "cannot work here: hf_paged needs transformers>=5.17, and 5.16.1 is installed" in out
+    assert out.endswith("pip install 'transformers>=5.17,<5.25'\n")
+
+
+def test_a_transformers_that_is_newer_than_those_tested(capsys, monkeypatch):
+    install_transformers(monkeypatch, "9.0.0")
+    monkeypatch.setattr(version_gate, "_is_open", True)
+    code, out, said = examine(capsys)
+    assert code == 0 and said["transformers"] == "9.0.0 (not tested: >=5.17,<5.25)"
+    assert out.endswith('attn_implementation="paged" works here.\n')
 
 
 def test_hooks_that_are_refused(capsys, monkeypatch):
@@ -160,15 +174,15 @@ def command(*arguments, before=()):
 
 @pytest.mark.slow
 def test_the_command_outlives_an_import_that_fails(tmp_path):
-    """As after ``pip install transformers==6``: importing hf_paged raises before any of its code runs."""
-    about = tmp_path / "transformers-6.0.0.dist-info"
+    """As after ``pip install transformers==4.57``: importing hf_paged raises before any other of its code runs."""
+    about = tmp_path / "transformers-4.57.0.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 6.0.0\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
     done = command("doctor", before=[tmp_path])
     assert done.returncode == 1 and not done.stdout
     first, second = done.stderr.splitlines()
-    assert "cannot work here: " in first and "transformers 6.0.0 is installed" in first
-    assert second == "hf-paged: transformers is 6.0.0: pip install 'transformers<5.24,>=5.23'"
+    assert "cannot work here: hf_paged needs transformers>=5.17, and 4.57.0 is installed" in first
+    assert second == "hf-paged: transformers is 4.57.0: pip install 'transformers>=5.17'"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 
 import hf_paged
-from hf_paged_integrations.transformers import hooks
+from hf_paged.cache.layers import PagedLayer
 from support import zoo
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,20 +48,39 @@ def test_disabled_transformers_refuses_the_name():
         zoo.build("llama", "paged")
 
 
-def test_an_untested_transformers_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    "constructor",
+    [
+        lambda self, config=None: None,
+        lambda self, device, ddp_cache_data=None, config=None, offloading=False, offload_only_non_sliding=True: None,
+    ],
+    ids=["parameters are missing", "one more is needed"],
+)
+def test_a_patched_signature_is_refused(monkeypatch, constructor):
     hf_paged.disable()
-    monkeypatch.setattr(hooks, "version", lambda name: "6.0.0")
-    with pytest.raises(hf_paged.PagedError, match=r"tested with .*transformers 6.0.0 is installed"):
-        hf_paged.enable()
-    assert not hf_paged.is_enabled()
-
-
-def test_a_patched_signature_is_refused(monkeypatch):
-    hf_paged.disable()
-    monkeypatch.setattr(DynamicCache, "__init__", lambda self, config=None: None)
+    monkeypatch.setattr(DynamicCache, "__init__", constructor)
     with pytest.raises(hf_paged.PagedError, match="DynamicCache.__init__ .* other arguments"):
         hf_paged.enable()
     assert not hf_paged.is_enabled()
+
+
+def test_a_parameter_that_may_be_left_out_is_no_obstacle(monkeypatch):
+    """As newer versions add them: the hooks hand it on."""
+    hf_paged.disable()
+    init = DynamicCache.__init__
+
+    def constructor(
+        self, ddp_cache_data=None, config=None, offloading=False, offload_only_non_sliding=True, device=None
+    ):
+        init(self, ddp_cache_data, config, offloading, offload_only_non_sliding)
+        self.made_for = device
+
+    monkeypatch.setattr(DynamicCache, "__init__", constructor)
+    hf_paged.enable()
+    model = zoo.build("llama", "paged")
+    cache = DynamicCache(config=model.config, device="here")
+    assert cache.made_for == "here" and isinstance(cache.layers[0], PagedLayer)
+    hf_paged.disable()  # Before `monkeypatch` puts the constructor back.
 
 
 def test_models_that_are_not_paged_are_untouched():

@@ -5,6 +5,8 @@ import copy
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_paged.compat.transformers import CACHE_ARGUMENT
+
 
 def split(tokenizer: PreTrainedTokenizerBase, context: str, choices: list[str]) -> tuple[list[int], list[list[int]]]:
     """Token ids of a context and of what each choice adds to it.
@@ -25,10 +27,12 @@ def log_likelihoods(model: PreTrainedModel, context: list[int], choices: list[li
     """
     cache, found = DynamicCache(config=model.config), []
     with torch.no_grad():
-        last = model(torch.tensor([context], device=model.device), past_key_values=cache, use_cache=True).logits[:, -1:]
+        last = model(torch.tensor([context], device=model.device), use_cache=True, **{CACHE_ARGUMENT: cache}).logits[
+            :, -1:
+        ]
         for choice in choices:
             ids = torch.tensor([choice], device=model.device)
-            rest = model(ids, past_key_values=copy.deepcopy(cache), use_cache=True).logits[:, :-1]
+            rest = model(ids, use_cache=True, **{CACHE_ARGUMENT: copy.deepcopy(cache)}).logits[:, :-1]
             found.append(float(token_log_likelihoods(torch.cat([last, rest], dim=1), ids).sum()))
     return found
 

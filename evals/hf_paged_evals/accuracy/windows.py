@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged_evals.accuracy.likelihood import token_log_likelihoods
 
 
@@ -36,7 +37,7 @@ def losses(model: PreTrainedModel, batch: list[Window], chunk: int) -> list[torc
     cache, found = DynamicCache(config=model.config), []
     with torch.no_grad():
         for begin in range(0, ids.shape[1], chunk):
-            logits = model(ids[:, begin : begin + chunk], past_key_values=cache, use_cache=True).logits
+            logits = model(ids[:, begin : begin + chunk], use_cache=True, **{CACHE_ARGUMENT: cache}).logits
             follow = ids[:, begin + 1 : begin + chunk + 1]
             found.append(-token_log_likelihoods(logits[:, : follow.shape[1]], follow))
     whole = torch.cat(found, dim=1)  # [batch, length - 1]

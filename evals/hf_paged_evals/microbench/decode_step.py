@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import hf_paged
+from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.execution.prepacked_linear import PrepackedLinears
 from hf_paged_evals.microbench.turns import take_turns
 from hf_paged_evals.models.pair import load_model
@@ -72,7 +73,7 @@ def stepper(model: PreTrainedModel, batch: int, length: int, with_mask: bool = F
         if with_mask:
             mask[:, 0] = 0
         with torch.inference_mode():
-            model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(tokens, attention_mask=mask, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
 
     return step
 

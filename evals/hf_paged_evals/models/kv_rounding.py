@@ -5,6 +5,8 @@ import functools
 import torch
 from transformers import Cache, PreTrainedModel
 
+from hf_paged.compat.transformers import CACHE_ARGUMENT
+
 
 def round_kv(model: PreTrainedModel, dtype: str) -> None:
     """Have every cache that `model` is given store keys and values cast to `dtype` and back, without a scale.
@@ -21,7 +23,7 @@ def round_kv(model: PreTrainedModel, dtype: str) -> None:
         raise ValueError(f"kv_dtype must be a floating-point dtype of torch, such as float8_e4m3fn; got {dtype!r}")
 
     def hook(module, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_ARGUMENT)
         if isinstance(cache, Cache) and not isinstance(cache, _Rounding):
             # Its class, not its method: a method that holds its cache is a cycle, and would keep blocks until gc.
             cache.__class__ = _rounding(type(cache), target)

@@ -10,20 +10,21 @@ from hf_paged import __version__
 from hf_paged.cli.doctor.gpu_check import check_gpu
 from hf_paged.cli.doctor.machine import gpu_driver, gpus, vector_units
 from hf_paged.cli.plan.report import size
+from hf_paged.compat.requirements import as_requirement, is_tested
 from hf_paged.config import PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.memory.limits import memory_limits
 from hf_paged.memory.sizing import DEFAULT_SHARE, budget_bytes
-from hf_paged.self_check import check_paged
 from hf_paged_integrations import autoload
-from hf_paged_integrations.transformers.hooks import NAME, TESTED_TRANSFORMERS, enable
+from hf_paged_integrations.transformers.hooks import NAME, enable
+from hf_paged_integrations.transformers.self_check import check_paged
 from hf_paged_kernels import backends
 from hf_paged_kernels.cpu import loader
 from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 from hf_paged_kernels.triton import dispatch
 
 Line = tuple[str, str]  # A label and what there is to say.
-_TESTED = ",".join(sorted(map(str, TESTED_TRANSFORMERS), reverse=True))
+_TESTED = as_requirement()
 _AFTER_A_FAILED_CHECK = (
     'use attn_implementation="sdpa"; install the tested versions (pip install -c constraints.txt .), '
     "and report this output if that does not help"
@@ -147,13 +148,11 @@ def _other_backends() -> list[Line]:
 
 
 def _versions() -> list[Line]:
-    found = _version("transformers")
-    is_tested = TESTED_TRANSFORMERS.contains(found, prereleases=True)
     return [
         ("hf_paged", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("transformers", f"{found} ({'tested' if is_tested else 'not tested'}: {_TESTED})"),
+        ("transformers", f"{_version('transformers')} ({'tested' if is_tested() else 'not tested'}: {_TESTED})"),
         ("accelerate", _version("accelerate")),
         ("triton", _version("triton")),
     ]

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from hf_paged.cache.layers import PagedLayer
 from hf_paged.cli.demo_model import load_config
-from hf_paged.compat.transformers import has_model_for
+from hf_paged.compat.transformers import CACHE_ARGUMENT, has_model_for
 from hf_paged.errors import PagedError
 from hf_paged_integrations.transformers.hooks import NAME
 
@@ -193,7 +193,7 @@ def _run_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[
             # The other ways to run experts sort tokens by expert, which a tensor without content cannot do.
             model = auto.from_config(config, attn_implementation=NAME, dtype=dtype, experts_implementation="batched_mm")
             cache = DynamicCache(config=model.config)
-            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **{CACHE_ARGUMENT: cache})
     finally:
         logging.set_verbosity(verbosity)
     return model, cache

@@ -21,7 +21,12 @@ from transformers.generation import BaseStreamer
 from hf_paged.cache.layers import PagedLayer
 from hf_paged.cache.padding import Padding, is_binary
 from hf_paged.compat.torch import forward_pre_hooks
-from hf_paged.compat.transformers import is_callers_cache, replaced_loop_method, supports_logits_to_keep
+from hf_paged.compat.transformers import (
+    CACHE_ARGUMENT,
+    is_callers_cache,
+    replaced_loop_method,
+    supports_logits_to_keep,
+)
 from hf_paged.reasons import Reason, Why
 from hf_paged.sampling.cancellation import Cancellation
 from hf_paged.sampling.processors import properties_of
@@ -29,7 +34,7 @@ from hf_paged.sampling.row_streamer import RowStreamer
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
 # The tokenizer is there for stop strings, whose criterion has it already.
-_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "tokenizer"}
+_MODEL_ARGUMENTS = {"attention_mask", "position_ids", CACHE_ARGUMENT, "logits_to_keep", "use_cache", "tokenizer"}
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
 _ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
 
@@ -61,7 +66,7 @@ class LoopArguments:
     @property
     def returned_cache(self) -> DynamicCache | None:
         """The call's cache, if the caller will see what the call leaves in it. Of a call that can run packed."""
-        cache, config = self.model_kwargs["past_key_values"], self.generation_config
+        cache, config = self.model_kwargs[CACHE_ARGUMENT], self.generation_config
         return cache if config.return_dict_in_generate or is_callers_cache(cache) else None
 
 
@@ -137,7 +142,7 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict[str, Any]) -> Why | No
         return Reason.MODEL_INPUTS.of(", ".join(sorted(extra)))
     if "update" in vars(DynamicCache):
         return Reason.CHANGED_CACHE_CLASS
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE_ARGUMENT)
     if type(cache) is not DynamicCache or not kwargs.get("use_cache"):
         return Reason.OTHER_CACHE
     if not all(isinstance(layer, PagedLayer) and not layer.is_dense for layer in cache.layers) or not cache.layers:

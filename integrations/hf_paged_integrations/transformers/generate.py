@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
+from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.errors import UnsupportedError
 from hf_paged.execution.packed_cache import NotPackableError
 from hf_paged.generation.cache_handoff import why_not_hand_over
@@ -123,5 +124,5 @@ def _run_on_engine(model: PreTrainedModel, arguments: LoopArguments, may_retry: 
         sequences=sequences,  # type: ignore[arg-type]
         scores=call.scores,  # type: ignore[arg-type]
         logits=call.logits,  # type: ignore[arg-type]
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},  # type: ignore[arg-type]
     )

@@ -11,10 +11,8 @@ pipelines together. Two functions of transformers' continuous batching take such
 import functools
 import threading
 from collections.abc import Callable
-from importlib.metadata import version
 
 import torch
-from packaging.specifiers import SpecifierSet
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -26,10 +24,12 @@ from transformers import (
 from hf_paged.attention.mask import paged_mask
 from hf_paged.cache.layers import page_layers
 from hf_paged.compat import transformers as upstream
+from hf_paged.compat.requirements import check_transformers, transformers_version
 from hf_paged.errors import PagedError
 from hf_paged.models import forward_context, registration, registry
 from hf_paged.sampling.row_streamer import RowStreamer, by_rows
 from hf_paged_integrations.pipelines.text_generation import iterate
+from hf_paged_integrations.transformers import version_gate
 from hf_paged_integrations.transformers.continuous_batching import (
     attention_forward,
     is_mask_needed,
@@ -41,7 +41,6 @@ from hf_paged_integrations.transformers.model_support import resolve_implementat
 from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
 
 NAME = "paged"
-TESTED_TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
 _GUARDS = "_hf_paged_guards"
 _WRAPPED = "_hf_paged_original"
 _lock = threading.Lock()
@@ -53,10 +52,11 @@ def enable() -> None:
     Raises
     ------
     PagedError
-        If this transformers is not one that hf_paged was tested with. Nothing is changed then.
+        If this transformers is too old, or its functions are not what hf_paged expects. Nothing is changed then.
     """
     with _lock:
-        _check_transformers()
+        check_transformers()
+        _check_functions()
         AttentionInterface.register(NAME, attention_forward)
         AttentionMaskInterface.register(NAME, paged_mask)
         _wrap(upstream.CACHE_CONSTRUCTOR, _after(_page_new_cache))
@@ -68,6 +68,7 @@ def enable() -> None:
         _wrap(upstream.ATTENTION_SWITCH, switch_attention)
         _wrap(upstream.MASK_RULE, _after(is_mask_needed))
         registration.turn(on=True)
+        version_gate.arm()
 
 
 def disable() -> None:
@@ -90,17 +91,11 @@ def is_enabled() -> bool:
     return upstream.is_attention_registered(NAME)
 
 
-def _check_transformers() -> None:
-    found = version("transformers")
-    if not TESTED_TRANSFORMERS.contains(found, prereleases=True):
-        raise PagedError(
-            f"hf_paged hooks into private parts of transformers and is tested with {TESTED_TRANSFORMERS}; "
-            f"transformers {found} is installed: install a tested one, or a newer hf_paged"
-        )
+def _check_functions() -> None:
     for function in upstream.WRAPPED_FUNCTIONS:
         if not function.is_as_expected():
             raise PagedError(
-                f"{function} of transformers {found} takes other arguments than hf_paged expects "
+                f"{function} of transformers {transformers_version()} takes other arguments than hf_paged expects "
                 "(is it patched by another library?): hf_paged stays disabled"
             )
 
@@ -135,6 +130,7 @@ def _for_paged(loop: Callable) -> Callable:
     def decode(original, model, *args, **kwargs):
         if not _is_paged(model):
             return original(model, *args, **kwargs)
+        version_gate.enter()
         registry.renew_pools(model)
         times_off = registration.times_off()
         try:
@@ -145,7 +141,9 @@ def _for_paged(loop: Callable) -> Callable:
                 registration.refuse_result(model)
             raise
         # Masks of a static cache are made between the forwards.
-        if times_off != registration.times_off() and getattr(kwargs.get("past_key_values"), "is_compileable", False):
+        if times_off != registration.times_off() and getattr(
+            kwargs.get(upstream.CACHE_ARGUMENT), "is_compileable", False
+        ):
             registration.refuse_result(model)
         return output
 
@@ -209,8 +207,11 @@ def _untrack(model: PreTrainedModel) -> None:
 
 def _check_begin(model: PreTrainedModel, args: tuple) -> None:
     # A model may have got another implementation unnoticed, while the hooks were out.
-    if not torch.compiler.is_compiling() and not registration.is_on() and _is_paged(model):
+    if torch.compiler.is_compiling():
+        return
+    if not registration.is_on() and _is_paged(model):
         registration.refuse(model)
+    version_gate.enter()
 
 
 def _check_end(model: PreTrainedModel, args: tuple, output: object) -> None:

@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_paged.atomic import Undo, atomically
 from hf_paged.cache.layers import PagedLayer
+from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.packed_cache import NotPackableError
 from hf_paged.generation.engine import Engine
@@ -108,7 +109,7 @@ def _run_alone(model: PreTrainedModel, token: int, device: torch.device) -> tupl
     for _ in range(2):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            output = _call(functools.partial(model, input_ids=ids, past_key_values=cache, use_cache=True))
+            output = _call(functools.partial(model, input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache}))
         pools = registry.pools_under(model)
         stored = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:

@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from hf_paged.cache.duplicate_rows import first_equal_rows
 from hf_paged.cache.layers import PagedLayer
+from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.memory.kv_pool import KVCacheGroup, KVPool
 from hf_paged.memory.reservation import reserve
 from hf_paged.memory.sizing import row_blocks
@@ -34,7 +35,7 @@ def run_upstream_loop(
 
 def _cache_of(kwargs: dict[str, Any]) -> Cache | None:
     """The cache of the decoder's own tokens."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE_ARGUMENT)
     return getattr(cache, "self_attention_cache", cache)
 
 

@@ -6,13 +6,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_paged.errors import PagedError
 from hf_paged.metrics import Stats, stats
 from hf_paged.models import registry
-from hf_paged_integrations.transformers.hooks import enable
 
 _ROWS, _PROMPT, _PADS, _NEW = 2, 20, 7, 16
 
 
 def check_paged() -> Stats:
-    """Generate with a tiny random llama on the CPU, dense and paged, from a ragged batch.
+    """Generate with a tiny random llama on the CPU, dense and paged, from a ragged batch. "paged" must be enabled.
 
     Draws from no global random state and leaves no model or pool behind.
 
@@ -26,7 +25,6 @@ def check_paged() -> Stats:
     PagedError
         If the hooks are refused, or what was generated or counted is not as it must be.
     """
-    enable()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # Large weights: with the default ones attention is nearly uniform, and a wrong one goes unseen.
