@@ -12,6 +12,7 @@ import pytest
 
 import hf_paged
 from support.checkout import checkout_files, copy_checkout
+from support.distributions import ENVIRONMENT, build
 
 # The folders of the checkout whose packages are installed: their parents are not part of the import name.
 PACKAGES = ("hf_paged", "kernels/hf_paged_kernels", "integrations/hf_paged_integrations", "evals/hf_paged_evals")
@@ -19,17 +20,6 @@ MODULES = {"hf_paged_autoload.py", "hf_paged_command.py"}
 INSTALLED = (".py", ".cpp", ".h", "py.typed")
 NOT_ARCHIVED = {".gitignore"}
 GENERATED = {"PKG-INFO", "setup.cfg"}
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-
-def build(source: Path, kind: str, folder: Path) -> Path:
-    """Build one distribution of a checkout in this environment."""
-    command = [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "absent from the `packages` configuration" not in done.stdout + done.stderr
-    (built,) = folder.iterdir()
-    return built
 
 
 def check_metadata(built: Path) -> None:
