@@ -1,6 +1,7 @@
 """Distributions: the wheel holds the packages whole, the source archive the checkout."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hf_paged
-from support.checkout import checkout_files, copy_checkout
+from support.checkout import ROOT, checkout_files, copy_checkout
 from support.distributions import ENVIRONMENT, build
 
 # The folders of the checkout whose packages are installed: their parents are not part of the import name.
@@ -73,6 +74,14 @@ def test_the_source_archive_is_the_checkout(archive, tmp_path):
     assert root.name == f"hf_paged-{hf_paged.__version__}"
     assert {name for name in found if ".egg-info/" not in name} - GENERATED == checkout_files() - NOT_ARCHIVED
     check_metadata(archive)
+
+
+def test_types_are_checked_for_the_oldest_python():
+    """Of the metadata; ruff takes it from there by itself."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (oldest,) = re.findall(r'^requires-python = ">=(.+)"$', project, re.M)
+    assert re.findall(r'^python_version = "(.+)"$', project, re.M) == [oldest]
+    assert "target-version" not in project
 
 
 @pytest.mark.slow
