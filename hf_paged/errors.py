@@ -34,5 +34,21 @@ class BlockError(PagedError, ValueError):
     """A block was freed twice, or used after it was freed."""
 
 
+class MissingPackageError(PagedError, ImportError):
+    """A package that only a command or an evaluation needs is not installed.
+
+    Parameters
+    ----------
+    package : str
+        What is missing, by the name that users know.
+    requirement : str
+        What pip installs it by. For an extra ``hf-paged[NAME]``: pip takes the hf-paged that is installed, from
+        whatever it was installed, and adds the packages of the extra.
+    """
+
+    def __init__(self, package: str, requirement: str):
+        super().__init__(f'{package} is not installed: pip install "{requirement}"')
+
+
 class UnsupportedError(PagedError, ValueError):
     """A request that pages cannot serve and for which no equal dense path exists."""

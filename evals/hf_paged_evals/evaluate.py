@@ -4,7 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_paged.errors import PagedError
 from hf_paged_evals.runner.arguments import add_dataset, add_model, dataset_of
 from hf_paged_evals.runner.options import Options
 
@@ -28,13 +27,11 @@ def main(argv: list[str], epilog: str = "") -> int:
     if arguments.list:
         _print_tasks()
         return 0
-    try:  # Before a run of hours, at whose end the report is drawn.
-        from hf_paged_evals.report.write import write
-        from hf_paged_evals.runner import results
-        from hf_paged_evals.runner.run import run_tasks
-    except ModuleNotFoundError as error:
-        raise PagedError(f'{error.name} is not installed: pip install -c constraints.txt -e ".[evals]"') from error
+    # Here and not at the top, as it needs the extra; before a run of hours, at whose end the report is drawn.
     from hf_paged_evals.models.pair import quiet
+    from hf_paged_evals.report.write import write
+    from hf_paged_evals.runner import results
+    from hf_paged_evals.runner.run import run_tasks
     from hf_paged_evals.tasks import TASKS, find
 
     tasks = find(arguments.tasks or list(TASKS))

@@ -81,8 +81,8 @@ def run_demo(new_tokens: int, block_size: int) -> None:
 
     Raises
     ------
-    ImportError, PagedError
-        If the demo's packages are not installed.
+    MissingPackageError
+        If one of the demo's packages is not installed.
     ValueError
         If one of the numbers is out of range.
     """

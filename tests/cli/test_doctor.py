@@ -162,7 +162,7 @@ def test_a_check_that_fails(fault, capsys, monkeypatch):
     monkeypatch.setattr(owner, name, replacement)
     code, out, said = examine(capsys)
     assert code == 1 and said["a tiny llama"].startswith("failed: ") and words in said["a tiny llama"]
-    assert 'does not work here: use attn_implementation="sdpa"; install the tested versions' in out
+    assert 'does not work here: use attn_implementation="sdpa"; install another transformers of those tested' in out
 
 
 def command(*arguments, before=()):

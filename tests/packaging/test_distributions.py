@@ -1,6 +1,7 @@
 """Distributions: the wheel holds the packages whole, the source archive the checkout."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import hf_paged
-from support.checkout import checkout_files, copy_checkout
+from support.checkout import ROOT, checkout_files, copy_checkout
+from support.distributions import ENVIRONMENT, build
 
 # The folders of the checkout whose packages are installed: their parents are not part of the import name.
 PACKAGES = ("hf_paged", "kernels/hf_paged_kernels", "integrations/hf_paged_integrations", "evals/hf_paged_evals")
@@ -19,17 +21,6 @@ MODULES = {"hf_paged_autoload.py", "hf_paged_command.py"}
 INSTALLED = (".py", ".cpp", ".h", "py.typed")
 NOT_ARCHIVED = {".gitignore"}
 GENERATED = {"PKG-INFO", "setup.cfg"}
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-
-def build(source: Path, kind: str, folder: Path) -> Path:
-    """Build one distribution of a checkout in this environment."""
-    command = [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "absent from the `packages` configuration" not in done.stdout + done.stderr
-    (built,) = folder.iterdir()
-    return built
 
 
 def check_metadata(built: Path) -> None:
@@ -83,6 +74,14 @@ def test_the_source_archive_is_the_checkout(archive, tmp_path):
     assert root.name == f"hf_paged-{hf_paged.__version__}"
     assert {name for name in found if ".egg-info/" not in name} - GENERATED == checkout_files() - NOT_ARCHIVED
     check_metadata(archive)
+
+
+def test_types_are_checked_for_the_oldest_python():
+    """Of the metadata; ruff takes it from there by itself."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (oldest,) = re.findall(r'^requires-python = ">=(.+)"$', project, re.M)
+    assert re.findall(r'^python_version = "(.+)"$', project, re.M) == [oldest]
+    assert "target-version" not in project
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ It needs the packages of the evals extra, and lm_eval.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from hf_paged.errors import MissingPackageError
 from hf_paged_evals.data.offline import sharegpt_conversations
 from hf_paged_evals.models.pair import load_model, load_tokenizer
 from hf_paged_evals.runner.arguments import add_model, model_options
@@ -79,7 +81,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(given: argparse.Namespace) -> Section:
-    """Run the command in turns; compare scores, answers and times, and ask for the counts of the pool."""
+    """Run the command in turns; compare scores, answers and times, and ask for the counts of the pool.
+
+    Raises
+    ------
+    MissingPackageError
+        If the harness or ShareGPT is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingPackageError("lm-evaluation-harness", "lm-eval")
     options = model_options(given, NAME)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -118,7 +128,7 @@ def write_tasks(folder: Path, count: int) -> None:
 
     Raises
     ------
-    ModuleNotFoundError
+    MissingPackageError
         If ShareGPT is not installed.
     """
     conversations = sharegpt_conversations()

