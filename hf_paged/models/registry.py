@@ -30,10 +30,12 @@ _trial_lock = threading.RLock()
 
 @dataclass
 class CallCounts:
-    """How the calls of `generate` on one model ran, whether it has a pool or not."""
+    """How the calls of `generate` and of pipelines on one model ran, whether it has a pool or not."""
 
     packed: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    pipelines_together: int = 0
+    pipelines_in_turn: Counter[str] = field(default_factory=Counter)
 
 
 class EngineOfPool(Protocol):

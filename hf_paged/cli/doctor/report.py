@@ -8,6 +8,7 @@ import torch
 
 from hf_paged import __version__
 from hf_paged.cli.doctor.gpu_check import check_gpu
+from hf_paged.cli.doctor.known_pairs import known_trouble
 from hf_paged.cli.doctor.machine import gpu_driver, gpus, vector_units
 from hf_paged.cli.plan.report import size
 from hf_paged.config import PagedConfig
@@ -46,6 +47,7 @@ def run_doctor() -> bool:
         _print("What is used", kernel_state(bool(gpu_lines)))
         works = not gpu_lines or not dispatch.state().available or _passes_gpu_check()
     if works:
+        print("\nmodel.config._attn_implementation names the implementation of a model that you have loaded.")
         print(f'\nattn_implementation="{NAME}" works here.')
     return works
 
@@ -63,7 +65,7 @@ def _print(title: str, lines: list[Line]) -> None:
 
 
 def _print_machine(gpu_lines: list[str]) -> None:
-    _print("Versions", _versions())
+    _print("Versions", [*_versions(), *known_trouble()])
     _print("Processor", _processor())
     _print("Compiler", _compiler())
     _print("GPU", _gpu(gpu_lines, gpu_driver()))
@@ -92,7 +94,8 @@ def _passes_check() -> bool:
         return False
     gathers = sum(counted.gathers.values())
     passed = f"same tokens dense and paged; {counted.page_reads} page reads, {gathers} gathers, every block returned"
-    _print("Check", [("a tiny llama", passed)])
+    together = "its items run together over a list, with the texts of the dense one"
+    _print("Check", [("a tiny llama", passed), ("a tiny pipeline", together)])
     return True
 
 
