@@ -197,6 +197,28 @@ def test_packages_that_go_wrong_together_are_a_line_and_no_failure(peft, found, 
         assert "Remedy: install transformers<5.24" in said["peft"]
 
 
+def test_the_defaults_are_those_of_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("HF_PAGED_BLOCK_SIZE", "64")
+    monkeypatch.setenv("HF_PAGED_MEMORY_BUDGET", "1MiB")
+    monkeypatch.setenv("HF_PAGED_CACHE_SALT", "a secret")
+    code, out, said = examine(capsys)
+    assert code == 0 and said["block size"] == "64 tokens, by HF_PAGED_BLOCK_SIZE"
+    assert said["memory budget"] == "1,048,576 bytes (1.00 MiB), by HF_PAGED_MEMORY_BUDGET"
+    assert said["cache salt"] == "set, by HF_PAGED_CACHE_SALT" and "secret" not in out
+    assert said["prefix share"] == "12.5% of the memory budget" and said["eviction policy"] == "lru"
+    assert "32 page reads" in said["a tiny llama"], "the check has a config of its own"
+
+
+def test_a_wrong_environment_fails(capsys, monkeypatch):
+    monkeypatch.setenv("HF_PAGED_TOKEN_BUDGET", "many")
+    code, out, said = examine(capsys)
+    words = "HF_PAGED_TOKEN_BUDGET=many cannot be used: token_budget must be a positive number of tokens; got 'many'"
+    assert code == 1 and said["environment"].startswith(words)
+    last = out.splitlines()[-1]
+    assert last.startswith('attn_implementation="paged" cannot work with this environment: HF_PAGED_TOKEN_BUDGET=many')
+    assert last.endswith("Or unset the variable.")
+
+
 def command(*arguments, before=()):
     """Run the command of the checkout; the folders `before` it may hide other packages."""
     script = [sys.executable, str(ROOT / "hf_paged_command.py"), *arguments]
