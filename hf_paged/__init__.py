@@ -9,6 +9,7 @@ Importing the package registers the implementation:
 
 import torch
 
+from hf_paged import exit_report
 from hf_paged.config import PagedConfig
 from hf_paged.errors import BlockError, OutOfBlocksError, PagedError, UnsupportedError
 from hf_paged.metrics import Stats, stats
@@ -74,3 +75,4 @@ def release(model: torch.nn.Module) -> None:
 
 
 enable()
+exit_report.install()

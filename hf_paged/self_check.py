@@ -17,6 +17,7 @@ from transformers import (
     TextGenerationPipeline,
 )
 
+from hf_paged import exit_report
 from hf_paged.config import PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.metrics import Stats, stats
@@ -80,6 +81,7 @@ def check_paged() -> Stats:
                 _check_blocks(model)
         finally:
             registry.forget_pools(model)
+            exit_report.forget(model)
     return counted
 
 

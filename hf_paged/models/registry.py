@@ -171,6 +171,12 @@ def counts_under(model: torch.nn.Module) -> list[CallCounts]:
         return [_counts[module] for module in _submodules(model) if module in _counts]
 
 
+def models() -> list[torch.nn.Module]:
+    """The models that have a pool, or counts."""
+    with _registry_lock:
+        return [*_pools, *_counts]
+
+
 def implementation_of(model: torch.nn.Module) -> str:
     """The attention implementation of the decoder in `model`, as its config names it now."""
     models = (module for module in _submodules(model) if isinstance(module, PreTrainedModel))
