@@ -12,7 +12,8 @@ import torch
 from transformers import DynamicCache
 
 import hf_paged
-from hf_paged import exit_report, self_check
+from hf_paged import exit_report
+from hf_paged_integrations.transformers import self_check
 from support import zoo
 from support.installed import CHECKOUT
 from support.packing import LENGTHS

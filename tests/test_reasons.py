@@ -111,11 +111,11 @@ def test_inputs_that_the_caller_passes_are_expected(told):
 
 def test_inputs_that_transformers_adds_by_itself_warn(told, monkeypatch):
     """As after an upgrade that brings or renames an argument: every call would fall back, and only a counter say so."""
-    monkeypatch.setattr(eligibility, "_MODEL_ARGUMENTS", eligibility._MODEL_ARGUMENTS - {"past_key_values"})
+    monkeypatch.setattr(eligibility, "_MODEL_ARGUMENTS", eligibility._MODEL_ARGUMENTS - {"logits_to_keep"})
     model = zoo.build("llama", "paged")
     for _ in range(2):
         model.generate(**embedded(model), **LENGTHS)
-    text = "transformers itself adds inputs that hf_paged does not know: past_key_values"
+    text = "transformers itself adds inputs that hf_paged does not know: logits_to_keep"
     assert hf_paged.stats(model).fallbacks == {text: 2}
     ((level, message),) = told("own loop")
     assert level == logging.WARNING

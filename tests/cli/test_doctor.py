@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import hf_paged
-from hf_paged import PagedConfig, self_check
+from hf_paged import PagedConfig
 from hf_paged.cli import main
 from hf_paged.cli.doctor import known_pairs, machine, report
 from hf_paged.compat import transformers as upstream
@@ -21,7 +21,7 @@ from hf_paged.memory import sizing
 from hf_paged.models import forward_context
 from hf_paged_integrations import autoload
 from hf_paged_integrations.pipelines import text_generation
-from hf_paged_integrations.transformers import eligibility, hooks
+from hf_paged_integrations.transformers import eligibility, hooks, self_check
 from hf_paged_kernels import ops
 from support.installed import CHECKOUT
 

@@ -16,9 +16,9 @@ from hf_paged.config import VARIABLES, PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.memory.limits import memory_limits
 from hf_paged.memory.sizing import DEFAULT_SHARE, budget_bytes
-from hf_paged.self_check import check_paged
 from hf_paged_integrations import autoload
 from hf_paged_integrations.transformers.hooks import NAME, TESTED_TRANSFORMERS, enable
+from hf_paged_integrations.transformers.self_check import check_paged
 from hf_paged_kernels import backends
 from hf_paged_kernels.cpu import loader
 from hf_paged_kernels.cpu.compiler import BuildError, find_compiler

@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from hf_paged import exit_report
+from hf_paged.compat.transformers import is_attention_registered
 from hf_paged.config import PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.metrics import Stats, stats
 from hf_paged.models import registry
-from hf_paged_integrations.transformers.hooks import is_enabled
 
 _VOCAB, _ROWS, _PROMPT, _PADS, _NEW = 97, 2, 20, 7, 16
 _PROMPTS = ["5 6 7 8 9 10 11", "12 13 14", "15 16 17 18 19"]
@@ -49,9 +49,9 @@ class _WatchedPipeline(TextGenerationPipeline):
 def check_paged() -> Stats:
     """Generate with a tiny random llama on the CPU, dense and paged: a ragged batch, and a pipeline over a list.
 
-    Needs the hooks in place and installs none, so `enable` may call it at its end. It takes a second or two, and longer
-    where the C++ kernels have to be compiled first. The random state of the CPU is that of before; a thread that draws
-    from it meanwhile may draw the same numbers again. No model, pool or count is left behind.
+    Needs the hooks in place and installs none, so that they may call it. It takes a second or two, and longer where the
+    C++ kernels have to be compiled first. The random state of the CPU is that of before; a thread that draws from it
+    meanwhile may draw the same numbers again. No model, pool or count is left behind.
 
     Returns
     -------
@@ -63,17 +63,17 @@ def check_paged() -> Stats:
     PagedError
         If the hooks are not in place, or a part fails: says which, and what to do.
     """
-    if not is_enabled():
+    if not is_attention_registered("paged"):
         raise PagedError('"paged" is not registered with transformers: call hf_paged.enable() first')
     with _unaffected_by_caller():
-        model = _tiny_model()
-        inputs, pipe = _ragged_batch(), _tiny_pipeline(model)
+        with _part("a tiny model, dense"):
+            model = _tiny_model()
+            inputs, pipe = _ragged_batch(), _tiny_pipeline(model)
+            tokens, texts = model.generate(**inputs, **_LENGTHS), pipe(_PROMPTS)
         try:
-            with _part("a tiny model, dense"):
-                tokens, texts = model.generate(**inputs, **_LENGTHS), pipe(_PROMPTS)
-                model.set_attn_implementation("paged")
-                registry.set_config(model, PagedConfig())  # Of whatever the environment says.
             with _part("a tiny batch, paged"):
+                model.set_attn_implementation("paged")
+                registry.set_config(model, PagedConfig())  # Whatever the environment says.
                 counted = _check_batch(model, inputs, tokens)
             with _part("a tiny pipeline over a list, paged"):
                 _check_pipeline(pipe, texts)

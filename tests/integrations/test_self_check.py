@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged import reasons, self_check
+from hf_paged import reasons
 from hf_paged.models import registry
+from hf_paged_integrations.transformers import self_check
 from support.installed import CHECKOUT
 
 
@@ -68,7 +69,7 @@ def test_without_hooks_it_says_what_is_missing():
 PACKAGE = """
 __path__ = [{folder!r}]
 exec(compile(open({folder!r} + "/__init__.py").read(), "hf_paged", "exec"))
-from hf_paged.self_check import check_paged
+from hf_paged_integrations.transformers.self_check import check_paged
 print(check_paged().packed_calls, "packed while hf_paged is imported")
 """
 PROGRAM = """
@@ -85,7 +86,7 @@ print(model.config._attn_implementation, model.dtype, model.device)
 
 
 def test_it_may_run_inside_the_import_that_a_model_causes(tmp_path):
-    """As `enable` may call it: threads of the pipeline run while the import's lock is held, and a model is loading."""
+    """As the hooks may call it: threads of the pipeline run while the import's lock is held, and a model is loading."""
     package = tmp_path / "first" / "hf_paged"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(PACKAGE.format(folder=os.path.dirname(hf_paged.__file__)))
