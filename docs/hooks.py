@@ -44,7 +44,7 @@ PARTS = {
     Reason.OWN_FORWARD: (
         "Pipeline items that run in turn",
         "A text-generation pipeline ran its items one after another, as transformers does. The results are the same. "
-        "Logged at level INFO.",
+        "Counted in `stats(model).pipelines_in_turn`.",
     ),
 }
 

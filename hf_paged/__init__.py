@@ -13,6 +13,7 @@ check_transformers()  # Before the modules that an unsuitable transformers would
 
 import torch
 
+from hf_paged import exit_report
 from hf_paged.config import PagedConfig
 from hf_paged.errors import BlockError, OutOfBlocksError, PagedError, UnsupportedError
 from hf_paged.metrics import Stats, stats
@@ -78,3 +79,4 @@ def release(model: torch.nn.Module) -> None:
 
 
 enable()
+exit_report.install()

@@ -1,10 +1,26 @@
-"""The one configuration object, and how a memory budget is read."""
+"""The one configuration object, how the environment sets its defaults, and how a memory budget is read."""
 
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
+from typing import Any
 
+from hf_paged.errors import PagedError
 from hf_paged.memory.eviction import EVICTION_POLICIES
+from hf_paged_kernels.switches import is_on
+
+# The variables that `PagedConfig.from_environment` reads, by field.
+VARIABLES = {
+    "block_size": "HF_PAGED_BLOCK_SIZE",
+    "memory_budget": "HF_PAGED_MEMORY_BUDGET",
+    "token_budget": "HF_PAGED_TOKEN_BUDGET",
+    "prefix_cache": "HF_PAGED_PREFIX_CACHE",
+    "prefix_cache_share": "HF_PAGED_PREFIX_CACHE_SHARE",
+    "prepack_weights": "HF_PAGED_PREPACK",
+    "cache_salt": "HF_PAGED_CACHE_SALT",
+    "eviction_policy": "HF_PAGED_EVICTION_POLICY",
+}
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -14,6 +30,9 @@ _LARGEST_BLOCK = 2**16
 @dataclass(frozen=True)
 class PagedConfig:
     """How a model's KV cache is paged. Immutable; validated when it is made.
+
+    A model that `hf_paged.configure` was not called for is paged as `from_environment` says. A config that is made in
+    code takes nothing from the environment: the fields that it leaves out have the defaults below.
 
     Parameters
     ----------
@@ -83,6 +102,41 @@ class PagedConfig:
         if not isinstance(policy, str) or policy not in EVICTION_POLICIES:
             names = ", ".join(map(repr, EVICTION_POLICIES))
             raise ValueError(f"eviction_policy must be one of {names}; got {policy!r}: leave it out for 'lru'")
+
+    @classmethod
+    def from_environment(cls) -> "PagedConfig":
+        """The config that the environment variables in `VARIABLES` state; a field whose variable is blank or not set
+        has its default.
+
+        Raises
+        ------
+        PagedError
+            If a value is none that the field takes; names the variable.
+        """
+        stated: dict[str, Any] = {}
+        for field in fields(cls):
+            variable = VARIABLES[field.name]
+            text = os.environ.get(variable, "")
+            if not text.strip():
+                continue
+            stated[field.name] = _read(variable, text, field.default)
+            try:
+                cls(**{field.name: stated[field.name]})
+            except ValueError as error:
+                raise PagedError(f"{variable}={text} cannot be used: {error}") from None
+        return cls(**stated)
+
+
+def _read(variable: str, text: str, default: object) -> Any:
+    """The value of a variable in the type of its field's default; the text itself where it has no such value."""
+    if isinstance(default, bool):
+        return is_on(variable, default)
+    if not isinstance(default, int | float):
+        return text
+    try:
+        return type(default)(text)
+    except ValueError:
+        return text
 
 
 def parse_bytes(amount: int | str | None) -> int | None:

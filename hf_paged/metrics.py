@@ -32,6 +32,10 @@ class Stats:
     fallbacks : dict of str to int
         Calls of `generate` that ran transformers' own loop, by reason, whether they used the pool or not. Beams,
         assisted decoding and models with a loop of their own are not counted.
+    pipelines_together : int
+        Runs of a text-generation pipeline over several inputs whose items were begun ahead, to share steps.
+    pipelines_in_turn : dict of str to int
+        Those whose items ran one after another, by reason. Each item may be packed with calls of other threads.
     prefix_lookups : int
         Packed rows that looked for their first tokens in the prefix cache when they started, preempted ones again.
     prefix_hit_tokens : int
@@ -54,6 +58,8 @@ class Stats:
     gathers: dict[str, int]
     packed_calls: int
     fallbacks: dict[str, int]
+    pipelines_together: int
+    pipelines_in_turn: dict[str, int]
     prefix_lookups: int
     prefix_hit_tokens: int
     evictions: int
@@ -72,9 +78,10 @@ def stats(model: torch.nn.Module) -> Stats:
     Stats
     """
     pools = registry.pools_under(model)
-    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = 0
+    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = together = 0
     gathers: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
+    in_turn: Counter[str] = Counter()
     for pool in pools:
         with pool.lock:
             for spec, group in pool.groups.items():
@@ -90,6 +97,8 @@ def stats(model: torch.nn.Module) -> Stats:
     for counts in registry.counts_under(model):
         packed += counts.packed
         fallbacks.update(counts.fallbacks)
+        together += counts.pipelines_together
+        in_turn.update(counts.pipelines_in_turn)
     block_size = pools[0].config.block_size if pools else registry.config_of(model).block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
     return Stats(
@@ -104,6 +113,8 @@ def stats(model: torch.nn.Module) -> Stats:
         gathers=dict(gathers),
         packed_calls=packed,
         fallbacks=dict(fallbacks),
+        pipelines_together=together,
+        pipelines_in_turn=dict(in_turn),
         prefix_lookups=lookups,
         prefix_hit_tokens=hits,
         evictions=evictions,

@@ -16,6 +16,7 @@ _DENSE = 'load the model with attn_implementation="sdpa" if pages save it nothin
 _NEW_CACHE = "make a new DynamicCache(config=model.config)"
 _OWN_LOOP = "none is needed, transformers' own loop runs over the pages"
 _OWN_CACHE = "none is needed, the layers keep transformers' own cache"
+_TESTED = "install a transformers that hf_paged was tested with (hf-paged doctor names them) or a newer hf_paged"
 
 
 class Reason(enum.Enum):
@@ -38,6 +39,7 @@ class Reason(enum.Enum):
         "the model is given inputs besides tokens: ...",
         "leave them out where the model does not need them",
     )
+    ADDED_INPUTS = "transformers itself adds inputs that hf_paged does not know: ...", _TESTED, False
     CHANGED_CACHE_CLASS = (
         "another library has replaced DynamicCache.update",
         "import that library in another process, or undo its patch",
@@ -128,6 +130,11 @@ class Reason(enum.Enum):
     OWN_FORWARD = "... has its own forward", "use transformers' TextGenerationPipeline itself"
     OWN_GENERATE = "... has its own generate", "use a model with transformers' generate"
     WRONG_ARGUMENTS = "their arguments raise ...", "correct the arguments: the error comes with the first item"
+    OTHER_PREPARATION = (
+        "transformers prepares their arguments in another way than hf_paged expects (...)",
+        _TESTED,
+        False,
+    )
     SHARED_ARGUMENT = "they share the argument ...", "leave it out if it is not needed"
     OTHER_MODE = "the generation mode is ...", "use greedy decoding or sampling"
     TIME_LIMIT = "max_time counts seconds that other items would use", "use max_new_tokens"

@@ -8,7 +8,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import hf_paged
 from hf_paged import reasons
+from hf_paged.compat.generate_frame import names_passed_to_generate
 from hf_paged.reasons import Reason
+from hf_paged_integrations.transformers import eligibility
 from support import zoo
 from support.packing import LENGTHS
 
@@ -88,6 +90,58 @@ def test_an_unexpected_fallback_warns_once_with_its_remedy(told):
     ((level, message),) = told("own loop")
     assert level == logging.WARNING
     assert "because the model mixes the rows of a packed forward. Remedy: load the model with" in message
+
+
+def embedded(model) -> dict:
+    """Prompts as embeddings, which the caller passes."""
+    inputs = zoo.prompts([9, 4])
+    return {
+        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach(),
+        "attention_mask": inputs["attention_mask"],
+    }
+
+
+def test_inputs_that_the_caller_passes_are_expected(told):
+    model = zoo.build("llama", "paged")
+    model.generate(**embedded(model), **LENGTHS)
+    assert hf_paged.stats(model).fallbacks == {"the model is given inputs besides tokens: inputs_embeds": 1}
+    ((level, message),) = told("own loop")
+    assert level == logging.INFO and "Remedy: leave them out where" in message
+
+
+def test_inputs_that_transformers_adds_by_itself_warn(told, monkeypatch):
+    """As after an upgrade that brings or renames an argument: every call would fall back, and only a counter say so."""
+    monkeypatch.setattr(eligibility, "_MODEL_ARGUMENTS", eligibility._MODEL_ARGUMENTS - {"logits_to_keep"})
+    model = zoo.build("llama", "paged")
+    for _ in range(2):
+        model.generate(**embedded(model), **LENGTHS)
+    text = "transformers itself adds inputs that hf_paged does not know: logits_to_keep"
+    assert hf_paged.stats(model).fallbacks == {text: 2}
+    ((level, message),) = told("own loop")
+    assert level == logging.WARNING
+    assert f"because {text}. Remedy: install a transformers that hf_paged was tested with" in message
+
+
+def test_inputs_of_a_loop_that_is_called_by_itself_are_its_callers(monkeypatch):
+    assert names_passed_to_generate() is None
+    monkeypatch.setattr(eligibility, "names_passed_to_generate", lambda: None)
+    assert eligibility._why_not_these_extra(["cache"]).is_expected
+
+
+def test_the_innermost_generate_is_asked(monkeypatch):
+    """A streamer, a processor or a model may call generate from inside another call."""
+    seen, outer = [], zoo.build("llama", "sdpa")
+
+    def note(ids, scores):
+        seen.append(names_passed_to_generate())
+        return scores
+
+    def inside(ids, scores):
+        outer.generate(**zoo.prompts([3]), **{**LENGTHS, "max_new_tokens": 1}, logits_processor=[note])
+        return note(ids, scores)
+
+    outer.generate(zoo.prompts([3])["input_ids"], max_new_tokens=1, logits_processor=[inside])
+    assert [{"attention_mask", "input_ids"} & names for names in seen] == [{"attention_mask", "input_ids"}, set()]
 
 
 def test_gathers_are_told_once_each(told):

@@ -1,6 +1,7 @@
 """The command ``hf-paged``: one function per subcommand, which returns the exit code."""
 
 import argparse
+import dataclasses
 import io
 import sys
 
@@ -109,7 +110,7 @@ def _add_plan(commands) -> None:
     plan.add_argument(
         "--memory-budget",
         metavar="SIZE",
-        help='of keys and values, such as "2GiB" (default: the share of the memory left that PagedConfig takes)',
+        help='of keys and values, such as "2GiB" (default: HF_PAGED_MEMORY_BUDGET, or a share of the memory left)',
     )
     plan.set_defaults(run=_plan)
 
@@ -124,13 +125,13 @@ def _add_build(commands) -> None:
 
 
 def _add_block_size(parser: argparse.ArgumentParser) -> None:
-    default = PagedConfig().block_size
-    help_text = f"tokens that a block holds, a power of two (default: {default})"
-    parser.add_argument("--block-size", type=int, default=default, metavar="N", help=help_text)
+    help_text = f"tokens that a block holds, a power of two (default: HF_PAGED_BLOCK_SIZE, or {PagedConfig.block_size})"
+    parser.add_argument("--block-size", type=int, metavar="N", help=help_text)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    run_demo(arguments.new_tokens, arguments.block_size)
+    size = arguments.block_size
+    run_demo(arguments.new_tokens, PagedConfig.from_environment().block_size if size is None else size)
     return 0
 
 
@@ -147,7 +148,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     if context is None:
         context = _default_context(model_config)
         assumed.append(f"--context {context}")
-    config = PagedConfig(block_size=arguments.block_size, memory_budget=arguments.memory_budget)
+    given = {"block_size": arguments.block_size, "memory_budget": arguments.memory_budget}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(PagedConfig.from_environment(), **given)
     run_plan(arguments.model, batch, context, config, arguments.dtype)
     if assumed:
         print(f"These numbers are for {' '.join(assumed)}, by default: give your own.")

@@ -30,10 +30,12 @@ _trial_lock = threading.RLock()
 
 @dataclass
 class CallCounts:
-    """How the calls of `generate` on one model ran, whether it has a pool or not."""
+    """How the calls of `generate` and of pipelines on one model ran, whether it has a pool or not."""
 
     packed: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    pipelines_together: int = 0
+    pipelines_in_turn: Counter[str] = field(default_factory=Counter)
 
 
 class EngineOfPool(Protocol):
@@ -71,7 +73,7 @@ def pool_of(model: PreTrainedModel) -> KVPool:
 
 def _make_pool(model: PreTrainedModel) -> None:
     """Make a new, empty pool. Caches and calls that are alive keep the old one; its memory goes with the last."""
-    new, old = KVPool(_configs.get(model, PagedConfig())), _pools.get(model)
+    new, old = KVPool(_configs.get(model) or PagedConfig.from_environment()), _pools.get(model)
     if old is not None:
         new.page_reads, new.gathers, new.prefix_counts = old.page_reads, old.gathers, old.prefix_counts
         for owner in [owner for owner, kept in _engines.items() if getattr(kept.made, "pool", None) is old]:
@@ -169,6 +171,12 @@ def counts_under(model: torch.nn.Module) -> list[CallCounts]:
         return [_counts[module] for module in _submodules(model) if module in _counts]
 
 
+def models() -> list[torch.nn.Module]:
+    """The models that have a pool, or counts."""
+    with _registry_lock:
+        return [*_pools, *_counts]
+
+
 def implementation_of(model: torch.nn.Module) -> str:
     """The attention implementation of the decoder in `model`, as its config names it now."""
     models = (module for module in _submodules(model) if isinstance(module, PreTrainedModel))
@@ -195,9 +203,16 @@ def set_config(model: torch.nn.Module, config: PagedConfig) -> None:
 
 
 def config_of(model: torch.nn.Module) -> PagedConfig:
-    """The config that a pool made now under `model` would get."""
+    """The config that a pool made now under `model` would get.
+
+    Raises
+    ------
+    PagedError
+        If it comes from the environment, and a variable has a wrong value.
+    """
     with _registry_lock:
-        return next((_configs[module] for module in _submodules(model) if module in _configs), PagedConfig())
+        stated = next((_configs[module] for module in _submodules(model) if module in _configs), None)
+    return stated or PagedConfig.from_environment()
 
 
 def _reset_in_child() -> None:

@@ -7,12 +7,15 @@ import warnings
 ON, OFF = ("1", "true", "yes", "on", "t", "y"), ("0", "false", "no", "off", "f", "n")
 
 
-def is_on(name: str) -> bool:
-    """Read a switch: on unless it is set to one of `OFF`. A value that is neither is warned about once."""
+def is_on(name: str, default: bool = True) -> bool:
+    """Read a switch: `default` if it is not set or blank, else on unless it is one of `OFF`.
+
+    A value that is neither is warned about once.
+    """
     value = os.environ.get(name, "").strip().lower()
     if value and value not in ON + OFF:
         _warn(name, os.environ[name])
-    return value not in OFF
+    return value not in OFF if value else default
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """hf-paged doctor: it describes the machine, and is right on the point that counts: "paged" works here or not."""
 
 import dataclasses
+import operator
 import os
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import transformers
 import hf_paged
 from hf_paged import PagedConfig
 from hf_paged.cli import main
-from hf_paged.cli.doctor import machine, report
+from hf_paged.cli.doctor import known_pairs, machine, report
 from hf_paged.compat import requirements
+from hf_paged.compat import transformers as upstream
 from hf_paged.memory import sizing
 from hf_paged.models import forward_context
 from hf_paged_integrations import autoload
-from hf_paged_integrations.transformers import self_check, version_gate
+from hf_paged_integrations.pipelines import text_generation
+from hf_paged_integrations.transformers import eligibility, hooks, self_check, version_gate
 from hf_paged_kernels import ops
 from support.installed import CHECKOUT
 
@@ -45,6 +48,8 @@ def test_a_healthy_machine(capsys, monkeypatch):
     assert said["memory budget"].startswith("1,000,000,000 bytes (954 MiB): 25%")
     # 2 layers; 16 new tokens, all of which come from pages.
     assert "32 page reads, 0 gathers" in said["a tiny llama"]
+    assert said["a tiny pipeline"].startswith("its items run together")
+    assert "model.config._attn_implementation names" in out
 
 
 def test_it_enables_what_was_disabled(capsys):
@@ -147,12 +152,39 @@ def two_blocks_kept(model):
     return dataclasses.replace(hf_paged.stats(model), used_blocks=2)
 
 
+def not_packed(model):
+    return dataclasses.replace(hf_paged.stats(model), packed_calls=0)
+
+
+def gathered(model):
+    return dataclasses.replace(hf_paged.stats(model), gathers={"the model applies aten.view to them": 1})
+
+
+def without_our_loop(original, model, *args, **kwargs):
+    return original(model, *args, **kwargs)
+
+
+def unhooked(original, pipe, *args, **kwargs):
+    return original(pipe, *args, **kwargs)
+
+
+def read_in_turn(results, outputs_of):
+    """As if another transformers chained the stages of a pipeline in another way."""
+
+
 FAULTS = {
     "wrong attention": (ops, "write_and_attend", lambda query, *_: torch.zeros_like(query), "mixes the rows"),
     "no call is seen": (forward_context, "track", lambda model: None, "no pool of its own"),
     "no page is read": (self_check, "stats", no_page_read, "without reading any page"),
     "blocks are kept": (self_check, "stats", two_blocks_kept, "left 2 blocks"),
     "an exception": (ops, "write_and_attend", lambda *_: 1 / 0, "ZeroDivisionError"),
+    "no call is packed": (self_check, "stats", not_packed, "not packed, and no reason was counted"),
+    "a gather": (self_check, "stats", gathered, "were gathered, because the model applies aten.view"),
+    "the loop is not ours": (hooks, "scheduled_sample", without_our_loop, "not packed, and no reason was counted"),
+    "a new input": (eligibility, "_MODEL_ARGUMENTS", {"attention_mask"}, "itself adds inputs that hf_paged does not"),
+    "no iterator": (hooks, "iterate", unhooked, "one after another, and no reason was counted"),
+    "other stages": (text_generation, "replace_forwards", read_in_turn, "one after another, and no reason was counted"),
+    "a private name is gone": (upstream, "_prepare", operator.attrgetter("_gone"), "in another way than hf_paged exp"),
 }  # fmt: skip
 
 
@@ -161,8 +193,44 @@ def test_a_check_that_fails(fault, capsys, monkeypatch):
     owner, name, replacement, words = FAULTS[fault]
     monkeypatch.setattr(owner, name, replacement)
     code, out, said = examine(capsys)
-    assert code == 1 and said["a tiny llama"].startswith("failed: ") and words in said["a tiny llama"]
+    assert code == 1 and said["a tiny llama"].startswith("failed: a tiny ") and words in said["a tiny llama"]
+    assert 'Remedy: load models with attn_implementation="sdpa", or install' in said["a tiny llama"]
     assert 'does not work here: use attn_implementation="sdpa"; install another transformers of those tested' in out
+
+
+@pytest.mark.parametrize(
+    ("peft", "found", "is_named"),
+    [("0.21.2", "5.24.0", True), ("0.21.0", "5.25.1", True), ("0.21.2", "5.23.0", False), ("0.22.0", "5.24.0", False)],
+)
+def test_packages_that_go_wrong_together_are_a_line_and_no_failure(peft, found, is_named, capsys, monkeypatch):
+    monkeypatch.setattr(known_pairs, "version", {"peft": peft, "transformers": found}.__getitem__)
+    code, _, said = examine(capsys)
+    assert code == 0 and ("peft" in said) == is_named
+    if is_named:
+        assert said["peft"].startswith(f"{peft} with transformers {found}: prefix tuning is ignored")
+        assert "Remedy: install transformers<5.24" in said["peft"]
+
+
+def test_the_defaults_are_those_of_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("HF_PAGED_BLOCK_SIZE", "64")
+    monkeypatch.setenv("HF_PAGED_MEMORY_BUDGET", "1MiB")
+    monkeypatch.setenv("HF_PAGED_CACHE_SALT", "a secret")
+    code, out, said = examine(capsys)
+    assert code == 0 and said["block size"] == "64 tokens, by HF_PAGED_BLOCK_SIZE"
+    assert said["memory budget"] == "1,048,576 bytes (1.00 MiB), by HF_PAGED_MEMORY_BUDGET"
+    assert said["cache salt"] == "set, by HF_PAGED_CACHE_SALT" and "secret" not in out
+    assert said["prefix share"] == "12.5% of the memory budget" and said["eviction policy"] == "lru"
+    assert "32 page reads" in said["a tiny llama"], "the check has a config of its own"
+
+
+def test_a_wrong_environment_fails(capsys, monkeypatch):
+    monkeypatch.setenv("HF_PAGED_TOKEN_BUDGET", "many")
+    code, out, said = examine(capsys)
+    words = "HF_PAGED_TOKEN_BUDGET=many cannot be used: token_budget must be a positive number of tokens; got 'many'"
+    assert code == 1 and said["environment"].startswith(words)
+    last = out.splitlines()[-1]
+    assert last.startswith('attn_implementation="paged" cannot work with this environment: HF_PAGED_TOKEN_BUDGET=many')
+    assert last.endswith("Or unset the variable.")
 
 
 def command(*arguments, before=()):

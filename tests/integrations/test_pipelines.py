@@ -1,5 +1,7 @@
 """Text-generation pipelines: with any inputs and parameters, results are those of a dense model."""
 
+import operator
+
 import datasets
 import pytest
 import torch
@@ -7,6 +9,8 @@ from transformers import GenerationConfig, TextGenerationPipeline, TextStreamer,
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_paged
+from hf_paged import reasons
+from hf_paged.compat import transformers as upstream
 from hf_paged_integrations.pipelines import text_generation
 from support import texts, zoo
 from support.pipes import LENGTHS, pipes
@@ -43,7 +47,8 @@ def test_lists(case, rows):
     prompts = texts.prompts(20)
     assert paged(prompts) == dense(prompts)
     assert max(rows) > 8, "the items did not run together"
-    assert not hf_paged.stats(paged.model).fallbacks
+    stats = hf_paged.stats(paged.model)
+    assert not stats.fallbacks and stats.pipelines_together == 1 and not stats.pipelines_in_turn
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -124,6 +129,49 @@ def test_what_cannot_run_together_runs_as_it_did(case, rows):
     assert results[0] == results[1] and streamed[0] == streamed[1]
     assert all(count <= 2 for count in rows)
     assert bool(streamed[0]) == (case == "streamer")
+    stats = hf_paged.stats(pipe.model)
+    assert stats.pipelines_together == 0 and list(stats.pipelines_in_turn.values()) == [1]
+
+
+@pytest.fixture
+def warned(monkeypatch) -> list[str]:
+    """Warnings of reasons, as in a new process."""
+    messages: list[str] = []
+    monkeypatch.setattr(reasons, "_told", set())
+    monkeypatch.setattr(reasons.logger, "warning", messages.append)
+    return messages
+
+
+CHANGES = {
+    "a name is gone": (upstream, "_prepare", operator.attrgetter("_gone"), "AttributeError"),
+    "another signature": (text_generation, "generate_options", lambda: None, "TypeError"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_private_code_is_no_wrong_argument_and_warns_once(change, warned, monkeypatch):
+    """The results are those of transformers; that the items run one after another must not go unseen."""
+    dense, paged = pipes()
+    prompts = texts.prompts(3)
+    owner, name, replacement, error = CHANGES[change]
+    monkeypatch.setattr(owner, name, replacement)
+    for _ in range(2):
+        assert paged(prompts) == dense(prompts)
+    reason = f"transformers prepares their arguments in another way than hf_paged expects ({error})"
+    assert hf_paged.stats(paged.model).pipelines_in_turn == {reason: 2}
+    (message,) = warned
+    assert f"a pipeline's items run one after another, because {reason}. Remedy: install" in message
+
+
+@pytest.mark.parametrize("config", ["no config", 3.0], ids=str)
+def test_wrong_arguments_are_the_callers_and_do_not_warn(config, warned):
+    errors = []
+    for pipe in (paged := pipes())[::-1]:
+        with pytest.raises(Exception) as caught:  # noqa: B017  Whatever transformers raises.
+            pipe(texts.prompts(3), generation_config=config)
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1] and not warned
+    assert list(hf_paged.stats(paged[1].model).pipelines_in_turn) == [f"their arguments raise {errors[0][0].__name__}"]
 
 
 def test_disable_gives_the_pipelines_back():

@@ -1,5 +1,6 @@
 """``hf-paged doctor``: what this machine offers, what is used for what, and whether "paged" works here."""
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -8,10 +9,11 @@ import torch
 
 from hf_paged import __version__
 from hf_paged.cli.doctor.gpu_check import check_gpu
+from hf_paged.cli.doctor.known_pairs import known_trouble
 from hf_paged.cli.doctor.machine import gpu_driver, gpus, vector_units
 from hf_paged.cli.plan.report import size
 from hf_paged.compat.requirements import as_requirement, is_tested
-from hf_paged.config import PagedConfig
+from hf_paged.config import VARIABLES, PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.memory.limits import memory_limits
 from hf_paged.memory.sizing import DEFAULT_SHARE, budget_bytes
@@ -29,6 +31,7 @@ _AFTER_A_FAILED_CHECK = (
     'use attn_implementation="sdpa"; install another transformers of those tested, which stand above, '
     "and report this output if that does not help"
 )
+_LABELS = {"prefix_cache_share": "prefix share"}  # Of fields whose name is too long for a label.
 _WITHOUT_GPU_KERNELS = "set HF_PAGED_TRITON=0, which gathers instead, and report this output"
 
 
@@ -42,11 +45,12 @@ def run_doctor() -> bool:
     """
     gpu_lines = gpus()
     _print_machine(gpu_lines)
-    works = _is_enabled() and _passes_check()
+    works = _is_enabled() and _passes_check() and _is_environment_valid()
     if works:
         _print("What is used", kernel_state(bool(gpu_lines)))
         works = not gpu_lines or not dispatch.state().available or _passes_gpu_check()
     if works:
+        print("\nmodel.config._attn_implementation names the implementation of a model that you have loaded.")
         print(f'\nattn_implementation="{NAME}" works here.')
     return works
 
@@ -64,11 +68,11 @@ def _print(title: str, lines: list[Line]) -> None:
 
 
 def _print_machine(gpu_lines: list[str]) -> None:
-    _print("Versions", _versions())
+    _print("Versions", [*_versions(), *known_trouble()])
     _print("Processor", _processor())
     _print("Compiler", _compiler())
     _print("GPU", _gpu(gpu_lines, gpu_driver()))
-    _print("Defaults on this machine", _defaults())
+    _print("Defaults on this machine, without hf_paged.configure", _defaults())
 
 
 def _is_enabled() -> bool:
@@ -93,7 +97,18 @@ def _passes_check() -> bool:
         return False
     gathers = sum(counted.gathers.values())
     passed = f"same tokens dense and paged; {counted.page_reads} page reads, {gathers} gathers, every block returned"
-    _print("Check", [("a tiny llama", passed)])
+    together = "its items run together over a list, with the texts of the dense one"
+    _print("Check", [("a tiny llama", passed), ("a tiny pipeline", together)])
+    return True
+
+
+def _is_environment_valid() -> bool:
+    """Tell whether a pool can be made from the environment; print why not."""
+    try:
+        PagedConfig.from_environment()
+    except PagedError as error:
+        print(f'\nattn_implementation="{NAME}" cannot work with this environment: {error}. Or unset the variable.')
+        return False
     return True
 
 
@@ -207,13 +222,30 @@ def _gpu(lines: list[str], driver: str | None) -> list[Line]:
 
 
 def _defaults() -> list[Line]:
-    config = PagedConfig()
+    """The configuration of a model that `hf_paged.configure` was not called for, and where each value comes from."""
+    try:
+        config = PagedConfig.from_environment()
+    except PagedError as error:
+        return [("environment", str(error)), ("zero-code", _zero_code())]
     budget = budget_bytes(config, torch.device("cpu"))
-    return [
-        ("block size", f"{config.block_size} tokens"),
-        ("memory budget", f"{budget:,} bytes ({size(budget)}): {DEFAULT_SHARE:.0%} of what is available now"),
-        ("zero-code", _zero_code()),
-    ]
+    share = f": {DEFAULT_SHARE:.0%} of what is available now" if config.memory_budget is None else ""
+    texts = {
+        "block_size": f"{config.block_size} tokens",
+        "memory_budget": f"{budget:,} bytes ({size(budget)}){share}",
+        "token_budget": f"{config.token_budget} tokens a step",
+        "prefix_cache": "on" if config.prefix_cache else "off",
+        "prefix_cache_share": f"{config.prefix_cache_share:.1%} of the memory budget",
+        "prepack_weights": "on" if config.prepack_weights else "off",
+        "cache_salt": "set" if config.cache_salt else "none",  # It may be a secret, and reports are passed on.
+        "eviction_policy": config.eviction_policy,
+    }
+    lines = [(_LABELS.get(name, name.replace("_", " ")), f"{text}{_source(name)}") for name, text in texts.items()]
+    return [*lines, ("zero-code", _zero_code())]
+
+
+def _source(field: str) -> str:
+    variable = VARIABLES[field]
+    return f", by {variable}" if os.environ.get(variable, "").strip() else ""
 
 
 def _zero_code() -> str:

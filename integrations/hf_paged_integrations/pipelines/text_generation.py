@@ -7,11 +7,11 @@ calls ``generate``; forwards that run at the same time share the steps of the mo
 
 import functools
 import threading
+import traceback
 from collections.abc import Iterator, Sized
 
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, TextGenerationPipeline
 from transformers.generation import GenerationMode
-from transformers.utils import logging
 
 from hf_paged.compat.transformers import (
     complete_generation_config,
@@ -19,14 +19,14 @@ from hf_paged.compat.transformers import (
     has_own_forward,
     replace_forwards,
 )
-from hf_paged.reasons import Reason, Why
+from hf_paged.models import registry
+from hf_paged.models.registry import CallCounts
+from hf_paged.reasons import Reason, Why, count_and_log
 from hf_paged.sampling.cancellation import Cancellation
 from hf_paged.sampling.rng_replay import is_unseeded, no_replay
 from hf_paged_integrations.pipelines.prefetch import Prefetch
 from hf_paged_integrations.pipelines.reader import Reader, ReadInThread
 from hf_paged_integrations.transformers.eligibility import why_not_packable
-
-logger = logging.get_logger(__name__)
 
 # Prompts that run at the same time. Twice as many are read ahead at most.
 WINDOW = 32
@@ -57,15 +57,17 @@ def iterate(
         As for `original`. `inputs` that have a length are read as they are needed; others are read in a thread.
     """
     params = (preprocess_params, forward_params, postprocess_params)
-    why = _why_one_by_one(pipe, forward_params)
+    why, counts = _why_one_by_one(pipe, forward_params), registry.counts_of(pipe.model)
     if why is not None:
-        logger.info(f"hf_paged: the pipeline's items run one after another, because {why}. Remedy: {why.remedy}.")
+        count_and_log(counts.pipelines_in_turn, why, "a pipeline's items run one after another")
         return original(pipe, inputs, num_workers, batch_size, *params)
     wakeup = threading.Condition()
     is_sized = isinstance(inputs, Sized)
     read = None if is_sized or num_workers else ReadInThread(inputs, wakeup)
     results = original(pipe, inputs if read is None else read, num_workers, batch_size, *params)
-    outputs = functools.partial(_Forwards, read=read, may_wait=not is_sized, batch_size=batch_size, wakeup=wakeup)
+    outputs = functools.partial(
+        _Forwards, read=read, may_wait=not is_sized, batch_size=batch_size, wakeup=wakeup, counts=counts
+    )
     replace_forwards(results, outputs)
     return results
 
@@ -85,19 +87,30 @@ class _Forwards:
         The inputs have no length: they may keep the loader waiting.
     batch_size : int
     wakeup : threading.Condition
+    counts : CallCounts
+        Of the pipeline's model. A run is counted when its first result is asked for.
     """
 
     def __init__(
-        self, loader, forward, params: dict, read: ReadInThread | None, may_wait: bool, batch_size: int, wakeup
+        self,
+        loader,
+        forward,
+        params: dict,
+        read: ReadInThread | None,
+        may_wait: bool,
+        batch_size: int,
+        wakeup: threading.Condition,
+        counts: CallCounts,
     ):
         self._loader, self._read, self._may_wait = loader, read, may_wait
-        self._batch_size, self._wakeup = batch_size, wakeup
+        self._batch_size, self._wakeup, self._counts = batch_size, wakeup, counts
         self._function = functools.partial(_forward, forward, params)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator:
+        self._counts.pipelines_together += 1
         batches: Iterator = iter(self._loader)
         reader, items_per_batch = None, 1
         if self._read is not None:
@@ -124,9 +137,21 @@ def _why_one_by_one(pipe: TextGenerationPipeline, forward_params: dict) -> Why |
     try:
         options = _options(pipe, forward_params)
         config, arguments = complete_generation_config(model, options.pop("generation_config", None), options)
-    except Exception as error:  # The pipeline raises it again, where the caller expects it.
-        return Reason.WRONG_ARGUMENTS.of(type(error).__name__)
+    except Exception as error:
+        if _is_raised_by_us(error):
+            return Reason.OTHER_PREPARATION.of(type(error).__name__)
+        return Reason.WRONG_ARGUMENTS.of(type(error).__name__)  # The pipeline raises it again, where it is expected.
     return _why_not_these_arguments(arguments) or _why_not_this_config(model, config)
+
+
+def _is_raised_by_us(error: Exception) -> bool:
+    """Tell whether hf_paged asked for a private name that is gone, or called a function that takes other arguments.
+
+    No code of transformers has run then: torch's modules look their attributes up. A wrong argument of the caller is
+    refused by code of transformers, or of the model.
+    """
+    modules = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return {module.partition(".")[0] for module in modules} <= {"hf_paged", "hf_paged_integrations", "torch"}
 
 
 def _options(pipe: TextGenerationPipeline, forward_params: dict) -> dict:

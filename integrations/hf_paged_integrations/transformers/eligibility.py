@@ -20,6 +20,7 @@ from transformers.generation import BaseStreamer
 
 from hf_paged.cache.layers import PagedLayer
 from hf_paged.cache.padding import Padding, is_binary
+from hf_paged.compat.generate_frame import names_passed_to_generate
 from hf_paged.compat.torch import forward_pre_hooks
 from hf_paged.compat.transformers import (
     CACHE_ARGUMENT,
@@ -35,6 +36,15 @@ from hf_paged.sampling.row_streamer import RowStreamer
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
 # The tokenizer is there for stop strings, whose criterion has it already.
 _MODEL_ARGUMENTS = {"attention_mask", "position_ids", CACHE_ARGUMENT, "logits_to_keep", "use_cache", "tokenizer"}
+# What `generate` makes of what its caller passed, or sets in the config.
+_DERIVED_ARGUMENTS = {
+    "cache_params",
+    "encoder_outputs",
+    "inputs_embeds",
+    "mm_encoder_outputs",
+    "output_attentions",
+    "output_hidden_states",
+}
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
 _ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
 
@@ -137,9 +147,9 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict[str, Any]) -> Why | No
         return Reason.GRADIENTS_ENABLED
     if ids.dtype not in (torch.int32, torch.int64):
         return Reason.ODD_IDS
-    extra = [name for name in kwargs.keys() - _MODEL_ARGUMENTS if kwargs[name] is not None]
+    extra = sorted(name for name in kwargs.keys() - _MODEL_ARGUMENTS if kwargs[name] is not None)
     if extra:
-        return Reason.MODEL_INPUTS.of(", ".join(sorted(extra)))
+        return _why_not_these_extra(extra)
     if "update" in vars(DynamicCache):
         return Reason.CHANGED_CACHE_CLASS
     cache = kwargs.get(CACHE_ARGUMENT)
@@ -152,6 +162,13 @@ def _why_not_these_inputs(ids: torch.Tensor, kwargs: dict[str, Any]) -> Why | No
     if ids.shape[1] == 0:
         return Reason.EMPTY_PROMPT
     return _why_not_these_positions(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+
+
+def _why_not_these_extra(names: list[str]) -> Why:
+    """Inputs besides tokens: those of the caller, or new ones of a transformers that hf_paged does not know."""
+    passed = names_passed_to_generate()
+    added = [] if passed is None else [name for name in names if name not in passed | _DERIVED_ARGUMENTS]
+    return Reason.ADDED_INPUTS.of(", ".join(added)) if added else Reason.MODEL_INPUTS.of(", ".join(names))
 
 
 def _why_not_these_positions(

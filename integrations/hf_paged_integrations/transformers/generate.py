@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
+from hf_paged import exit_report
 from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.errors import UnsupportedError
 from hf_paged.execution.packed_cache import NotPackableError
@@ -42,6 +43,7 @@ def scheduled_sample(
     if why is None:
         output = _run_packed(model, arguments)
         if not isinstance(output, Why):
+            exit_report.note(model)
             return output
         why = output
     output = run_upstream_loop(
@@ -56,6 +58,7 @@ def scheduled_sample(
         **model_kwargs,
     )
     count_and_log(registry.counts_of(model).fallbacks, why, "generate runs transformers' own loop, not packed")
+    exit_report.note(model)
     return output
 
 

@@ -44,10 +44,13 @@ def make_engine(model: PreTrainedModel, device: torch.device) -> Engine | Refusa
 
     Raises
     ------
+    PagedError
+        If the model's config comes from the environment, and a variable has a wrong value.
     Exception
         What a forward raises once and not again: such an error, as of a signal's handler, is the caller's. One that
         comes again is the model's own, and a reason to refuse it.
     """
+    registry.config_of(model)  # A wrong value of the environment is the user's, and no failure of the model.
     # The stance is the process's: callers hold `registry.trial_lock`.
     with torch.compiler.set_stance("force_eager"):
         try:

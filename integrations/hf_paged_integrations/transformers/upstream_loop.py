@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
+from hf_paged import exit_report
 from hf_paged.cache.duplicate_rows import first_equal_rows
 from hf_paged.cache.layers import PagedLayer
 from hf_paged.compat.transformers import CACHE_ARGUMENT
@@ -28,9 +29,12 @@ def run_upstream_loop(
         config = kwargs["generation_config"] if "generation_config" in kwargs else args[2]
         needs = _needs(pools[0], input_ids, kwargs.get("attention_mask"), config.max_length or 0, _cache_of(kwargs))
     if not needs:  # The first call of all sizes the pool: no other call runs beside it.
-        return original(model, input_ids, *args, **kwargs)
-    with reserve(pools[0], needs):
-        return original(model, input_ids, *args, **kwargs)
+        output = original(model, input_ids, *args, **kwargs)
+    else:
+        with reserve(pools[0], needs):
+            output = original(model, input_ids, *args, **kwargs)
+    exit_report.note(model)
+    return output
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Cache | None:
