@@ -7,11 +7,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # A process a core: more threads would 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import hf_paged
 from support.pools import poison_new_slots, pools
 
 poison_new_slots()
+# A machine that does other things as well is no fault of the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Prompts of other integer types, and calls that keep their gradients."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import GenerationMixin
@@ -50,7 +52,7 @@ def test_ids_that_no_embedding_takes_raise_as_in_dense(dtype):
     assert errors[0] == errors[1]
 
 
-generate_with_gradients = GenerationMixin.generate.__wrapped__
+generate_with_gradients = inspect.unwrap(GenerationMixin.generate)
 
 
 def gradient(model, rows: int, options: dict, embeds: bool = False) -> torch.Tensor:

@@ -73,10 +73,17 @@ def test_an_error_leaves_the_model_as_it_was():
     assert batched(paged) == batched(dense)
 
 
-def test_a_softcap_that_transformers_would_leave_out_is_an_error():
-    paged = zoo.pair("gemma2")[1]
+def test_a_softcap_is_kept_or_is_an_error():
+    """Where transformers hands its cache to the attention function, its own functions would leave the softcap out."""
+    dense, paged = zoo.pair("gemma2")
     results = paged.generate_batch(PROMPTS, generation_config=config(), **SMALL)
-    assert results and all("softcap" in result.error for result in results.values())
+    assert results
+    if any(result.error for result in results.values()):
+        assert all("softcap" in result.error for result in results.values())
+    else:
+        options = {"max_new_tokens": config().max_new_tokens, "do_sample": False}
+        alone = [dense.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in PROMPTS]
+        assert [result.generated_tokens for result in results.values()] == alone
 
 
 def test_other_implementations_are_refused_as_before():

@@ -16,6 +16,7 @@ from peft import (
 
 import hf_paged
 from hf_paged import PagedConfig
+from hf_paged.cli.doctor.known_pairs import known_trouble
 from support import zoo
 from support.packing import SAMPLE, compare
 from support.parity import PageReads, assert_generates_equal
@@ -137,6 +138,10 @@ def test_a_model_that_was_paged_before_it_was_adapted():
 
 
 def test_adapters_by_transformers_own_methods():
+    if known_trouble():
+        with pytest.raises(ValueError, match="version of PEFT you are using is not compatible"):
+            zoo.build("llama", "sdpa").add_adapter(LoraConfig(**LORA))
+        return
     models = [zoo.build("llama", name) for name in ("sdpa", "paged")]
     plain = compare(models, PROMPTS)
     for model in models:
@@ -187,6 +192,10 @@ def test_other_kinds_of_adapters(kind):
                 torch.nn.init.normal_(parameter)
     if obstacle is None:
         compare(models, PROMPTS)
+    elif known_trouble():  # `hf-paged doctor` says so: dense models answer otherwise with a cache than without.
+        arguments = {**PROMPTS, "max_new_tokens": 12, "pad_token_id": 0}
+        cached, whole = (models[0].generate(**arguments, use_cache=use_cache) for use_cache in (True, False))
+        assert cached.shape != whole.shape or not torch.equal(cached, whole)
     elif obstacle == "its own cache":
         arguments = {**PROMPTS, "max_new_tokens": 12, "pad_token_id": 0}
         assert torch.equal(models[0].generate(**arguments), models[1].generate(**arguments))

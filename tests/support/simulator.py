@@ -31,6 +31,7 @@ from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from hf_paged.cache.batch_state import BatchState
+from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.packed_cache import packed_mask
@@ -86,7 +87,7 @@ class FakeModel:
         self.fails_for_good = False
         self.num_forwards, self.num_failures = 0, 0
 
-    def __call__(self, input_ids, position_ids, past_key_values, logits_to_keep, hf_paged_forward, **_):
+    def __call__(self, input_ids, position_ids, logits_to_keep, hf_paged_forward, **arguments):
         self.num_forwards += 1
         is_due = self.fails_at is not None and self.num_forwards >= self.fails_at
         if is_due and (self.fails_for_good or not self.num_failures):
@@ -97,7 +98,7 @@ class FakeModel:
             self.num_failures += 1
             raise InjectedError("a token that the model refuses")
         outputs = []
-        for index, layer in enumerate(past_key_values.layers):
+        for index, layer in enumerate(arguments[CACHE_ARGUMENT].layers):
             states = vectors(tokens, self.weights)[None, None]  # [1, 1 head, total, DIM]
             key, value = layer.update(torch.zeros_like(states), states.clone())
             module = SimpleNamespace(layer_idx=index)

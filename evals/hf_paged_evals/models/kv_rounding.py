@@ -5,8 +5,6 @@ import functools
 import torch
 from transformers import Cache, PreTrainedModel
 
-from hf_paged.compat.transformers import CACHE_ARGUMENT
-
 
 def round_kv(model: PreTrainedModel, dtype: str) -> None:
     """Have every cache that `model` is given store keys and values cast to `dtype` and back, without a scale.
@@ -23,10 +21,10 @@ def round_kv(model: PreTrainedModel, dtype: str) -> None:
         raise ValueError(f"kv_dtype must be a floating-point dtype of torch, such as float8_e4m3fn; got {dtype!r}")
 
     def hook(module, args, kwargs):
-        cache = kwargs.get(CACHE_ARGUMENT)
-        if isinstance(cache, Cache) and not isinstance(cache, _Rounding):
-            # Its class, not its method: a method that holds its cache is a cycle, and would keep blocks until gc.
-            cache.__class__ = _rounding(type(cache), target)
+        for cache in kwargs.values():  # transformers has two names for it.
+            if isinstance(cache, Cache) and not isinstance(cache, _Rounding):
+                # Its class, not its method: a method that holds its cache is a cycle, and would keep blocks until gc.
+                cache.__class__ = _rounding(type(cache), target)
 
     model.register_forward_pre_hook(hook, with_kwargs=True)
 

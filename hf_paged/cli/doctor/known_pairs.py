@@ -44,8 +44,8 @@ KNOWN_PAIRS = (
         SpecifierSet(">=0.21,<0.22"),
         "transformers",
         SpecifierSet(">=5.24"),
-        "prefix tuning is ignored without an error, in dense models too",
-        "install transformers<5.24, or a newer peft, where you use prefix tuning",
+        "prefix tuning is ignored, and prompt tuning goes wrong with a cache, in dense models too and without an error",
+        "install transformers<5.24, or a newer peft, where you use these",
     ),
 )
 
