@@ -45,13 +45,15 @@ def counted_traffic():
 def install() -> None:
     """Patch the interpreter of this process."""
     interpreter._get_np_dtype = _np_dtype
-    interpreter._validate_np_data_size = _fits
-    interpreter.TensorHandle.__post_init__ = _rounded
+    interpreter.TensorHandle.__init__ = _init_handle
+    if _plain_fits is not None:
+        interpreter._validate_np_data_size = _fits
     for name in ("create_masked_load", "create_masked_store", "cast_impl", "create_fp_to_fp"):
         setattr(_builder, name, globals()[f"_{name}"])
     for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
         setattr(_builder, f"create_{name}", _create_cast)
     interpreter.GridExecutor._init_args_hst = _init_args_hst
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 def round_to_bfloat16(data: np.ndarray) -> np.ndarray:
@@ -62,9 +64,10 @@ def round_to_bfloat16(data: np.ndarray) -> np.ndarray:
 
 
 # bfloat16 lives as float32 whose values bfloat16 holds; every handle is rounded as it is made.
-_plain_np_dtype, _plain_fits = interpreter._get_np_dtype, interpreter._validate_np_data_size
+_plain_np_dtype, _plain_init_handle = interpreter._get_np_dtype, interpreter.TensorHandle.__init__
+_plain_fits = getattr(interpreter, "_validate_np_data_size", None)  # Some interpreters do not check a handle's size.
 _plain_cast, _plain_init_args = _builder.cast_impl, interpreter.GridExecutor._init_args_hst
-_plain_fp_to_fp = _builder.create_fp_to_fp
+_plain_fp_to_fp, _plain_patch_tensor = _builder.create_fp_to_fp, interpreter._patch_lang_tensor
 
 
 def _np_dtype(dtype):
@@ -79,9 +82,8 @@ def _fits(data, dtype) -> bool:
     return _is_bfloat16(dtype) or _plain_fits(data, dtype)
 
 
-def _rounded(handle) -> None:
-    if _is_bfloat16(handle.dtype):
-        handle.data = round_to_bfloat16(handle.data)
+def _init_handle(handle, data, dtype, *attributes) -> None:
+    _plain_init_handle(handle, round_to_bfloat16(data) if _is_bfloat16(dtype) else data, dtype, *attributes)
 
 
 def _cast_impl(self, source, target):
@@ -100,7 +102,7 @@ def _create_fp_to_fp(self, source, target, rounding):
     return _plain_fp_to_fp(self, source, target, rounding)
 
 
-def _create_masked_load(self, pointers, mask, other, cache_policy, is_volatile):
+def _create_masked_load(self, pointers, mask, other, *hints):  # Of caches, in one argument or in several.
     dtype = pointers.get_element_ty()
     itemsize = max(1, dtype.primitive_bitwidth // 8)
     _check(pointers.data, mask.data, itemsize, [traffic.loaded for traffic in _traffic])
@@ -115,7 +117,7 @@ def _create_masked_load(self, pointers, mask, other, cache_policy, is_volatile):
     return interpreter.TensorHandle(data if other is None else np.where(mask.data, data, other.data), dtype)
 
 
-def _create_masked_store(self, pointers, value, mask, cache_policy):
+def _create_masked_store(self, pointers, value, mask, *hints):
     dtype = pointers.get_element_ty()
     _check(pointers.data, mask.data, max(1, dtype.primitive_bitwidth // 8), [traffic.stored for traffic in _traffic])
     data = value.data
@@ -132,6 +134,12 @@ def _init_args_hst(self, args_dev, kwargs):
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
             _tensors[name] = value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
     return args, kwargs
+
+
+def _patch_lang_tensor(tensor, *scope):
+    _plain_patch_tensor(tensor, *scope)
+    # Triton 3.5 and 3.6 call int() on an array of one number, which numpy refuses since 2.4.
+    tensor.__index__ = lambda self: self.handle.data.item()
 
 
 def _check(addresses: np.ndarray, mask: np.ndarray, itemsize: int, counters: list[Counter]) -> None:

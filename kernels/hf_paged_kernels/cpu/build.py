@@ -15,6 +15,7 @@ from hf_paged_kernels.cpu.compiler import BuildError, Compiler, run_compiler
 from hf_paged_kernels.cpu.store import cache_folder, has_library, keep_library, lock_library
 
 SOURCES = Path(__file__).parent / "src"
+_TORCH = Path(torch.__file__).parent
 _FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -w".split()
 _AVX2 = "-mavx2 -mfma -mf16c".split()
 _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
@@ -53,7 +54,8 @@ def build_library(compiler: Compiler, name: str, objects: list[tuple[Path, list[
         with lock_library(path):
             if not has_library(path):
                 with _scratch_folder() as scratch:
-                    keep_library(_compile(compiler, objects, scratch), path)
+                    compiling = _torch_flags(_TORCH / "include", torch.__version__)
+                    keep_library(_compile(compiler, objects, compiling, scratch), path)
     return path
 
 
@@ -65,16 +67,10 @@ def _kernel_objects() -> list[tuple[Path, list[str]]]:
     return [*work, *rest, (SOURCES / "isa.cpp", ["-DHF_PAGED_X86"] if _IS_X86 else [])]
 
 
-def _torch_flags() -> tuple[list[str], list[str]]:
-    """Flags to compile and to link against the installed torch."""
-    root = Path(torch.__file__).parent
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    compiling = [
-        f"-I{root / 'include'}",
-        f"-I{SOURCES}",
-        f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
-    ]
-    return compiling, ["-shared", f"-L{root / 'lib'}", "-ltorch_cpu"]
+def _torch_flags(include: Path, version: str) -> list[str]:
+    """Flags to compile against the headers of a torch."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return [f"-I{include}", f"-I{SOURCES}", f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
 
 
 def _cached(compiler: Compiler, name: str, objects: list[tuple[Path, list[str]]]) -> Path:
@@ -101,8 +97,8 @@ def _scratch_folder():
         yield Path(name)
 
 
-def _compile(compiler: Compiler, objects: list[tuple[Path, list[str]]], scratch: Path) -> Path:
-    compiling, linking = _torch_flags()
+def _compile(compiler: Compiler, objects: list[tuple[Path, list[str]]], compiling: list[str], scratch: Path) -> Path:
+    """Compile objects, each with flags for all and its own, and link them against the installed torch."""
     has_failed = threading.Event()
 
     def compile_one(job):
@@ -119,7 +115,7 @@ def _compile(compiler: Compiler, objects: list[tuple[Path, list[str]]], scratch:
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         targets = list(threads.map(compile_one, enumerate(objects)))
     library = scratch / "library.so"
-    run_compiler(compiler, [*map(str, targets), *linking, "-o", str(library)])
+    run_compiler(compiler, [*map(str, targets), "-shared", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-o", str(library)])
     if not library.is_file() or not library.stat().st_size:
         raise BuildError(f"{compiler.command[0]!r} reports no error and makes no library: set CXX to a C++ compiler")
     return library

@@ -11,6 +11,11 @@
 #include "copy.h"
 #include "isa.h"
 
+// Headers before torch 2.13 lack the check that gives an error of torch its message; theirs names the call alone.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace {
 
 using hf_paged::Attention;
