@@ -26,7 +26,9 @@ def whole_pool():
     for pool in list(pools):
         pool.check_integrity()
         used = {key: group.blocks.used_blocks for key, group in pool.groups.items()}
-        assert not any(used.values()), f"blocks left behind: {used}"
+        if any(used.values()):
+            pools.discard(pool)  # Said once: what holds the blocks may be the traceback of a test that has failed.
+            pytest.fail(f"blocks left behind: {used}")
 
 
 @pytest.fixture(params=[4, None], ids=["block4", "default_block"])

@@ -316,6 +316,7 @@ class PagedLayer(DynamicLayer):
         self._forget_handed_out()
         self.is_dense, self._dense = self._is_detached, (None, None)
         self._stored_layout = None
+        self.is_initialized = False  # Older layers would write zeros to their keys, and keep their length.
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -10,7 +10,16 @@ from transformers import DynamicCache
 import hf_paged
 from hf_paged.cache.layers import PagedLayer
 from support import zoo
-from support.caches import as_arguments, assert_same_next, every_cache, prefill, step, used
+from support.caches import (
+    as_arguments,
+    assert_same_next,
+    end_recording,
+    every_cache,
+    prefill,
+    reset,
+    step,
+    used,
+)
 
 
 @every_cache
@@ -44,11 +53,13 @@ def test_keys_and_values_read_dense(models, padded):
 def test_crop(models, removed):
     ids = zoo.prompts([20, 20])["input_ids"]
     caches = [prefill(model, ids, recording=True) for model in models]
+    end_recording(caches)
     for model, cache in zip(models, caches):
         step(model, cache, torch.full((2, 7), 9))
         cache.crop(-removed)
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 27 - removed
     assert_same_next(models, caches, 2)
+    end_recording(caches)
     assert_same_next(models, caches, 2, positions=4)
 
 
@@ -175,12 +186,17 @@ def test_a_cache_that_was_cropped_whole_is_empty_and_goes_on(models, then):
         cache.crop(-9)
         if then == "deepcopy":
             caches[index] = copy.deepcopy(cache)
-        elif then is not None:
-            getattr(cache, then)(*{"reorder_cache": [torch.tensor([1, 0])], "reset": []}.get(then, [2]))
-    if then != "reset":
+        elif then == "reorder_cache":
+            cache.reorder_cache(torch.tensor([1, 0]))
+        elif then == "batch_repeat_interleave":
+            cache.batch_repeat_interleave(2)
+    if then == "reset":
+        reset(models, caches)
+    else:
         assert caches[1].layers[0].keys.shape == (2, 2, 0, 16)
         assert state_of(caches[0]) == state_of(caches[1])
     assert_same_next(models, caches, 2, positions=3)
+    end_recording(caches)
     assert_same_next(models, caches, 2)
     assert all(layer.is_paged for layer in caches[1].layers)
 
@@ -201,8 +217,7 @@ def test_deepcopy_is_independent(models):
 def test_reset(models):
     ids = zoo.prompts([10, 10])["input_ids"]
     caches = [prefill(model, ids) for model in models]
-    for cache in caches:
-        cache.reset()
+    reset(models, caches)
     assert used(models[1]) == 0 and caches[1].get_seq_length() == 0
     for model, cache in zip(models, caches):  # Another batch size, too.
         step(model, cache, zoo.prompts([6, 6, 6])["input_ids"])
@@ -219,9 +234,10 @@ def test_pickled_caches_come_back_dense(models, then):
             caches[index] = copy.deepcopy(cache)
         elif then == "pickle":
             caches[index] = pickle.loads(pickle.dumps(cache))
-        elif then == "reset":
-            cache.reset()
-            step(models[index], cache, zoo.prompts([6, 6])["input_ids"])
+    if then == "reset":
+        reset(models, caches)
+        for model, cache in zip(models, caches):
+            step(model, cache, zoo.prompts([6, 6])["input_ids"])
     assert_same_next(models, caches, 2)
     assert used(models[1]) == 0 and all(layer.is_dense for layer in caches[1].layers)
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import hf_paged
 from support import zoo
-from support.caches import used
+from support.caches import dense_may_record_forwards_in_a_row, used
 
 SEEDS = 150
 OPERATIONS = "forward forward decode reorder keep_some repeat crop deepcopy read edit".split()
@@ -24,7 +24,7 @@ class Life:
         self.name = self.random.choice(["llama", "mistral", "gemma3_text", "gpt_oss"])
         self.models = zoo.pair(self.name)
         hf_paged.configure(self.models[1], hf_paged.PagedConfig(block_size=self.random.choice([4, 8, 16])))
-        self.recording = self.random.random() < 0.6
+        self.recording = self.random.random() < 0.6 and dense_may_record_forwards_in_a_row()
         self.padded = self.random.random() < 0.5
         self.mask = torch.zeros(self.random.randint(1, 4), 0, dtype=torch.long)
         self.uncropped = 0  # Positions appended since the last crop: what may be cropped.

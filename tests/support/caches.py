@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import hf_paged
 from support import zoo
@@ -39,3 +40,30 @@ def used(model) -> int:
 
 def as_arguments(inputs):
     return {"ids": inputs["input_ids"], "mask": inputs["attention_mask"]}
+
+
+# The dense cache of older versions is no reference for all that it offers.
+
+
+def dense_may_record_forwards_in_a_row() -> bool:
+    """Whether transformers' own window layer shows as much as it announces, if nothing is cropped between forwards."""
+    layer, states = DynamicSlidingWindowLayer(sliding_window=2), torch.zeros(1, 1, 3, 2)
+    layer.activate_past_recording()
+    layer.update(states, states)
+    announced = layer.get_mask_sizes(3)[0]
+    return layer.update(states, states)[0].shape[2] == announced
+
+
+def end_recording(caches) -> None:
+    """Between two forwards of caches that record their past: free it where the dense one could not go on with it."""
+    if not dense_may_record_forwards_in_a_row():
+        for cache in caches:
+            cache.crop(0)
+
+
+def reset(models, caches) -> None:
+    """Reset the dense cache and the paged one; a dense one that keeps zeros and its length is replaced by a new one."""
+    for cache in caches:
+        cache.reset()
+    if caches[0].layers[0].keys is not None:
+        caches[0] = DynamicCache(config=models[0].config)
