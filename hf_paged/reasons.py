@@ -69,14 +69,9 @@ class Reason(enum.Enum):
     )
     PROCESSOR = (
         "a processor may look at other rows: ...",
-        "use transformers' own processors, or call generate once per row",
+        "use transformers' own processors, or call generate once per row, or give its class row_wise or for_row",
     )
     ROWS_TOGETHER = "a processor looks at all rows", "leave guidance_scale and watermarking_config out"
-    CRITERION = (
-        "a stopping criterion may look at other rows: ...",
-        "use transformers' own criteria, or call generate once per row",
-    )
-    ENDLESS_ROWS = "rows go on after they are finished", "set eos_token_id, or pass one criterion alone"
     OTHER_POOL = "the cache belongs to another model, or to a pool that was released", _NEW_CACHE
     OTHER_LAYERS = "the cache was made for another model's layers", _NEW_CACHE
     RECORDED_PAST = "the cache records its past", "do not call cache.activate_past_recording()"

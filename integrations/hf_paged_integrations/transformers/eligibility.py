@@ -23,8 +23,7 @@ from hf_paged.cache.padding import Padding, is_binary
 from hf_paged.compat.torch import forward_pre_hooks
 from hf_paged.compat.transformers import is_callers_cache, replaced_loop_method, supports_logits_to_keep
 from hf_paged.reasons import Reason, Why
-from hf_paged.sampling.cancellation import Cancellation
-from hf_paged.sampling.processors import properties_of
+from hf_paged.sampling.processors import is_by_row
 from hf_paged.sampling.row_streamer import RowStreamer
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
@@ -90,7 +89,7 @@ def why_not_this_call(model: PreTrainedModel, arguments: LoopArguments) -> Why |
         or _why_not_these_inputs(ids, arguments.model_kwargs)
         or _why_not_these_options(arguments.generation_config, ids.device, arguments.synced_gpus, streamed_rows)
         or _why_not_this_return(arguments)
-        or _why_not_these_hooks(arguments.logits_processor, arguments.stopping_criteria)
+        or _why_not_these_processors(ids, arguments.logits_processor)
     )
 
 
@@ -195,14 +194,9 @@ def _why_not_this_return(arguments: LoopArguments) -> Why | None:
     return None if is_full_row else Reason.RETURNED_ROWS
 
 
-def _why_not_these_hooks(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> Why | None:
-    mixing = [type(processor).__name__ for processor in processors if not properties_of(processor).row_wise]
-    if mixing:
-        return Reason.PROCESSOR.of(mixing[0])
-    mixing = sorted(type(criterion).__name__ for criterion in criteria if not properties_of(criterion).row_wise)
-    if mixing:
-        return Reason.CRITERION.of(mixing[0])
-    kinds = {type(criterion) for criterion in criteria}
-    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds - {Cancellation}) > 1:
-        return Reason.ENDLESS_ROWS
-    return None
+def _why_not_these_processors(ids: torch.Tensor, processors: LogitsProcessorList) -> Why | None:
+    """Of one row processors of any kind are called as dense calls them."""
+    if len(ids) == 1:
+        return None
+    mixing = [type(processor).__name__ for processor in processors if not is_by_row(processor)]
+    return Reason.PROCESSOR.of(mixing[0]) if mixing else None

@@ -91,7 +91,7 @@ def _run_on_engine(model: PreTrainedModel, arguments: LoopArguments, may_retry: 
     if cache is not None and (why := why_not_hand_over(cache, engine.pool)) is not None:
         return why
     call = GenerateCall(
-        arguments.input_ids.long(),  # As they are once dense has appended the first token.
+        arguments.input_ids,
         None if arguments.attention_mask is None else arguments.attention_mask.bool(),
         arguments.logits_processor,
         arguments.stopping_criteria,
