@@ -25,7 +25,15 @@ class Reason(enum.Enum):
     """
 
     # Calls of `generate` that run transformers' own loop.
-    TRAINING = "the model is in training mode", "call model.eval() before generate"
+    TRAINING = (
+        "the model draws random numbers in training mode (...)",
+        "call model.eval() before generate, or set the dropout of the model and of its adapters to 0",
+    )
+    CHECKPOINTING = (
+        "gradient checkpointing keeps layers from their cache, so that transformers' own loop gives other tokens",
+        "turn it off before generate, as TRL does, or call model.eval()",
+        False,
+    )
     AUTOCAST = "autocast is on", "load the model in the dtype you want, and call generate outside autocast"
     GRADIENTS_ENABLED = "gradients are enabled", "call model.generate, which disables them, or enter torch.no_grad()"
     ODD_IDS = "the token ids are not integers of 32 or 64 bits", "pass input_ids.long()"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -29,6 +30,7 @@ from hf_paged.sampling.row_streamer import RowStreamer
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
 # The tokenizer is there for stop strings, whose criterion has it already.
 _MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "tokenizer"}
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
 _ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
 
@@ -99,8 +101,9 @@ def start_device(model: PreTrainedModel, inputs_device: torch.device) -> torch.d
 
 
 def _why_not_this_model(model: PreTrainedModel, device: torch.device) -> Why | None:
-    if model.training:
-        return Reason.TRAINING
+    modules = list(model.modules())
+    if (why := _why_not_in_training(modules)) is not None:
+        return why
     if torch.is_autocast_enabled(device.type):
         return Reason.AUTOCAST
     if model.config.is_encoder_decoder:
@@ -109,13 +112,23 @@ def _why_not_this_model(model: PreTrainedModel, device: torch.device) -> Why | N
         return Reason.OWN_METHOD.of(method)
     if not supports_logits_to_keep(model):
         return Reason.EVERY_LOGIT
-    if any(_is_of_peft(hook) for module in model.modules() for hook in forward_pre_hooks(module).values()):
+    if any(_is_of_peft(hook) for module in modules for hook in forward_pre_hooks(module).values()):
         return Reason.ROW_ADAPTERS
     text = model.config.get_text_config(decoder=True)
     ropes = [getattr(text, "rope_parameters", None) or {}]
     ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
     if any(rope.get("rope_type") in _ROPE_OF_THE_FORWARD for rope in ropes):
         return Reason.ROPE_OF_THE_FORWARD
+    return None
+
+
+def _why_not_in_training(modules: list[torch.nn.Module]) -> Why | None:
+    """What can be seen of modules in training mode. Functions that draw random numbers are found in a trial."""
+    for module in modules:
+        if module.training and isinstance(module, _DROPOUT) and module.p:
+            return Reason.TRAINING.of(repr(module))
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            return Reason.CHECKPOINTING
     return None
 
 

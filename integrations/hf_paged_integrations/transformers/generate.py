@@ -13,6 +13,7 @@ from hf_paged.generation.engine import Engine
 from hf_paged.generation.generate_call import GenerateCall
 from hf_paged.models import registry
 from hf_paged.models.refusal import Refusal
+from hf_paged.models.structure import training_state
 from hf_paged.reasons import Why, count_and_log
 from hf_paged_integrations.transformers import trial
 from hf_paged_integrations.transformers.eligibility import LoopArguments, start_device, why_not_this_call
@@ -61,14 +62,15 @@ def scheduled_sample(
 def engine_for(model: PreTrainedModel, device: torch.device) -> Engine | Refusal:
     """The engine of a model, or why it has none.
 
-    Where the model has no engine yet, or its refusal is in doubt, the model is tried: two forwards of a few tokens.
-    Other calls that begin meanwhile wait for the outcome.
+    Where the model has no engine yet, or its refusal is in doubt, the model is tried: two forwards of a few tokens. So
+    it is in each state that it has in training mode. Other calls that begin meanwhile wait for the outcome.
     """
+    training = training_state(model)
     with registry.trial_lock():
-        engine = registry.engine_of(model)
+        engine = registry.engine_of(model, training)
         if engine is None:
-            engine = trial.make_engine(model, device)
-            registry.keep_engine(model, engine)
+            made = trial.make_engine(model, device, may_draw=training is None)
+            engine = registry.keep_engine(model, made, training)
     assert isinstance(engine, Engine | Refusal), "the registry keeps what was given to it"
     return engine
 
