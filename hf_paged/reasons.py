@@ -79,7 +79,6 @@ class Reason(enum.Enum):
         "a processor may look at other rows: ...",
         "use transformers' own processors, or call generate once per row, or give its class row_wise or for_row",
     )
-    ROWS_TOGETHER = "a processor looks at all rows", "leave guidance_scale and watermarking_config out"
     OTHER_POOL = "the cache belongs to another model, or to a pool that was released", _NEW_CACHE
     OTHER_LAYERS = "the cache was made for another model's layers", _NEW_CACHE
     RECORDED_PAST = "the cache records its past", "do not call cache.activate_past_recording()"
@@ -134,6 +133,10 @@ class Reason(enum.Enum):
     SHARED_ARGUMENT = "they share the argument ...", "leave it out if it is not needed"
     OTHER_MODE = "the generation mode is ...", "use greedy decoding or sampling"
     TIME_LIMIT = "max_time counts seconds that other items would use", "use max_new_tokens"
+    ROWS_TOGETHER = (
+        "guidance or a watermark may look at all rows of a batch",
+        "leave guidance_scale and watermarking_config out",
+    )
     SEED = "torch was seeded, and sampled items draw from its random numbers in turn", "do not seed torch"
 
     def __init__(self, text: str, remedy: str, is_expected: bool = True):

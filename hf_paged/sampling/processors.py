@@ -82,6 +82,10 @@ class Properties:
         for name, needed in (("token_free", "row_wise"), ("place_free", "token_free"), ("cheap", "row_wise")):
             if getattr(self, name) and not getattr(self, needed):
                 raise ValueError(f"Properties({name}=True) needs {needed}=True: it is of no use without")
+        if self.row_wise and self.for_row is not None:
+            raise ValueError(
+                "Properties(row_wise=True, for_row=...): a row-wise processor has no state to part by rows"
+            )
 
 
 _EVERY = Properties(row_wise=True, token_free=True, place_free=True, cheap=True)

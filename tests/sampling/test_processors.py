@@ -199,6 +199,11 @@ def test_properties_that_are_of_no_use_alone_are_refused(claimed):
         Properties(**claimed)
 
 
+def test_a_processor_without_state_is_not_parted_by_rows():
+    with pytest.raises(ValueError, match="has no state to part by rows"):
+        Properties(row_wise=True, for_row=lambda processor, row: processor)
+
+
 def test_properties_are_those_of_the_exact_class():
     class Mine(lp.TemperatureLogitsWarper):
         pass
@@ -307,12 +312,23 @@ class GrammarOfAnother(Grammar):
     """Inherits the method, which knows nothing of this class."""
 
 
+class GrammarInTheTable(Grammar):
+    """Says nothing, and is entered into the table."""
+
+
 RAGGED = [13, 4, 30, 9, 21, 1]
+SPEAKING = {
+    "row_wise": Says,
+    "for_row": lambda: Grammar(len(RAGGED)),
+    "table": lambda: GrammarInTheTable(len(RAGGED)),
+}
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sample"])
-@pytest.mark.parametrize("make", [lambda: Says(), lambda: Grammar(len(RAGGED))], ids=["row_wise", "for_row"])
-def test_a_class_that_speaks_for_itself_runs_packed(make, options):
+@pytest.mark.parametrize("how", SPEAKING)
+def test_a_class_that_speaks_for_itself_runs_packed(how, options, table):
+    make = SPEAKING[how]
+    register(GrammarInTheTable, Properties(for_row=Grammar.for_row))
     models, outputs, states = pair(), [], []
     for model in models:
         torch.manual_seed(0)
