@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria
 
 import hf_paged
 from hf_paged_integrations.serving.streaming import BatchTextIteratorStreamer
 from support import texts, zoo
 from support.packing import LENGTHS, SAMPLE, compare, pair
+from support.threads import in_threads
 
 RAGGED = [13, 4, 30, 9, 21, 1]
 ENDS = {"one end": {}, "many ends": {"eos_token_id": [2, *range(60, 70)]}, "no end": {"eos_token_id": None}}
@@ -98,18 +100,17 @@ def test_duplicates_and_returned_sequences():
 
 def test_end_tokens_that_are_written_over_leave_no_call_waiting():
     _, paged = pair()
-    output = paged.generate(
-        **zoo.prompts(RAGGED), **LENGTHS, eos_token_id=list(range(3, 97)), stopping_criteria=[WritesOver(6)]
-    )
+    criteria = StoppingCriteriaList([WritesOver(6), EosTokenCriteria([*range(3, 5), *range(6, 97)])])
+    options = {**LENGTHS, "eos_token_id": None, "stopping_criteria": criteria}
+    (output,) = in_threads(lambda: paged.generate(**zoo.prompts(RAGGED), **options))
     assert output.shape[0] == 6 and not hf_paged.stats(paged).used_blocks
 
 
 def test_a_row_that_the_pool_cannot_hold_leaves_no_call_waiting():
     _, paged = pair(blocks=10)
-    with pytest.raises(hf_paged.OutOfBlocksError):
-        paged.generate(
-            **zoo.prompts([4, 36]), **{**LENGTHS, "max_new_tokens": 30}, stopping_criteria=[EveryRow(2, after=99)]
-        )
+    options = {**LENGTHS, "max_new_tokens": 30, "stopping_criteria": [EveryRow(2, after=99)]}
+    (error,) = in_threads(lambda: paged.generate(**zoo.prompts([4, 36]), **options))
+    assert isinstance(error, hf_paged.OutOfBlocksError)
     assert not hf_paged.stats(paged).used_blocks
 
 
