@@ -28,7 +28,8 @@ _engines: "weakref.WeakKeyDictionary[torch.nn.Module, _KeptEngine]" = weakref.We
 _refused_in_training: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, _KeptEngine]]" = (
     weakref.WeakKeyDictionary()
 )
-_MAX_STATES = 8  # Of a model in training mode that are kept.
+_CALLS_UNTIL_DOUBT = 8
+_MAX_STATES = 8  # Of a model that are kept.
 _registry_lock = threading.Lock()
 _trial_lock = threading.RLock()
 
@@ -55,14 +56,14 @@ class _KeptEngine:
 
     Attributes
     ----------
-    training_states : dict of tuple to None
-        States of the model in training mode in which the engine was tried, in the order in which that was.
+    states : dict of (tuple or None) to None
+        What `training_state` said of the model when the engine was tried, in the order of the trials.
     """
 
     def __init__(self, made: EngineOfPool | Refusal, model: PreTrainedModel, calls_until_doubt: int):
         self.made, self.structure = made, structure(model)
         self.calls_until_doubt = self._calls_left = calls_until_doubt
-        self.training_states: dict[tuple, None] = {}
+        self.states: dict[tuple | None, None] = {}
 
     def count_call(self, model: PreTrainedModel) -> bool:
         """Count a call; tell whether the refusal that it meets is in doubt."""
@@ -139,9 +140,9 @@ def engine_of(model: PreTrainedModel, training: tuple | None = None) -> EngineOf
     with _registry_lock:
         kept = _engines.get(model)
         if training is not None:
-            refused = _refused_in_training.get(model, {}).get(training)
-            is_tried = kept is not None and (training in kept.training_states or isinstance(kept.made, Refusal))
-            kept = refused or (kept if is_tried else None)
+            kept = _refused_in_training.get(model, {}).get(training, kept)
+        if kept is not None and not isinstance(kept.made, Refusal) and training not in kept.states:
+            return None
     return None if kept is None or kept.count_call(model) else kept.made
 
 
@@ -161,48 +162,38 @@ def keep_engine(model: PreTrainedModel, made: EngineOfPool | Refusal, training: 
         What serves the model: the engine that it had already, where only its state was tried.
     """
     with _registry_lock:
-        if training is None:
-            _keep(model, made)
-            return made
         if isinstance(made, Refusal):
-            _keep_refusal_in_training(model, made, training)
+            _keep_refusal(model, made, training)
             return made
-        _refused_in_training.get(model, {}).pop(training, None)
+        if training is not None:
+            _refused_in_training.get(model, {}).pop(training, None)
         kept = _engines.get(model)
         if kept is None or getattr(kept.made, "pool", None) is not made.pool:
-            kept = _keep(model, made)
-        if kept is not None:
-            _keep_latest(kept.training_states, training, None)
-        return made if kept is None else kept.made
+            if not any(_pools.get(module) is made.pool for module in _submodules(model)):
+                return made
+            kept = _engines[model] = _KeptEngine(made, model, _CALLS_UNTIL_DOUBT)
+        _keep_latest(kept.states, training, None)
+        return kept.made
 
 
-def _keep_refusal_in_training(model: PreTrainedModel, refusal: Refusal, training: tuple) -> None:
-    if refusal.is_lasting:
-        refused = _refused_in_training.setdefault(model, {})
-        calls_until_doubt = 2 * refused[training].calls_until_doubt if training in refused else 8
-        _keep_latest(refused, training, _KeptEngine(refusal, model, calls_until_doubt))
+def _keep_refusal(model: PreTrainedModel, refusal: Refusal, training: tuple | None) -> None:
+    if not refusal.is_lasting:
+        return
+    kept = _engines.get(model) if training is None else _refused_in_training.get(model, {}).get(training)
+    calls_until_doubt = _CALLS_UNTIL_DOUBT if kept is None else 2 * kept.calls_until_doubt
+    kept = _KeptEngine(refusal, model, calls_until_doubt)
+    if training is None:
+        _engines[model] = kept
+    else:
+        _keep_latest(_refused_in_training.setdefault(model, {}), training, kept)
 
 
-def _keep_latest(states: dict, training: tuple, value) -> None:
+def _keep_latest(states: dict, training: tuple | None, value) -> None:
     """Enter a state as the newest; the oldest make room."""
     states.pop(training, None)
     states[training] = value
     while len(states) > _MAX_STATES:
         del states[next(iter(states))]
-
-
-def _keep(model: PreTrainedModel, made: EngineOfPool | Refusal) -> "_KeptEngine | None":
-    calls_until_doubt = 8
-    if isinstance(made, Refusal):
-        is_good = made.is_lasting
-        if (kept := _engines.get(model)) is not None:
-            calls_until_doubt = 2 * kept.calls_until_doubt
-    else:
-        is_good = any(_pools.get(module) is made.pool for module in _submodules(model))
-    if not is_good:
-        return None
-    _engines[model] = _KeptEngine(made, model, calls_until_doubt)
-    return _engines[model]
 
 
 def is_outdated(model: PreTrainedModel, engine: EngineOfPool) -> bool:
