@@ -4,7 +4,8 @@
     python examples/trl_grpo.py
 
 The trainer calls `generate` in training mode, between the steps of its optimizer. Its model has no dropout, so the rows
-run packed. With dropout (`LoraConfig(lora_dropout=0.1)`) they would run transformers' own loop, and `fallbacks` say so.
+run packed. With dropout (`LoraConfig(lora_dropout=0.1)`), or in autocast (TRL's default, `bf16=True`), they would run
+transformers' own loop, and `fallbacks` would say so.
 """
 
 import argparse
