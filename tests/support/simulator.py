@@ -387,7 +387,7 @@ class Run:
 
     def _packed(self, planned: PlannedCall) -> list[list[int]]:
         """Two turns of a chat: the second prompt is what the first call returned."""
-        last = planned.salt % planned.new_tokens + 1 if planned.salt % 2 else None
+        last = planned.salt % planned.new_tokens + 1 if planned.salt % 4 == 0 else None
         first = self._generate(planned.prompts, planned.new_tokens, last)
         return self._generate(first, planned.new_tokens, last)
 
