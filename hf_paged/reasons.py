@@ -26,7 +26,15 @@ class Reason(enum.Enum):
     """
 
     # Calls of `generate` that run transformers' own loop.
-    TRAINING = "the model is in training mode", "call model.eval() before generate"
+    TRAINING = (
+        "the model draws random numbers in training mode (...)",
+        "call model.eval() before generate, or set the dropout of the model and of its adapters to 0",
+    )
+    CHECKPOINTING = (
+        "gradient checkpointing keeps layers from their cache, so that transformers' own loop gives other tokens",
+        "turn it off before generate, as TRL does, or call model.eval()",
+        False,
+    )
     AUTOCAST = "autocast is on", "load the model in the dtype you want, and call generate outside autocast"
     GRADIENTS_ENABLED = "gradients are enabled", "call model.generate, which disables them, or enter torch.no_grad()"
     ODD_IDS = "the token ids are not integers of 32 or 64 bits", "pass input_ids.long()"
@@ -71,14 +79,8 @@ class Reason(enum.Enum):
     )
     PROCESSOR = (
         "a processor may look at other rows: ...",
-        "use transformers' own processors, or call generate once per row",
+        "use transformers' own processors, or call generate once per row, or give its class row_wise or for_row",
     )
-    ROWS_TOGETHER = "a processor looks at all rows", "leave guidance_scale and watermarking_config out"
-    CRITERION = (
-        "a stopping criterion may look at other rows: ...",
-        "use transformers' own criteria, or call generate once per row",
-    )
-    ENDLESS_ROWS = "rows go on after they are finished", "set eos_token_id, or pass one criterion alone"
     OTHER_POOL = "the cache belongs to another model, or to a pool that was released", _NEW_CACHE
     OTHER_LAYERS = "the cache was made for another model's layers", _NEW_CACHE
     RECORDED_PAST = "the cache records its past", "do not call cache.activate_past_recording()"
@@ -138,6 +140,10 @@ class Reason(enum.Enum):
     SHARED_ARGUMENT = "they share the argument ...", "leave it out if it is not needed"
     OTHER_MODE = "the generation mode is ...", "use greedy decoding or sampling"
     TIME_LIMIT = "max_time counts seconds that other items would use", "use max_new_tokens"
+    ROWS_TOGETHER = (
+        "guidance or a watermark may look at all rows of a batch",
+        "leave guidance_scale and watermarking_config out",
+    )
     SEED = "torch was seeded, and sampled items draw from its random numbers in turn", "do not seed torch"
 
     def __init__(self, text: str, remedy: str, is_expected: bool = True):

@@ -1,6 +1,11 @@
-"""Fixtures of every test: unused slots hold NaN, and the pool is whole when a test ends."""
+"""Fixtures of every test: unused slots hold NaN, and the pool is whole when a test ends.
 
+Tests of programs whose extra is not installed are left out, with a warning that says so.
+"""
+
+import importlib.util
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # A process a core: more threads would only wait for each other.
@@ -16,6 +21,23 @@ poison_new_slots()
 # A machine that does other things as well is no fault of the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(trylast=True)  # After `-m`: what it leaves out needs no warning.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests marked ``needs_module(name)`` whose module is missing."""
+    for item in list(items):
+        missing = [mark.args[0] for mark in item.iter_markers("needs_module") if not _is_installed(mark.args[0])]
+        if missing:
+            remedy = 'pip install -c constraints.txt -e ".[test,examples]"'
+            text = f"{item.name} is deselected: {missing[0]} is not installed: {remedy}"
+            warnings.warn(pytest.PytestWarning(text), stacklevel=1)
+            config.hook.pytest_deselected(items=[item])
+            items.remove(item)
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,28 @@ def writes_to_input(operation: Any) -> bool:
     return operation._schema.is_mutable
 
 
+DispatchMode = _python_dispatch.TorchDispatchMode
+"""A context whose ``__torch_dispatch__`` sees every operator that this thread runs: ``TorchDispatchMode``.
+
+``torch.utils._python_dispatch``: torch's guides build on it, and no public module exports it.
+"""
+
+
+def draws_random_numbers(operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an operator, as ``__torch_dispatch__`` gets it, draws random numbers with these arguments.
+
+    Its tags are public. Fused attention has the tag always, and draws where its ``dropout_p`` is not 0: the place of
+    that comes from ``OpOverload._schema``.
+    """
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
+        return False
+    names = [argument.name for argument in operation._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    place = names.index("dropout_p")
+    return bool(args[place] if place < len(args) else kwargs.get("dropout_p", 0.0))
+
+
 # Modules
 
 module_parts: Callable[[Mapping[str, Any]], tuple[dict, ...]] = operator.itemgetter(

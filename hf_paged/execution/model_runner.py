@@ -99,6 +99,11 @@ class ModelRunner:
         """Blocks of a KV cache group that are addressable in all its layers: those with smaller ids."""
         return min(storage.num_blocks for storage in self.groups[number].layers.values())
 
+    def begin(self) -> None:
+        """Learn that steps are to come after a pause, in which the model may have been trained."""
+        if self.linears is not None:
+            self.linears.forget_changed()
+
     def run(self, model: torch.nn.Module, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Run the chunks of a step in one forward: their states are stored in the pages of their rows.
 

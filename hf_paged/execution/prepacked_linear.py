@@ -21,6 +21,7 @@ from hf_paged.compat.torch import (
     prepacked_linear,
     version_of,
 )
+from hf_paged.execution.content_sample import sample
 
 # Kernels for other numbers of rows read this layout as well: a step's number is not known before.
 _ROWS = 32
@@ -32,13 +33,14 @@ _FORWARD = torch.nn.Linear.forward
 class _Copy:
     weight: torch.Tensor  # Opaque to all but oneDNN.
     origin: tuple[int, int]  # Address and version of the weight that was copied.
+    sample: torch.Tensor  # Of its content.
 
 
 class PrepackedLinears:
     """Copies of the weights of linear layers on the CPU, made at first use.
 
-    A weight that was written to or replaced is copied again; an edit through ``.data`` leaves no trace and is not
-    seen. Steps that ``torch.compile`` traces multiply with the weights themselves.
+    A weight that was written to or replaced is copied again; one whose version did not tell, when `forget_changed` is
+    called. Steps that ``torch.compile`` traces multiply with the weights themselves.
     """
 
     def __init__(self):
@@ -69,6 +71,12 @@ class PrepackedLinears:
                 if module.__dict__.get("forward") is forward:
                     del module.__dict__["forward"]
 
+    def forget_changed(self) -> None:
+        """Drop the copies of weights that were written to without a trace, by ``.data`` or a fused optimizer."""
+        for weight, copy in list(self._copies.items()):
+            if not torch.equal(copy.sample, sample(weight.detach())):
+                self._copies.pop(weight, None)
+
     def copy_of(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The prepacked copy of `weight`; None if oneDNN cannot multiply with one."""
         copy = self._copies.get(weight)
@@ -77,7 +85,8 @@ class PrepackedLinears:
         if not _can_prepack(weight):
             return None
         packed = prepack_linear_weight(weight.detach(), _ROWS)
-        self._copies[weight] = _Copy(packed, (weight.data_ptr(), version_of(weight)))
+        origin = (weight.data_ptr(), version_of(weight))
+        self._copies[weight] = _Copy(packed, origin, sample(weight.detach()))
         return packed
 
 

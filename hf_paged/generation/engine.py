@@ -187,6 +187,8 @@ class Engine:
         """Queue the rows of a call."""
         config, call, salt = self.pool.config, state.call, current_salt()
         identity = self._identity
+        if not self.is_running:
+            self.runner.begin()
         if config.prefix_cache and (identity is None or not identity.is_found_again()):
             identity = identify(model, config.cache_salt, self.specs)
 

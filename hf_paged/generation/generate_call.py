@@ -13,7 +13,8 @@ from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.sampling import categorical
 from hf_paged.sampling.cancellation import Cancellation
-from hf_paged.sampling.processors import apply_token_free, shared_properties
+from hf_paged.sampling.lockstep import Lockstep
+from hf_paged.sampling.processors import apply_token_free, processor_of_row, shared_properties
 from hf_paged.sampling.rng_replay import ReplayedNoise, is_replaying
 from hf_paged.sampling.row_streamer import RowStreamer
 from hf_paged.sampling.sampler import Sampler
@@ -46,10 +47,13 @@ class GenerateCall:
     in the caller's thread or, if the call is quick, in an atomic section. Processors see a row's tokens so far as in
     dense ``generate``: pads on the left, then the prompt, then what was generated.
 
+    Of a lone row the processors may be of any kind: they are called as dense calls them, once a step. The criteria may
+    be of any kind: those that the table does not know are asked in `Lockstep`.
+
     Parameters
     ----------
     input_ids : torch.Tensor
-        ``[batch, positions]`` int64, left-padded.
+        ``[batch, positions]`` integers, left-padded.
     valid : torch.Tensor or None
         ``[batch, positions]`` bool, False at padding; None: no padding.
     processors, criteria, generation_config, streamer
@@ -78,11 +82,14 @@ class GenerateCall:
     def __init__(
         self, input_ids, valid, processors, criteria, generation_config, streamer, pools: list[BlockPool], cache=None
     ):
-        self.input_ids, self.streamer, self.cache = input_ids, streamer, cache
+        self._ids_type = input_ids.dtype  # Of the prompt: dense goes on with int64.
+        self.input_ids, self.streamer, self.cache = input_ids.long(), streamer, cache
         self._processors, self._criteria = processors, criteria
         self._of_processors = shared_properties(processors)
+        self._of_criteria = shared_properties(criteria)
         self._stopping_rules = StoppingRules(criteria) if StoppingRules.KINDS.issuperset(map(type, criteria)) else None
-        self._do_sample, self._pad = generation_config.do_sample, pad_token(generation_config)
+        self._do_sample, pad = generation_config.do_sample, pad_token(generation_config)
+        self._pad = 0 if pad is None else int(pad)
         returns = generation_config.return_dict_in_generate
         self.logits: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_logits else None
         self.scores: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_scores else None
@@ -99,16 +106,28 @@ class GenerateCall:
         batch, self._width = input_ids.shape
         room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
         with torch.inference_mode(False):  # Another thread may write to it.
-            self._ids = torch.cat([input_ids, self._pads(room)], dim=1)
+            self._ids = torch.cat([self.input_ids, self._pads(room)], dim=1)
         self._counts = [0] * batch  # Tokens generated, by row.
         self._open = set(range(batch))
+        self._lockstep = self._make_lockstep()
+        self._row_processors: dict[int, LogitsProcessorList] = {}  # Of rows whose processors keep state.
+        self._has_chosen = False
         self.failures: list[OutOfBlocksError] = []
 
         self._row_streamer = streamer if isinstance(streamer, RowStreamer) else None
-        is_cheap = self._of_processors.cheap and shared_properties(criteria).cheap
+        is_cheap = self._of_processors.cheap and self._of_criteria.cheap and self._lockstep is None
         self.is_quick = streamer is self._row_streamer and is_cheap
         self.sampler = self._make_sampler()
         self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
+
+    def _make_lockstep(self) -> Lockstep | None:
+        """How the criteria are asked about all rows together; None if each row ends by itself."""
+        has_end_token = any(hasattr(criterion, "eos_token_id") for criterion in self._criteria)
+        kinds = {type(criterion) for criterion in self._criteria} - {Cancellation}
+        goes_on = len(self._open) > 1 and not has_end_token and len(kinds) > 1  # Without pads, past its own end.
+        if self._of_criteria.row_wise and not goes_on:
+            return None
+        return Lockstep(self._criteria, self._open)
 
     def _make_sampler(self) -> Sampler | None:
         """How the driver may choose tokens for this call, together with others; None if only it itself can."""
@@ -129,8 +148,7 @@ class GenerateCall:
         return distinct
 
     def _pads(self, count: int) -> torch.Tensor:
-        fill = 0 if self._pad is None else int(self._pad)
-        return self.input_ids.new_full((len(self.input_ids), count), fill)
+        return self.input_ids.new_full((len(self.input_ids), count), self._pad)
 
     @property
     def is_done(self) -> bool:
@@ -149,14 +167,16 @@ class GenerateCall:
 
     @property
     def has_begun(self) -> bool:
-        """Tell whether a token was sampled: the call cannot start anew in another loop."""
-        return any(self._counts)
+        """Tell whether processors were called or a token sampled: the call cannot start anew in another loop."""
+        return self._has_chosen or any(self._counts)
 
     def fail(self, request: Request, error: OutOfBlocksError) -> None:
         """Note that a row and its duplicates cannot go on."""
         for lost in (request, *request.duplicates):
             self._open.discard(self._row_of[lost])
             self.failures.append(error)
+        if self._lockstep is not None and not self._lockstep.has_running_rows:
+            self._open.clear()  # Nothing comes that would ask about the others, and the call raises.
 
     def by_place(self, requests: Iterable[Request]) -> list[Request]:
         """Some rows in the order in which the batch has them."""
@@ -172,12 +192,23 @@ class GenerateCall:
         logits : torch.Tensor
             ``[len(requests), vocab]``, not changed.
         """
+        self._has_chosen = True
         with torch.inference_mode(False), torch.no_grad():
             rows = [self._row_of[request] for request in requests]
-            logits = logits.to(device=self.input_ids.device, dtype=torch.float32, copy=True)
-            scores = self._process(rows, logits)
-            tokens = self._sample(rows, scores) if self._do_sample else categorical.argmax(scores)
-            return Choice(tokens, scores, logits)
+            if self._lockstep is None or self._open.issuperset(rows):
+                return self._choose(rows, logits)
+            # Rows that were ahead have ended meanwhile: nothing is called for them, and no random number is theirs.
+            places = [place for place, row in enumerate(rows) if row in self._open]
+            tokens = self.input_ids.new_full((len(rows),), self._pad)
+            if places:
+                tokens[places] = self._choose([rows[place] for place in places], logits[places]).tokens
+            return Choice(tokens)
+
+    def _choose(self, rows: list[int], logits: torch.Tensor) -> Choice:
+        logits = logits.to(device=self.input_ids.device, dtype=torch.float32, copy=True)
+        scores = self._process(rows, logits)
+        tokens = self._sample(rows, scores) if self._do_sample else categorical.argmax(scores)
+        return Choice(tokens, scores, logits)
 
     def accept(self, requests: list[Request], choice: Choice) -> list[tuple[Request, int | None]]:
         """Note the next tokens of some rows: tell the streamer, judge which rows end.
@@ -200,17 +231,57 @@ class GenerateCall:
             assert choice.scores is not None, "a call that returns scores makes every choice with them"
             self.scores += (choice.scores,)
         with torch.inference_mode(False), torch.no_grad():
+            if self._lockstep is not None:
+                chosen, finished = self._accept_in_lockstep(rows, tokens)
+            else:
+                self._append(rows, tokens)
+                chosen = tokens.tolist()
+                finished = self._finished(rows, chosen)
+                self._open -= {row for row, is_over in zip(rows, finished) if is_over}
             if self.streamer is not self._row_streamer:
-                self.streamer.put(tokens.cpu())
-            self._append(rows, tokens)
-            chosen = tokens.tolist()
-            finished = self._finished(rows, chosen, choice.scores)
-        if self._row_streamer is not None:
+                self.streamer.put(tokens.cpu())  # After the criteria, as dense does: one that raises comes first.
+        if self._row_streamer is not None and self._lockstep is None:
             self._row_streamer.tell(rows, chosen, [row for row, over in zip(rows, finished) if over])
-        self._open -= {row for row, is_over in zip(rows, finished) if is_over}
         if self._replayed_noise is not None and self._open:
             self._replayed_noise.forget_before(min(self._counts[row] for row in self._open))
         return [(request, None if over else token) for request, token, over in zip(requests, chosen, finished)]
+
+    def _accept_in_lockstep(self, rows: list[int], tokens: torch.Tensor) -> tuple[list[int], list[bool]]:
+        """Note tokens, and ask the criteria about all that every row has: the tokens, and which rows need no more.
+
+        A criterion may have written to the tokens: then the model goes on with what it wrote.
+        """
+        lockstep = self._lockstep
+        assert lockstep is not None
+        places = [place for place, row in enumerate(rows) if row in self._open]  # Others were ahead, and have ended.
+        taken = [rows[place] for place in places]
+        if taken:
+            self._append(taken, tokens[places])
+            lengths = [self._width + self._counts[row] for row in taken]
+            lockstep.stop(taken, tokens[places].tolist(), lengths)
+        for count, told, ended in lockstep.judge(self._counts, self._are_over):
+            if self._row_streamer is not None:
+                newest = self._ids[told, self._width + count - 1].tolist()
+                self._row_streamer.tell(told, newest, ended)
+            if lockstep.writes_pads and ended:
+                self._ids[ended, self._width + count :] = self._pad
+        newest = self._ids[rows, [self._width + self._counts[row] - 1 for row in rows]].tolist()
+        return newest, [not lockstep.runs(row) for row in rows]
+
+    def _are_over(self, count: int) -> list[bool]:
+        """Which rows of the batch are over with so many tokens, as the criteria or the streamer say."""
+        over = self._ask(self._criteria, count, self.scores).tolist()
+        if self._row_streamer is not None:
+            over = [is_over or self._row_streamer.is_gone(row) for row, is_over in enumerate(over)]
+        return over
+
+    def _ask(self, hooks, count: int, scores) -> torch.Tensor:
+        """Call processors or criteria about the whole batch as dense does, with tokens that they may write to."""
+        columns = slice(0, self._width + count)
+        ids = self._ids[:, columns].to(torch.long if count else self._ids_type, copy=True)
+        result = hooks(ids, scores)
+        self._ids[:, columns] = ids
+        return result
 
     def _by_count(self, rows: list[int]) -> dict[int, list[int]]:
         """Indices into `rows`, by the number of tokens that the rows have generated."""
@@ -224,7 +295,14 @@ class GenerateCall:
             return logits
         if self._of_processors.token_free:
             return apply_token_free(self._processors, logits)
+        if len(self.input_ids) == 1 and not self._of_processors.row_wise:
+            return self._ask(self._processors, self._counts[0], logits)
         scores = torch.empty_like(logits)
+        if not self._of_processors.row_wise:
+            for index, row in enumerate(rows):
+                ids = self._ids[row : row + 1, : self._width + self._counts[row]].clone()
+                scores[index] = self._processors_of_row(row)(ids, logits[index : index + 1])[0]
+            return scores
         for count, indices in self._by_count(rows).items():
             chosen = [rows[index] for index in indices]
             scores[indices] = self._processors_of(chosen)(self._ids[chosen, : self._width + count], logits[indices])
@@ -241,6 +319,13 @@ class GenerateCall:
             parts.append(processor)
         return parts
 
+    def _processors_of_row(self, row: int):
+        """The processors of one row alone, some of which keep state for it."""
+        if row not in self._row_processors:
+            parts = self._processors_of([row])
+            self._row_processors[row] = LogitsProcessorList(processor_of_row(one, row) for one in parts)
+        return self._row_processors[row]
+
     def _sample(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
         probabilities = scores.softmax(dim=-1)
         if not self._is_replaying:
@@ -248,7 +333,7 @@ class GenerateCall:
         if not bool((probabilities.max() < float("inf")) & (probabilities.min() >= 0)):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         if self._replayed_noise is None:
-            self._replayed_noise = ReplayedNoise(len(self.input_ids), scores.shape[1])
+            self._replayed_noise = ReplayedNoise(len(self.input_ids), scores.shape[1], scores.dtype)
         tokens = scores.new_empty(len(rows), dtype=torch.long)
         for count, indices in self._by_count(rows).items():
             noise = self._replayed_noise.rows(count, [rows[index] for index in indices])
@@ -263,23 +348,21 @@ class GenerateCall:
         for row in rows:
             self._counts[row] += 1
 
-    def _finished(self, rows: list[int], tokens: list[int], scores: torch.Tensor | None) -> list[bool]:
+    def _finished(self, rows: list[int], tokens: list[int]) -> list[bool]:
         if self._stopping_rules is not None:
             finished = self._stopping_rules.are_over(tokens, [self._width + self._counts[row] for row in rows])
         else:
-            finished = self._judged(rows, scores)
+            finished = self._judged(rows)
         if self._row_streamer is not None:
             finished = [over or self._row_streamer.is_gone(row) for over, row in zip(finished, rows)]
         return finished
 
-    def _judged(self, rows: list[int], scores: torch.Tensor | None) -> list[bool]:
+    def _judged(self, rows: list[int]) -> list[bool]:
         """Which rows end, as the criteria say of rows with as many tokens each."""
         finished = [False] * len(rows)
         for count, indices in self._by_count(rows).items():
             chosen = [rows[index] for index in indices]
-            over = self._criteria(
-                self._ids[chosen, : self._width + count], None if scores is None else (scores[indices],)
-            )
+            over = self._criteria(self._ids[chosen, : self._width + count], self.scores)
             for index, is_over in zip(indices, over.tolist()):
                 finished[index] = is_over
         return finished
@@ -292,7 +375,8 @@ class GenerateCall:
         OutOfBlocksError
             If the pool could not hold some rows; the tokens of all rows are in its `sequences`.
         """
-        longest = max(self._counts)
+        end = None if self._lockstep is None else self._lockstep.end
+        longest = max(self._counts) if end is None else end
         if self._replayed_noise is not None:
             self._replayed_noise.close(longest)
         if self.streamer is not None and not (self.failures and self._row_streamer):

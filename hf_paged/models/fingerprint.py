@@ -1,6 +1,5 @@
 """A fingerprint of what a model computes: its weights and adapters. Changed weights make stored states stale."""
 
-import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,13 +7,11 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
+from hf_paged.execution.content_sample import sample
 from hf_paged.models.inspection import Inspection, UnseenError
 from hf_paged.models.snapshot import Snapshot, is_disturbed
 
 logger = logging.get_logger(__name__)
-
-_SAMPLES = 64  # Elements of each tensor that go into its digest.
-_GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,30 +83,15 @@ def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
 
 def _digest(described: bytes, contents: list[torch.Tensor]) -> bytes:
     digest = hashlib.sha256(described)
-    for content in _bytes_of(map(_sample, contents)):
+    for content in _bytes_of(map(sample, contents)):
         digest.update(content)
     return digest.digest()
-
-
-def _sample(content: torch.Tensor) -> torch.Tensor:
-    """Some elements of a tensor, ``[num_samples]``."""
-    content = content if content.itemsize > 1 else content.view(torch.uint8)
-    # Spread over rows and columns alike, as an even stride would not be.
-    return content.take(_sample_index(content.numel(), content.device))
-
-
-@functools.lru_cache(maxsize=1024)
-def _sample_index(count: int, device: torch.device) -> torch.Tensor:
-    """Indices into a tensor of `count` elements, ``[num_samples]`` int64."""
-    numbers = torch.arange(min(count, _SAMPLES), dtype=torch.float64)
-    index = numbers if count <= _SAMPLES else (numbers * _GOLDEN_RATIO) % 1 * count
-    return index.long().to(device)
 
 
 def _bytes_of(samples: Iterator[torch.Tensor]) -> Iterator[bytes]:
     """The bytes of all samples, with one copy for each dtype and device."""
     kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for sample in samples:
-        kinds.setdefault((sample.dtype, sample.device), []).append(sample)
+    for one in samples:
+        kinds.setdefault((one.dtype, one.device), []).append(one)
     for parts in kinds.values():
         yield torch.cat(parts).cpu().view(torch.uint8).numpy().tobytes()

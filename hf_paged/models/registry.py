@@ -24,6 +24,12 @@ _configs: "weakref.WeakKeyDictionary[torch.nn.Module, PagedConfig]" = weakref.We
 _counts: "weakref.WeakKeyDictionary[torch.nn.Module, CallCounts]" = weakref.WeakKeyDictionary()
 # An engine holds its pool, not the reverse.
 _engines: "weakref.WeakKeyDictionary[torch.nn.Module, _KeptEngine]" = weakref.WeakKeyDictionary()
+# Refusals in training mode, by the state of the model that was tried.
+_refused_in_training: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, _KeptEngine]]" = (
+    weakref.WeakKeyDictionary()
+)
+_CALLS_UNTIL_DOUBT = 8
+_MAX_STATES = 8  # Of a model that are kept.
 _registry_lock = threading.Lock()
 _trial_lock = threading.RLock()
 
@@ -49,11 +55,17 @@ class _KeptEngine:
 
     A refusal is doubted when the model's structure has changed. Not every cause can be seen, so it is doubted without
     that, too: after 8 calls, after 16 more, after 32 more.
+
+    Attributes
+    ----------
+    states : dict of (tuple or None) to None
+        What `training_state` said of the model when the engine was tried, in the order of the trials.
     """
 
     def __init__(self, made: EngineOfPool | Refusal, model: PreTrainedModel, calls_until_doubt: int):
         self.made, self.structure = made, structure(model)
         self.calls_until_doubt = self._calls_left = calls_until_doubt
+        self.states: dict[tuple | None, None] = {}
 
     def count_call(self, model: PreTrainedModel) -> bool:
         """Count a call; tell whether the refusal that it meets is in doubt."""
@@ -117,31 +129,73 @@ def trial_lock() -> threading.RLock:
     return _trial_lock
 
 
-def engine_of(model: PreTrainedModel) -> EngineOfPool | Refusal | None:
+def engine_of(model: PreTrainedModel, training: tuple | None = None) -> EngineOfPool | Refusal | None:
     """The engine of this model, or the `Refusal` of one. None if the model is to be tried. Called once per call.
 
     An engine is forgotten when the model's pools are let go of or made anew. A refusal is in doubt now and then.
+
+    Parameters
+    ----------
+    training : tuple or None
+        The model's `training_state`. An engine serves it in the states in which it was tried.
     """
     with _registry_lock:
         kept = _engines.get(model)
+        if training is not None:
+            kept = _refused_in_training.get(model, {}).get(training, kept)
+        if kept is not None and not isinstance(kept.made, Refusal) and training not in kept.states:
+            return None
     return None if kept is None or kept.count_call(model) else kept.made
 
 
-def keep_engine(model: PreTrainedModel, made: EngineOfPool | Refusal) -> None:
+def keep_engine(model: PreTrainedModel, made: EngineOfPool | Refusal, training: tuple | None) -> EngineOfPool | Refusal:
     """Keep the outcome of a trial for the calls to come: an engine, or a lasting refusal.
 
     An engine whose pool another thread has let go of meanwhile, by `release` or `configure`, is not kept.
+
+    Parameters
+    ----------
+    training : tuple or None
+        The model's `training_state`. A refusal holds in that state alone.
+
+    Returns
+    -------
+    EngineOfPool or Refusal
+        What serves the model: the engine that it had already, where only its state was tried.
     """
     with _registry_lock:
-        calls_until_doubt = 8
         if isinstance(made, Refusal):
-            is_good = made.is_lasting
-            if (kept := _engines.get(model)) is not None:
-                calls_until_doubt = 2 * kept.calls_until_doubt
-        else:
-            is_good = any(_pools.get(module) is made.pool for module in _submodules(model))
-        if is_good:
-            _engines[model] = _KeptEngine(made, model, calls_until_doubt)
+            _keep_refusal(model, made, training)
+            return made
+        if training is not None:
+            _refused_in_training.get(model, {}).pop(training, None)
+        kept = _engines.get(model)
+        if kept is None or getattr(kept.made, "pool", None) is not made.pool:
+            if not any(_pools.get(module) is made.pool for module in _submodules(model)):
+                return made
+            kept = _engines[model] = _KeptEngine(made, model, _CALLS_UNTIL_DOUBT)
+        _keep_latest(kept.states, training, None)
+        return kept.made
+
+
+def _keep_refusal(model: PreTrainedModel, refusal: Refusal, training: tuple | None) -> None:
+    if not refusal.is_lasting:
+        return
+    kept = _engines.get(model) if training is None else _refused_in_training.get(model, {}).get(training)
+    calls_until_doubt = _CALLS_UNTIL_DOUBT if kept is None else 2 * kept.calls_until_doubt
+    kept = _KeptEngine(refusal, model, calls_until_doubt)
+    if training is None:
+        _engines[model] = kept
+    else:
+        _keep_latest(_refused_in_training.setdefault(model, {}), training, kept)
+
+
+def _keep_latest(states: dict, training: tuple | None, value) -> None:
+    """Enter a state as the newest; the oldest make room."""
+    states.pop(training, None)
+    states[training] = value
+    while len(states) > _MAX_STATES:
+        del states[next(iter(states))]
 
 
 def is_outdated(model: PreTrainedModel, engine: EngineOfPool) -> bool:
@@ -191,6 +245,7 @@ def forget_pools(model: torch.nn.Module) -> None:
             _pools.pop(module, None)
             _made_for.pop(module, None)
             _engines.pop(module, None)
+            _refused_in_training.pop(module, None)
             _counts.pop(module, None)
 
 

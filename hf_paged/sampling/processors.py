@@ -2,10 +2,19 @@
 
 Dense ``generate`` shows a processor every row of a batch at the same step, and pads and finished rows with them. In
 packed steps rows of one call are at different steps, and rows of several calls meet in one tensor. Where a processor
-may run depends on its `Properties`. A class that is not in the table has none: a call with it runs in transformers' own
-loop. The exact class counts, for a derived class may compute anything.
+may run depends on its `Properties`. The exact class counts, for a derived class may compute anything.
 
-A new processor is one line, here in the table or anywhere else before the call:
+A class that is not in the table has no properties. A call of one row runs packed all the same: its caller's thread
+calls processors and criteria as dense does. So does a call of several rows whose criteria are not in the table, which
+are asked about all rows together (`Lockstep`). A call of several rows with such a processor runs in transformers' own
+loop.
+
+A class may say of itself, without an import of hf_paged, that it treats each row by itself:
+
+* ``row_wise = True`` in its body: `Properties.row_wise` holds.
+* a method ``for_row(self, row)``: it keeps state for each row, see `Properties.for_row`.
+
+All else is a line in the table, here or anywhere before the call:
 
 >>> from transformers import LogitsProcessor
 >>> class Halve(LogitsProcessor):
@@ -19,6 +28,7 @@ A new processor is one line, here in the table or anywhere else before the call:
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
@@ -55,17 +65,27 @@ class Properties:
         The result takes a few tensor operations, as many for a thousand rows as for two, and no loop over rows. The
         class runs no callback, model or tokenizer, and waits for nothing. The thread that drives the steps runs it for
         the calls of other threads. A criterion is asked in an atomic section, and looks at no scores. Needs `row_wise`.
+    for_row : callable or None
+        For a class of processors that is not `row_wise` only because it keeps state for each row: returns, of an
+        instance and the number of a row in the batch, the processor of that row alone. It is asked once for each row
+        of a call. What it returns gets ``[1, positions]`` and ``[1, vocab]``, in the caller's thread, once for each
+        token of its row and in their order, and not after the row's end.
     """
 
     row_wise: bool = False
     token_free: bool = False
     place_free: bool = False
     cheap: bool = False
+    for_row: Callable[[Any, int], Processor] | None = None
 
     def __post_init__(self):
         for name, needed in (("token_free", "row_wise"), ("place_free", "token_free"), ("cheap", "row_wise")):
             if getattr(self, name) and not getattr(self, needed):
                 raise ValueError(f"Properties({name}=True) needs {needed}=True: it is of no use without")
+        if self.row_wise and self.for_row is not None:
+            raise ValueError(
+                "Properties(row_wise=True, for_row=...): a row-wise processor has no state to part by rows"
+            )
 
 
 _EVERY = Properties(row_wise=True, token_free=True, place_free=True, cheap=True)
@@ -131,8 +151,30 @@ def register(kind: type[LogitsProcessor] | type[StoppingCriteria], properties: P
 
 
 def properties_of(processor: object) -> Properties:
-    """Return what the table says of the class of a processor or criterion."""
-    return PROPERTIES.get(type(processor), _NONE)
+    """Return what the table says of the class of a processor or criterion or, if nothing, the class itself."""
+    known = PROPERTIES.get(type(processor))
+    return _claims_of(type(processor)) if known is None else known
+
+
+def _claims_of(kind: type) -> Properties:
+    """Return what a class says in its own body. What it inherits was said of another class."""
+    own = vars(kind)
+    if own.get("row_wise") is True:
+        return _SLOW
+    for_row = own.get("for_row")
+    return Properties(for_row=for_row) if callable(for_row) else _NONE
+
+
+def is_by_row(processor: object) -> bool:
+    """Tell whether a processor treats each row of a batch by itself, with state of its own or without."""
+    properties = properties_of(processor)
+    return properties.row_wise or properties.for_row is not None
+
+
+def processor_of_row(processor: Any, row: int) -> Processor:
+    """Return the processor that treats one row as `processor` treats it in its batch."""
+    for_row = properties_of(processor).for_row
+    return processor if for_row is None else for_row(processor, row)
 
 
 def shared_properties(processors: Iterable[object]) -> Properties:

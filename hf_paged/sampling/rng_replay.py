@@ -56,11 +56,13 @@ class ReplayedNoise:
     Parameters
     ----------
     batch_size, vocab_size : int
+    dtype : torch.dtype
+        Of the probabilities. The noise is of it.
     """
 
-    def __init__(self, batch_size: int, vocab_size: int):
+    def __init__(self, batch_size: int, vocab_size: int, dtype: torch.dtype = torch.float32):
         self._chunks = [(first, min(first + _CHUNK_ROWS, batch_size)) for first in range(0, batch_size, _CHUNK_ROWS)]
-        self._vocab_size = vocab_size
+        self._vocab_size, self._dtype = vocab_size, dtype
         self._states: dict[tuple[int, int], torch.Tensor] = {}  # (step, chunk) -> state before it
         self._left: torch.Tensor | None = None  # The state in which the first use left the global generator.
         self._front = (0, torch.get_rng_state())  # Logical steps drawn so far, and the state after them.
@@ -77,7 +79,7 @@ class ReplayedNoise:
         Returns
         -------
         torch.Tensor
-            ``[len(rows), vocab]`` float32
+            ``[len(rows), vocab]``
         """
         self._part_from_others()
         chunks: dict[int, torch.Tensor] = {}
@@ -96,12 +98,13 @@ class ReplayedNoise:
             del self._states[key]
 
     def close(self, num_steps: int) -> None:
-        """Leave the global generator as dense would after `num_steps` logical steps."""
+        """Leave the global generator as dense would after `num_steps` logical steps. Rows may have gone on longer."""
         while self._front[0] < num_steps:
             self._draw_next_step()
+        state = self._front[1] if self._front[0] == num_steps else self._states[num_steps, 0]
         with _lock:
             if self._left is not None and torch.equal(torch.get_rng_state(), self._left):
-                torch.set_rng_state(self._front[1])
+                torch.set_rng_state(state)
 
     def _part_from_others(self) -> None:
         """Let a call that begins now start from other numbers."""
@@ -122,7 +125,7 @@ class ReplayedNoise:
 
     def _draw_chunk(self, number: int, generator: torch.Generator) -> torch.Tensor:
         first, end = self._chunks[number]
-        return torch.empty(end - first, self._vocab_size).exponential_(1, generator=generator)
+        return torch.empty(end - first, self._vocab_size, dtype=self._dtype).exponential_(1, generator=generator)
 
 
 def _generator(state: torch.Tensor) -> torch.Generator:

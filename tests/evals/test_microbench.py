@@ -20,6 +20,7 @@ TAKES = {
     "short_prompt": (MODEL,),
     "prefix": (MODEL,),
     "threads": (MODEL, DATASET),
+    "programs": (),
     "pipeline_speed": (MODEL, DATASET),
     "async_latency": (MODEL, DATASET),
     "scheduler_cost": (),
@@ -75,6 +76,14 @@ def test_rows_of_the_prefix_and_threads_equal_dense_in_float32(files, tmp_path):
     assert figures["prompt tokens found"] > 50
     figures = measured("threads", files, tmp_path, "--dtype", "float32")
     assert figures["rows equal to dense: paged, all at once"] == 3
+
+
+def test_programs_are_packed_and_equal_dense(files, tmp_path):
+    for words in ([], [MODEL, files[MODEL]]):
+        figures = measured("programs", files, tmp_path, *words)
+        packed = [value for name, value in figures.items() if name.endswith(", packed calls")]
+        equal = [value for name, value in figures.items() if name.endswith(", outputs equal to dense")]
+        assert packed == equal == [3, 1, 1, 1]
 
 
 def test_a_quick_setting_can_be_overridden(files, tmp_path):

@@ -16,7 +16,7 @@ RUNS = [
     ("batch_dataset.py", "--rows 6 --max-new-tokens 12", r"6 of 6 rows ran packed; \d+ tokens .* prefix cache"),
     ("streaming_server.py", "--self-test", r"2 of 2 answers equal those of the dense cache"),
     ("lm_eval_harness.py", "", r"complete +exact_match +paged (0\.[1-9]\d*) +dense \1"),
-    ("trl_grpo.py", "--completions 2 --max-completion-length 8", r"EvalMode.* 2 packed calls, .* fallbacks \{\}"),
+    ("trl_grpo.py", "--completions 2 --max-completion-length 8", r"paged .* 2 packed calls, .* fallbacks \{\}"),
     ("peft_adapters.py", "--steps 2 --max-new-tokens 8", r"6 of 6 answers equal .*; 6 calls ran packed"),
     ("long_context.py", "--days 40", r"  first token after .* s, [1-9]\d* of \d+ prompt tokens from the prefix cache"),
 ]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_paged
 from hf_paged.attention import paged_attention
@@ -97,18 +97,11 @@ class Backwards(LogitsProcessor):
         return -scores
 
 
-class Never(StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
 FALLBACKS = {
     "a processor may look at other rows: Backwards": {"logits_processor": LogitsProcessorList([Backwards()])},
-    "a stopping criterion may look at other rows": {"stopping_criteria": StoppingCriteriaList([Never()])},
     "the cache or the scores of several": {"return_dict_in_generate": True},
     "the padding is not on the left": {"attention_mask": torch.tensor([[1] * 7 + [0] * 2, [1] * 9])},
     "the call has no cache": {"use_cache": False},
-    "rows go on after they are finished": {"max_time": 1e3, "eos_token_id": None},
     "position_ids are not those of the attention mask": {"position_ids": torch.arange(3, 12)[None].expand(2, -1)},
 }
 

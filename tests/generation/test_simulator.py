@@ -12,6 +12,7 @@ from hf_paged.cache.batch_state import GroupRows
 from hf_paged.generation import engine
 from hf_paged.memory import reservation
 from hf_paged.memory.kv_pool import KVCacheGroup
+from hf_paged.sampling.lockstep import Lockstep
 from hf_paged.scheduling.prefix_cache import PrefixCache
 from hf_paged.scheduling.scheduler import Scheduler
 from support import simulator
@@ -71,6 +72,10 @@ MUTATIONS = {
     "an aborted step's rows keep blocks that were not copied": (
         "interrupted copy",
         [(Scheduler, "abort", lambda self, step: self._let_go())],
+    ),
+    "criteria are asked ahead of the slowest row": (
+        "none",
+        [(Lockstep, "_reached", lambda self, counts: max(counts))],
     ),
     "a withdrawn chunk stays in its step": (
         "allocation",

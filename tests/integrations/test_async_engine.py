@@ -33,6 +33,31 @@ async def empty(model) -> None:
     raise AssertionError(hf_paged.stats(model))
 
 
+def test_requests_with_criteria_of_their_own_share_steps(rows):
+    """The criterion keeps the number of its calls, and looks at the tokens of its request."""
+
+    class Stop:
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.calls += 1
+            return self.calls > 12 and int(input_ids[0, -1]) % 3 == 0
+
+    dense, paged = pair(token_budget=64)
+    prompts = [prompt(4 + number, number) for number in range(6)]
+    expected = [alone(dense, ids, **LONG, stopping_criteria=[Stop()]) for ids in prompts]
+
+    async def program():
+        async with AsyncEngine(paged) as requests:
+            streams = [requests.stream(ids, **LONG, stopping_criteria=[Stop()]) for ids in prompts]
+            return await asyncio.gather(*map(tokens_of, streams))
+
+    assert run(program()) == expected and max(rows) > 2
+    stats = hf_paged.stats(paged)
+    assert stats.packed_calls == 6 and not stats.fallbacks and stats.page_reads
+
+
 def test_many_requests_each_with_its_own_config_beside_plain_calls(rows):
     dense, paged = pair(token_budget=64)
     jobs = [(prompt(4 + number, number), CONFIGS[number % len(CONFIGS)]) for number in range(15)]

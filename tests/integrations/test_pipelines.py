@@ -5,7 +5,15 @@ import operator
 import datasets
 import pytest
 import torch
-from transformers import GenerationConfig, TextGenerationPipeline, TextStreamer, pipeline
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TextGenerationPipeline,
+    TextStreamer,
+    pipeline,
+)
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_paged
@@ -172,6 +180,49 @@ def test_wrong_arguments_are_the_callers_and_do_not_warn(config, warned):
         errors.append((caught.type, str(caught.value)))
     assert errors[0] == errors[1] and not warned
     assert list(hf_paged.stats(paged[1].model).pipelines_in_turn) == [f"their arguments raise {errors[0][0].__name__}"]
+
+
+class Counting(LogitsProcessor):
+    """Favours another token at each call, whichever item it is for."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        return scores.index_add(1, torch.tensor([5 + self.calls * 7 % 80]), torch.full((len(scores), 1), 2.0))
+
+
+class StopAfter(StoppingCriteria):
+    """Ends an item by the number of its calls, over all items."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += 1
+        return self.calls % 7 == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}], ids=["greedy", "sample"])
+def test_items_that_share_a_processor_and_a_criterion_are_packed_in_turn(options, rows):
+    prompts, results = texts.prompts(6, longest=12), []
+    both = pipes()
+    for pipe in both:
+        torch.manual_seed(0)
+        hooks = {"logits_processor": LogitsProcessorList([Counting()]), "stopping_criteria": [StopAfter()]}
+        found = pipe(prompts, **options, **hooks)
+        results.append([records[0]["generated_text"] for records in found])
+    assert results[0] == results[1] and set(rows) == {1}
+    stats = hf_paged.stats(both[1].model)
+    assert stats.packed_calls == 6 and not stats.fallbacks and stats.page_reads
+
+
+def test_guided_items_are_packed_in_turn(rows):
+    prompts, both = texts.prompts(4, longest=12), pipes()
+    results = [[records[0]["generated_text"] for records in pipe(prompts, guidance_scale=1.6)] for pipe in both]
+    assert results[0] == results[1] and set(rows) == {1}
+    assert hf_paged.stats(both[1].model).packed_calls == 4 and not hf_paged.stats(both[1].model).fallbacks
 
 
 def test_disable_gives_the_pipelines_back():

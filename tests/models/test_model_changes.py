@@ -207,7 +207,7 @@ def test_a_refusal_whose_cause_cannot_be_seen_is_doubted_now_and_then():
 def test_a_model_that_stays_refused_is_tried_ever_less(monkeypatch):
     model, _, _ = refused()
     trials, make = [], trial.make_engine
-    monkeypatch.setattr(trial, "make_engine", lambda *args: (trials.append(len(calls)), make(*args))[1])
+    monkeypatch.setattr(trial, "make_engine", lambda *args, **how: (trials.append(len(calls)), make(*args, **how))[1])
     calls = []
     for number in range(60):
         calls.append(number)
@@ -235,8 +235,8 @@ def test_configure_while_an_engine_is_tried(monkeypatch):
     dense, paged = fresh_pair()
     make = trial.make_engine
 
-    def make_and_configure(*args):
-        engine = make(*args)
+    def make_and_configure(*args, **how):
+        engine = make(*args, **how)
         hf_paged.configure(paged, PagedConfig(block_size=8))
         return engine
 

@@ -199,6 +199,11 @@ def test_properties_that_are_of_no_use_alone_are_refused(claimed):
         Properties(**claimed)
 
 
+def test_a_processor_without_state_is_not_parted_by_rows():
+    with pytest.raises(ValueError, match="has no state to part by rows"):
+        Properties(row_wise=True, for_row=lambda processor, row: processor)
+
+
 def test_properties_are_those_of_the_exact_class():
     class Mine(lp.TemperatureLogitsWarper):
         pass
@@ -271,6 +276,104 @@ def test_a_criterion_in_the_table_runs_packed(properties, table):
     register(EvenEnd, properties)
     inputs = zoo.prompts([13, 4, 30, 9, 21, 1])
     compare(pair(), inputs, stopping_criteria=StoppingCriteriaList([EvenEnd()]))
+
+
+class Says(NotAgain):
+    """Claims in its own body what holds of it."""
+
+    row_wise = True
+
+
+class SaysNothing(Says):
+    """Inherits the claim, and might compute anything."""
+
+
+class Grammar(LogitsProcessor):
+    """Rules out a third of the vocabulary, another one at each token of a row: it keeps the state of each row."""
+
+    def __init__(self, rows: int):
+        self.steps = [0] * rows
+
+    def __call__(self, input_ids, scores):
+        parts = [self._rule_out(row, scores[row, None]) for row in range(len(scores))]
+        return torch.cat(parts)
+
+    def for_row(self, row):
+        return lambda input_ids, scores: self._rule_out(row, scores)
+
+    def _rule_out(self, row, scores):
+        assert len(scores) == 1
+        self.steps[row] += 1
+        third = torch.arange(scores.shape[1]) % 3 == (self.steps[row] + row) % 3
+        return scores.masked_fill(third, -float("inf"))
+
+
+class GrammarOfAnother(Grammar):
+    """Inherits the method, which knows nothing of this class."""
+
+
+class GrammarInTheTable(Grammar):
+    """Says nothing, and is entered into the table."""
+
+
+RAGGED = [13, 4, 30, 9, 21, 1]
+SPEAKING = {
+    "row_wise": Says,
+    "for_row": lambda: Grammar(len(RAGGED)),
+    "table": lambda: GrammarInTheTable(len(RAGGED)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sample"])
+@pytest.mark.parametrize("how", SPEAKING)
+def test_a_class_that_speaks_for_itself_runs_packed(how, options, table):
+    make = SPEAKING[how]
+    register(GrammarInTheTable, Properties(for_row=Grammar.for_row))
+    models, outputs, states = pair(), [], []
+    for model in models:
+        torch.manual_seed(0)
+        processors = LogitsProcessorList([make(), lp.RepetitionPenaltyLogitsProcessor(1.3)])
+        outputs.append(model.generate(**zoo.prompts(RAGGED), **LENGTHS, **options, logits_processor=processors))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*outputs) and torch.equal(*states)
+    stats = hf_paged.stats(models[1])
+    assert stats.packed_calls == 1 and not stats.fallbacks and stats.page_reads
+
+
+def test_state_of_a_row_is_made_once_and_only_for_several_rows():
+    _, paged = pair()
+    made, kept = [], Grammar.for_row
+    try:
+        Grammar.for_row = lambda self, row: (made.append(row), kept(self, row))[1]
+        for rows in (1, 3):
+            grammar = Grammar(rows)
+            paged.generate(**zoo.prompts([9] * rows), **LENGTHS, logits_processor=LogitsProcessorList([grammar]))
+    finally:
+        Grammar.for_row = kept
+    assert sorted(made) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("make", [lambda: SaysNothing(), lambda: GrammarOfAnother(2)], ids=["row_wise", "for_row"])
+def test_what_a_class_inherits_is_no_claim_of_its_own(make):
+    models, processors = pair(), [make(), make()]
+    outputs = [
+        model.generate(**zoo.prompts([5, 3]), **LENGTHS, logits_processor=LogitsProcessorList([processor]))
+        for model, processor in zip(models, processors)
+    ]
+    assert torch.equal(*outputs)
+    name = type(processors[0]).__name__
+    assert hf_paged.stats(models[1]).fallbacks == {f"a processor may look at other rows: {name}": 1}
+
+
+def test_a_criterion_that_speaks_for_itself_ends_its_row_at_once(rows):
+    class Even(EvenEnd):
+        row_wise = True
+
+    compare(pair(), zoo.prompts(RAGGED), stopping_criteria=StoppingCriteriaList([Even()]))
+    alone = sum(rows)
+    rows.clear()
+    compare(pair(), zoo.prompts(RAGGED), stopping_criteria=StoppingCriteriaList([EvenEnd()]))
+    assert alone < sum(rows), "one that is asked about all rows waits for them"
 
 
 @pytest.mark.parametrize("toy", TOYS)

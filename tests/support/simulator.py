@@ -11,8 +11,8 @@ tells every token that was lost, doubled, or read from somewhere else. Unused sl
 One fault is planned in each run: the n-th allocation, copy or forward fails, for once or for good; a copy is
 interrupted; a prompt that the model refuses; an interrupt before the n-th line of hf_paged's own code in one thread;
 weights that change during the n-th forward, and back during a later one. Each call's rows come again with what they
-got, as a chat does. Afterwards the pool must be whole and empty, and each call that met no fault must have the tokens
-of the reference.
+got, as a chat does. Some calls bring a criterion that counts its calls and ends all rows at once. Afterwards the pool
+must be whole and empty, and each call that met no fault must have the tokens of the reference.
 """
 
 import argparse
@@ -200,6 +200,18 @@ class Baton:
         self._condition.notify_all()
 
 
+class Counted:
+    """A criterion of no known kind: ends all rows at `last` tokens, and notes what it is asked about."""
+
+    def __init__(self, width: int, last: int):
+        self.widths: list[int] = []
+        self._end = width + last
+
+    def __call__(self, input_ids, scores, **kwargs) -> bool:
+        self.widths.append(input_ids.shape[1])
+        return input_ids.shape[1] >= self._end
+
+
 def simulated(baton: Baton):
     """Call state and engine whose every wait is the baton's."""
 
@@ -376,18 +388,25 @@ class Run:
 
     def _packed(self, planned: PlannedCall) -> list[list[int]]:
         """Two turns of a chat: the second prompt is what the first call returned."""
-        first = self._generate(planned.prompts, planned.new_tokens)
-        return self._generate(first, planned.new_tokens)
+        last = planned.salt % planned.new_tokens + 1 if planned.salt % 4 == 0 else None
+        first = self._generate(planned.prompts, planned.new_tokens, last)
+        return self._generate(first, planned.new_tokens, last)
 
-    def _generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]], new_tokens: int, last: int | None) -> list[list[int]]:
         width, before = max(map(len, prompts)), (self.model.weights, self.num_changes)
         ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
         valid = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in prompts])
         config = GenerationConfig(do_sample=False, max_length=width + new_tokens)
         config._pad_token_tensor = torch.tensor(0)
         criteria = StoppingCriteriaList([MaxLengthCriteria(config.max_length), EosTokenCriteria(END)])
+        if last is not None:
+            criteria.append(Counted(width, last))
         call = GenerateCall(ids, valid, [], criteria, config, None, self.engine.block_pools)
         output = self.engine.run(self.model, call).tolist()
+        if last is not None:
+            new_tokens = min(last, new_tokens)
+            if criteria[-1].widths != list(range(width + 1, len(output[0]) + 1)):
+                self.wrong.append(f"asked about {criteria[-1].widths} of {width} to {len(output[0])} tokens")
         rows = [row[width - len(prompt) :] for row, prompt in zip(output, prompts)]
         wanted = [reference(prompt, len(prompt) + new_tokens, before[0]) for prompt in prompts]
         rows = [row[: len(want)] for row, want in zip(rows, wanted)]  # Without what pads a row that has ended.

@@ -11,6 +11,7 @@ NAMES = (
     "short_prompt",
     "prefix",
     "threads",
+    "programs",
     "pipeline_speed",
     "async_latency",
     "scheduler_cost",

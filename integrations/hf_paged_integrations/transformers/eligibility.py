@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -29,8 +30,7 @@ from hf_paged.compat.transformers import (
     supports_logits_to_keep,
 )
 from hf_paged.reasons import Reason, Why
-from hf_paged.sampling.cancellation import Cancellation
-from hf_paged.sampling.processors import properties_of
+from hf_paged.sampling.processors import is_by_row
 from hf_paged.sampling.row_streamer import RowStreamer
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
@@ -45,6 +45,7 @@ _DERIVED_ARGUMENTS = {
     "output_attentions",
     "output_hidden_states",
 }
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Frequencies of these depend on the longest position of the whole forward, not on a row's own.
 _ROPE_OF_THE_FORWARD = {"dynamic", "longrope"}
 
@@ -105,7 +106,7 @@ def why_not_this_call(model: PreTrainedModel, arguments: LoopArguments) -> Why |
         or _why_not_these_inputs(ids, arguments.model_kwargs)
         or _why_not_these_options(arguments.generation_config, ids.device, arguments.synced_gpus, streamed_rows)
         or _why_not_this_return(arguments)
-        or _why_not_these_hooks(arguments.logits_processor, arguments.stopping_criteria)
+        or _why_not_these_processors(ids, arguments.logits_processor)
     )
 
 
@@ -115,8 +116,9 @@ def start_device(model: PreTrainedModel, inputs_device: torch.device) -> torch.d
 
 
 def _why_not_this_model(model: PreTrainedModel, device: torch.device) -> Why | None:
-    if model.training:
-        return Reason.TRAINING
+    modules = list(model.modules())
+    if (why := _why_not_in_training(modules)) is not None:
+        return why
     if torch.is_autocast_enabled(device.type):
         return Reason.AUTOCAST
     if model.config.is_encoder_decoder:
@@ -125,13 +127,23 @@ def _why_not_this_model(model: PreTrainedModel, device: torch.device) -> Why | N
         return Reason.OWN_METHOD.of(method)
     if not supports_logits_to_keep(model):
         return Reason.EVERY_LOGIT
-    if any(_is_of_peft(hook) for module in model.modules() for hook in forward_pre_hooks(module).values()):
+    if any(_is_of_peft(hook) for module in modules for hook in forward_pre_hooks(module).values()):
         return Reason.ROW_ADAPTERS
     text = model.config.get_text_config(decoder=True)
     ropes = [getattr(text, "rope_parameters", None) or {}]
     ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
     if any(rope.get("rope_type") in _ROPE_OF_THE_FORWARD for rope in ropes):
         return Reason.ROPE_OF_THE_FORWARD
+    return None
+
+
+def _why_not_in_training(modules: list[torch.nn.Module]) -> Why | None:
+    """What can be seen of modules in training mode. Functions that draw random numbers are found in a trial."""
+    for module in modules:
+        if module.training and isinstance(module, _DROPOUT) and module.p:
+            return Reason.TRAINING.of(repr(module))
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            return Reason.CHECKPOINTING
     return None
 
 
@@ -217,14 +229,9 @@ def _why_not_this_return(arguments: LoopArguments) -> Why | None:
     return None if is_full_row else Reason.RETURNED_ROWS
 
 
-def _why_not_these_hooks(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> Why | None:
-    mixing = [type(processor).__name__ for processor in processors if not properties_of(processor).row_wise]
-    if mixing:
-        return Reason.PROCESSOR.of(mixing[0])
-    mixing = sorted(type(criterion).__name__ for criterion in criteria if not properties_of(criterion).row_wise)
-    if mixing:
-        return Reason.CRITERION.of(mixing[0])
-    kinds = {type(criterion) for criterion in criteria}
-    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria) and len(kinds - {Cancellation}) > 1:
-        return Reason.ENDLESS_ROWS
-    return None
+def _why_not_these_processors(ids: torch.Tensor, processors: LogitsProcessorList) -> Why | None:
+    """Of one row processors of any kind are called as dense calls them."""
+    if len(ids) == 1:
+        return None
+    mixing = [type(processor).__name__ for processor in processors if not is_by_row(processor)]
+    return Reason.PROCESSOR.of(mixing[0]) if mixing else None

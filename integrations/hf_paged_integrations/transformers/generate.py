@@ -15,6 +15,7 @@ from hf_paged.generation.engine import Engine
 from hf_paged.generation.generate_call import GenerateCall
 from hf_paged.models import registry
 from hf_paged.models.refusal import Refusal
+from hf_paged.models.structure import training_state
 from hf_paged.reasons import Why, count_and_log
 from hf_paged_integrations.transformers import trial
 from hf_paged_integrations.transformers.eligibility import LoopArguments, start_device, why_not_this_call
@@ -65,14 +66,15 @@ def scheduled_sample(
 def engine_for(model: PreTrainedModel, device: torch.device) -> Engine | Refusal:
     """The engine of a model, or why it has none.
 
-    Where the model has no engine yet, or its refusal is in doubt, the model is tried: two forwards of a few tokens.
-    Other calls that begin meanwhile wait for the outcome.
+    Where the model has no engine yet, or its refusal is in doubt, the model is tried: two forwards of a few tokens. So
+    it is in each state that it has in training mode. Other calls that begin meanwhile wait for the outcome.
     """
+    training = training_state(model)
     with registry.trial_lock():
-        engine = registry.engine_of(model)
+        engine = registry.engine_of(model, training)
         if engine is None:
-            engine = trial.make_engine(model, device)
-            registry.keep_engine(model, engine)
+            made = trial.make_engine(model, device, may_draw=training is None)
+            engine = registry.keep_engine(model, made, training)
     assert isinstance(engine, Engine | Refusal), "the registry keeps what was given to it"
     return engine
 
@@ -95,7 +97,7 @@ def _run_on_engine(model: PreTrainedModel, arguments: LoopArguments, may_retry: 
     if cache is not None and (why := why_not_hand_over(cache, engine.pool)) is not None:
         return why
     call = GenerateCall(
-        arguments.input_ids.long(),  # As they are once dense has appended the first token.
+        arguments.input_ids,
         None if arguments.attention_mask is None else arguments.attention_mask.bool(),
         arguments.logits_processor,
         arguments.stopping_criteria,

@@ -1,5 +1,6 @@
 """The trial of a model: two tiny forwards that tell whether its rows can run packed, before an engine serves it."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_paged.atomic import Undo, atomically
 from hf_paged.cache.layers import PagedLayer
+from hf_paged.compat.torch import DispatchMode, draws_random_numbers
 from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.packed_cache import NotPackableError
@@ -23,6 +25,25 @@ from hf_paged.scheduling.scheduler import Chunk, Scheduler
 _TOLERANCE = 0.05
 
 
+class _NoRandomNumbers(DispatchMode):
+    """Lets no operator of this thread draw random numbers: the caller's are as they were.
+
+    In dense ``generate`` a model in training mode draws them for a rectangle of rows, in an order that packed steps do
+    not have.
+
+    Raises
+    ------
+    NotPackableError
+        At the first operator that would.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if draws_random_numbers(func, args, kwargs):
+            raise NotPackableError(Reason.TRAINING.of(str(func)))
+        return func(*args, **kwargs)
+
+
 class _ForwardError(Exception):
     """The model's forward has raised `error`."""
 
@@ -31,7 +52,7 @@ class _ForwardError(Exception):
         self.error = error
 
 
-def make_engine(model: PreTrainedModel, device: torch.device) -> Engine | Refusal:
+def make_engine(model: PreTrainedModel, device: torch.device, may_draw: bool = True) -> Engine | Refusal:
     """Make an engine for a model, or find out why it can have none.
 
     Runs two forwards of a few tokens: one through an ordinary cache, which sizes the model's pool, and one packed.
@@ -41,6 +62,8 @@ def make_engine(model: PreTrainedModel, device: torch.device) -> Engine | Refusa
     ----------
     device : torch.device
         Where a forward of the model begins.
+    may_draw : bool
+        Whether the model may draw random numbers.
 
     Raises
     ------
@@ -52,7 +75,7 @@ def make_engine(model: PreTrainedModel, device: torch.device) -> Engine | Refusa
     """
     registry.config_of(model)  # A wrong value of the environment is the user's, and no failure of the model.
     # The stance is the process's: callers hold `registry.trial_lock`.
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), contextlib.nullcontext() if may_draw else _NoRandomNumbers():
         try:
             return _try_model(model, device)
         except _ForwardError as failure:
