@@ -43,9 +43,12 @@ class PagedLayer(DynamicLayer):
         True once the layer is upstream's. Never False again, but after `reset`.
     epoch : int
         Selections of rows that this layer was told of.
+    dense_because : Reason or None
+        Why the layer became upstream's, if it did so by itself.
     """
 
     window: int | None = None
+    dense_because: Why | None = None
     is_dense = True  # While upstream's constructor runs.
     _dense: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     _is_detached = False  # Unpickled: without a `batch`.
@@ -132,6 +135,7 @@ class PagedLayer(DynamicLayer):
             )
             self.batch.drop_layer(self.index)
         self.is_dense, self._dense, self.is_initialized = True, (keys, values), keys is not None
+        self.dense_because = reason
 
     def take_edits(self) -> None:
         """Take over what a reader changed in the tensors handed out: the layer becomes dense with them."""

@@ -142,3 +142,9 @@ def test_mixed_precision(place, options):
     with autocast if place == "around generate" else contextlib.nullcontext():
         dense, paged = (model.generate(**arguments) for model in models)
     assert torch.equal(dense, paged)
+    if "num_beams" not in options:
+        said = {
+            "around generate": "autocast is on",
+            "inside forward": "keys and values differ in more than their head size",
+        }
+        assert hf_paged.stats(models[1]).fallbacks == {said[place]: 1}

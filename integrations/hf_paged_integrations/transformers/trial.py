@@ -139,11 +139,20 @@ def _run_alone(model: PreTrainedModel, token: int, device: torch.device) -> tupl
         pools = registry.pools_under(model)
         stored = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:
+            _raise_what_kept_out(cache)
             return output.logits[0, -1], None
         if pools[0].groups.keys() == stored[0].batch.groups.keys():
             break
         registry.renew_pools(model, even_good=True)
     return output.logits[0, -1], pools[0]
+
+
+def _raise_what_kept_out(cache: DynamicCache) -> None:
+    """Raise why the states of a forward did not go into pages, if a layer knows, such as autocast inside the forward."""
+    layers = (layer for layer in cache.layers if isinstance(layer, PagedLayer))
+    why = next((layer.dense_because for layer in layers if layer.dense_because is not None), None)
+    if why is not None:
+        raise NotPackableError(why)
 
 
 def _run_packed(model: PreTrainedModel, engine: Engine, token: int) -> torch.Tensor:
