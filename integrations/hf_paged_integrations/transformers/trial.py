@@ -148,7 +148,7 @@ def _run_alone(model: PreTrainedModel, token: int, device: torch.device) -> tupl
 
 
 def _raise_what_kept_out(cache: DynamicCache) -> None:
-    """Raise why the states of a forward did not go into pages, if a layer knows, such as autocast inside the forward."""
+    """Raise why a forward's states did not go into pages, if a layer knows, as with autocast inside the forward."""
     layers = (layer for layer in cache.layers if isinstance(layer, PagedLayer))
     why = next((layer.dense_because for layer in layers if layer.dense_because is not None), None)
     if why is not None:
