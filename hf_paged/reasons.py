@@ -92,6 +92,7 @@ class Reason(enum.Enum):
         "drop caches that are not needed, or raise memory_budget with hf_paged.configure",
     )
     FAILING_STEP = "a packed step fails in this model (...)", _DENSE, False
+    MODULE_STATE = "the model keeps what it computes in a module, not in the cache (...)", _OWN_LOOP
     MIXED_ROWS = "the model mixes the rows of a packed forward", _DENSE, False
     EARLY_COMPUTATION = "the model computes with its keys and values before it attends", _OWN_LOOP
     OTHER_PATTERN = "the attention pattern of a layer is not that of its cache", _OWN_LOOP

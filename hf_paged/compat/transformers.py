@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager, input_outputs
 from transformers.generation.continuous_batching import cache as continuous_batching_cache
-from transformers.integrations import eager_paged
+from transformers.integrations import eager_paged, sdpa_attention, sdpa_paged
 from transformers.utils import output_capturing
 
 # Functions that hf_paged wraps
@@ -166,6 +166,15 @@ def has_model_for(auto_class: Any, config: PreTrainedConfig) -> bool:
     Looks into the class's ``_model_mapping``: the public way is to try, which makes a model.
     """
     return type(config) in auto_class._model_mapping
+
+
+def hides_recurrent_layers(config: PreTrainedConfig) -> bool:
+    """Tell whether a (text) config has recurrent layers of which transformers' cache knows nothing.
+
+    RecurrentGemma's had no ``layer_types`` before its cache got layers of their kind: it has attention layers for all
+    of them, and the model takes its masks from one that is never filled.
+    """
+    return not hasattr(config, "layer_types") and "recurrent" in getattr(config, "layers_block_type", ())
 
 
 # Attention functions
@@ -339,6 +348,13 @@ def _unchanged(outputs: Any) -> Any:
 
 ContinuousBatchingCache = continuous_batching_cache.PagedAttentionCache
 """The cache of transformers' continuous batching. Its attention calls are known by nothing but the cache they carry."""
+
+attend_to_continuous_batch_with_sdpa = (
+    sdpa_attention.sdpa_attention_forward
+    if "cache" in inspect.signature(sdpa_attention.sdpa_attention_forward).parameters
+    else sdpa_paged.sdpa_attention_paged_forward
+)
+"""Attention by sdpa over a `ContinuousBatchingCache`: sdpa's own function, or one beside it in older versions."""
 
 attend_to_continuous_batch = eager_paged.eager_paged_attention_forward
 """Eager attention over a `ContinuousBatchingCache`: what transformers registers as "paged|eager"."""

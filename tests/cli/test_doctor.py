@@ -174,7 +174,7 @@ def read_in_turn(results, outputs_of):
 
 FAULTS = {
     "wrong attention": (ops, "write_and_attend", lambda query, *_: torch.zeros_like(query), "mixes the rows"),
-    "no call is seen": (forward_context, "track", lambda model: None, "no pool of its own"),
+    "no call is seen": (forward_context, "track", lambda model: None, "outside a paged model"),
     "no page is read": (self_check, "stats", no_page_read, "without reading any page"),
     "blocks are kept": (self_check, "stats", two_blocks_kept, "left 2 blocks"),
     "an exception": (ops, "write_and_attend", lambda *_: 1 / 0, "ZeroDivisionError"),

@@ -1,5 +1,7 @@
 """The packed loop: rows queue, are preempted and run with those of other calls, and their tokens do not tell."""
 
+import re
+
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -50,7 +52,14 @@ def test_processors_and_criteria_of_transformers(case, sample):
     if case == "returned" and not sample:
         pytest.raises(ValueError, zoo.pair("llama")[0].generate, **zoo.prompts([4]), **options)
         return
-    compare(pair(blocks=40), zoo.prompts([13, 4, 30, 9, 21, 1]), **options)
+    models, prompts = pair(blocks=40), zoo.prompts([13, 4, 30, 9, 21, 1])
+    try:
+        compare(models, prompts, **options)
+    except RuntimeError as error:  # Older versions compute infinite scores here, which nobody can sample from.
+        for model in models:
+            with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                model.generate(**prompts, **{**LENGTHS, **options})
+        assert sample and "probability tensor contains either" in str(error)
 
 
 def test_equal_prompts_are_prefilled_once(monkeypatch):

@@ -72,7 +72,8 @@ def test_an_interrupt_at_any_line_costs_its_own_call(mode):
         settled(paged)
         return tracer
 
-    num_lines, chance, fired = run(None).num_lines, random.Random(mode), 0
+    num_lines = min(run(None).num_lines for _ in range(3))  # On a busy machine some runs wait, line after line.
+    chance, fired = random.Random(mode), 0
     for _ in range(20):
         fired += run(chance.randint(1, num_lines)).fired is not None
     assert fired > 10

@@ -19,6 +19,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 import hf_paged
 from hf_paged import reasons
 from hf_paged.compat import transformers as upstream
+from hf_paged.compat.symbols import words_of
 from hf_paged_integrations.pipelines import text_generation
 from support import texts, zoo
 from support.pipes import LENGTHS, pipes
@@ -30,6 +31,8 @@ CHATS = [
 ]  # fmt: skip
 
 
+# Older pipelines take one stop sequence, and look for its tokens.
+TAKES_STOP_STRINGS = "stop_strings" in words_of(TextGenerationPipeline._sanitize_parameters.__code__)
 CALLS = {
     "defaults": {},
     "new_text": {"return_full_text": False},
@@ -39,7 +42,7 @@ CALLS = {
     # Rows that last: the items of a worker arrive one by one, more slowly the busier the machine is.
     "workers": {"num_workers": 1, "max_new_tokens": 48},
     "penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-    "stop_sequence": {"stop_sequence": ["e", "ab"]},
+    "stop_sequence": {"stop_sequence": ["e", "ab"] if TAKES_STOP_STRINGS else "e"},
     "config": {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=False)},
     "long_prompts": {
         "handle_long_generation": "hole",

@@ -128,3 +128,47 @@ def test_hooks_of_any_kind(kind):
     assert torch.equal(*(model.generate(**zoo.prompts([9, 4]), **LENGTHS) for model in models))
     stats = hf_paged.stats(models[1])
     assert stats.packed_calls == 1 and not stats.fallbacks
+
+
+class Recurrent(torch.nn.Module):
+    """Adds a little of what it saw last, which it keeps in an attribute, in a list, or in a buffer."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.where, self.attribute, self.several = where, torch.zeros(1), [torch.zeros(1)]
+        self.register_buffer("written", torch.zeros(1), persistent=False)
+
+    def forward(self, hidden_states):
+        mean = hidden_states.mean()
+        if self.where == "attribute":
+            before, self.attribute = self.attribute, mean
+        elif self.where == "list":
+            before, self.several = self.several[0], [mean]
+        else:
+            before = self.written.clone()
+            self.written.fill_(mean)
+        return hidden_states + 1e-4 * before
+
+
+@pytest.mark.parametrize("where, name", [("attribute", "attribute"), ("list", "several[0]"), ("buffer", "written")])
+def test_a_model_that_keeps_a_state_in_a_module_is_not_packed(where, name):
+    """However little it adds: rows would go on from each other's state."""
+    model = zoo.build("llama", "paged")
+    model.model.norm = torch.nn.Sequential(model.model.norm, Recurrent(where))
+    assert not packs(model)
+    (reason,) = hf_paged.stats(model).fallbacks
+    assert reason.endswith(f"in a module, not in the cache (model.norm.1.{name})")
+
+
+def test_what_a_module_computes_once_is_no_state():
+    class Lazy(torch.nn.Module):
+        table = None
+
+        def forward(self, hidden_states):
+            if self.table is None:
+                self.table = torch.ones(hidden_states.shape[-1])
+            return hidden_states * self.table
+
+    model = zoo.build("llama", "paged")
+    model.model.norm = torch.nn.Sequential(model.model.norm, Lazy())
+    assert packs(model)

@@ -4,12 +4,11 @@ It brings a cache and masks of its own, which transformers' sdpa and eager funct
 meanwhile: calls of `generate` in other threads go on, and there is nothing to put back.
 """
 
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
 from hf_paged.attention.paged_attention import paged_attention_forward
 from hf_paged.compat.transformers import (
     ContinuousBatchingCache,
     attend_to_continuous_batch,
+    attend_to_continuous_batch_with_sdpa,
     attention_implementation,
 )
 from hf_paged.errors import UnsupportedError
@@ -34,7 +33,7 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     forward = forward_context.current_forward()
     has_sinks = kwargs.get("s_aux") is not None or kwargs.get("sinks") is not None
     is_fused = not has_sinks and (forward is None or forward.supports_sdpa)
-    attend = sdpa_attention_forward if is_fused else attend_to_continuous_batch
+    attend = attend_to_continuous_batch_with_sdpa if is_fused else attend_to_continuous_batch
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -174,7 +174,8 @@ def _page_new_cache(
     """``DynamicCache.__init__``: the layers of a paged model's cache become paged."""
     if type(cache) is not DynamicCache or config is None or ddp_cache_data is not None or offloading:
         return
-    if upstream.attention_implementation(config.get_text_config(decoder=True)) == NAME:
+    text = config.get_text_config(decoder=True)
+    if upstream.attention_implementation(text) == NAME and not upstream.hides_recurrent_layers(text):
         page_layers(cache)
 
 

@@ -1,4 +1,4 @@
-"""The trial of a model: two tiny forwards that tell whether its rows can run packed, before an engine serves it."""
+"""The trial of a model: tiny forwards that tell whether its rows can run packed, before an engine serves it."""
 
 import contextlib
 import functools
@@ -16,10 +16,11 @@ from hf_paged.execution.packed_cache import NotPackableError
 from hf_paged.generation.engine import Engine
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.models import forward_context, registry
+from hf_paged.models.module_state import ModuleState
 from hf_paged.models.refusal import Refusal
 from hf_paged.reasons import Reason
 from hf_paged.scheduling.request import Request
-from hf_paged.scheduling.scheduler import Chunk, Scheduler
+from hf_paged.scheduling.scheduler import Scheduler, SchedulerOutput
 
 # Of the largest logit: what a row may change by when another is packed beside it.
 _TOLERANCE = 0.05
@@ -55,8 +56,9 @@ class _ForwardError(Exception):
 def make_engine(model: PreTrainedModel, device: torch.device, may_draw: bool = True) -> Engine | Refusal:
     """Make an engine for a model, or find out why it can have none.
 
-    Runs two forwards of a few tokens: one through an ordinary cache, which sizes the model's pool, and one packed.
-    They run uncompiled, whatever the user compiled: what they check is not checked again in compiled steps.
+    Runs a token, and one more after it, through an ordinary cache, which sizes the model's pool, and then packed. The
+    second of each shows what a model keeps elsewhere than in its cache, such as a recurrent state. The forwards run
+    uncompiled, whatever the user compiled: what they check is not checked again in compiled steps.
 
     Parameters
     ----------
@@ -116,35 +118,51 @@ def _try_model(model: PreTrainedModel, device: torch.device) -> Engine | Refusal
         return Refusal(error.why, is_lasting=error.why is not Reason.FULL_POOL)
     except OutOfBlocksError:
         return Refusal(Reason.FULL_POOL, is_lasting=False)
-    # A row that is packed beside another must not feel it.
+    # A row that is packed beside another must not feel it, and finds all that it has stored.
     if not torch.allclose(packed, alone, rtol=_TOLERANCE, atol=float(_TOLERANCE * alone.abs().max())):
         return Refusal(Reason.MIXED_ROWS)
     return engine
 
 
 def _run_alone(model: PreTrainedModel, token: int, device: torch.device) -> tuple[torch.Tensor, KVPool | None]:
-    """Run one token through an ordinary cache, as any forward does: this makes the model's pool and sizes its groups.
+    """Run a token, and the next, through an ordinary cache: this makes the model's pool and sizes its groups.
 
     Returns
     -------
     (logits, pool)
-        Logits ``[vocab]``; None for the pool if the model does not have just one. The pool knows the model's KV cache
-        groups then, and no others: what was stored under another dtype stays behind.
+        Logits ``[2, vocab]``, of either token; None for the pool if the model does not have just one. The pool knows
+        the model's KV cache groups then, and no others: what was stored under another dtype stays behind.
+
+    Raises
+    ------
+    NotPackableError
+        If the states of the model did not go into pages, or not all of them.
     """
-    ids = torch.tensor([[token]], device=device)
     for _ in range(2):
         cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            output = _call(functools.partial(model, input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache}))
+        logits = [_logits(model, token, cache, device)]
         pools = registry.pools_under(model)
         stored = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_paged]
         if len(pools) != 1 or not pools[0].groups or not stored:
             _raise_what_kept_out(cache)
-            return output.logits[0, -1], None
+            return logits[0][None], None
         if pools[0].groups.keys() == stored[0].batch.groups.keys():
             break
         registry.renew_pools(model, even_good=True)
-    return output.logits[0, -1], pools[0]
+    state, counted = ModuleState(model), (pools[0].page_reads, pools[0].gathers.copy())
+    logits.append(_logits(model, token, cache, device))
+    pools[0].page_reads, pools[0].gathers = counted  # Statistics are of the user's calls.
+    if (name := state.changed(model)) is not None:
+        raise NotPackableError(Reason.MODULE_STATE.of(name))
+    return torch.stack(logits), pools[0]
+
+
+def _logits(model: PreTrainedModel, token: int, cache: DynamicCache, device: torch.device) -> torch.Tensor:
+    """Append a token to a cache of one row: its logits ``[vocab]``."""
+    ids = torch.tensor([[token]], device=device)
+    with torch.no_grad():
+        forward = functools.partial(model, input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+        return _call(forward).logits[0, -1]
 
 
 def _raise_what_kept_out(cache: DynamicCache) -> None:
@@ -156,17 +174,22 @@ def _raise_what_kept_out(cache: DynamicCache) -> None:
 
 
 def _run_packed(model: PreTrainedModel, engine: Engine, token: int) -> torch.Tensor:
-    """Run a row of one token beside another row, in a packed step of the engine's runner: its logits ``[vocab]``."""
+    """Run a token, and the next, beside another row, in packed steps of the engine's runner: logits ``[2, vocab]``."""
     scheduler, runner = Scheduler(engine.scheduler.groups, token_budget=8), engine.runner
     away = -1 if token > 1 else 1  # The other row has other tokens: a mean over equal ones would show nothing.
     others = [token + away, token + 2 * away, token + away]
     requests = [Request(others, engine.block_pools), Request([token], engine.block_pools)]
     undo = Undo(functools.partial(_release, engine.pool, requests))
     try:
-        chunks = atomically(functools.partial(_plan, engine.pool, scheduler, requests))
-        for number in range(len(runner.groups)):
-            runner.make_ready(number, copies=[])
-        return _call(functools.partial(runner.try_out, model, chunks))[1]
+        atomically(functools.partial(_enter, engine.pool, scheduler, requests))
+        logits = []
+        for _ in range(2):
+            step = atomically(functools.partial(_plan, engine.pool, scheduler, requests))
+            for number in range(len(runner.groups)):
+                runner.make_ready(number, copies=[])
+            logits.append(_call(functools.partial(runner.try_out, model, step.chunks))[1])
+            atomically(functools.partial(_note, engine.pool, scheduler, step, token))
+        return torch.stack(logits)
     finally:
         undo.now()
 
@@ -181,15 +204,30 @@ def _call(forward: Callable):
         raise _ForwardError(error) from error
 
 
-def _plan(pool: KVPool, scheduler: Scheduler, requests: list[Request]) -> list[Chunk]:
-    """Plan one step of all tokens of the requests. In a section."""
+# In sections.
+
+
+def _enter(pool: KVPool, scheduler: Scheduler, requests: list[Request]) -> None:
     with pool.lock:
         for request in requests:
             scheduler.add(request)
-        chunks = scheduler.schedule().chunks
-    if len(chunks) < len(requests):
+
+
+def _plan(pool: KVPool, scheduler: Scheduler, requests: list[Request]) -> SchedulerOutput:
+    """Plan one step of all tokens of the requests."""
+    with pool.lock:
+        step = scheduler.schedule()
+    if len(step.chunks) < len(requests):
         raise NotPackableError(Reason.FULL_POOL)
-    return chunks
+    return step
+
+
+def _note(pool: KVPool, scheduler: Scheduler, step: SchedulerOutput, token: int) -> None:
+    """Note that a step has run, and that `token` is next in every row."""
+    with pool.lock:
+        scheduler.commit(step)
+        for chunk in step.chunks:
+            chunk.request.tokens.append(token)
 
 
 def _release(pool: KVPool, requests: list[Request]) -> None:
