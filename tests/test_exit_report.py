@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import hf_paged
 from hf_paged import exit_report
+from hf_paged.models import registry
 from hf_paged_integrations.transformers import self_check
 from support import zoo
 from support.installed import CHECKOUT
@@ -27,6 +28,9 @@ def run(program: str, **environment) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def installed(monkeypatch):
+    """The report is switched on, and knows no models but those that the test makes."""
+    others, models = weakref.WeakSet(registry.models()), registry.models
+    monkeypatch.setattr(registry, "models", lambda: [model for model in models() if model not in others])
     monkeypatch.setattr(exit_report, "_is_installed", True)
     monkeypatch.setattr(exit_report, "_records", [])
     monkeypatch.setattr(exit_report, "_record_of", weakref.WeakKeyDictionary())

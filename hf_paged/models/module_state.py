@@ -33,14 +33,15 @@ class ModuleState:
 
 
 def _held_tensors(model: torch.nn.Module) -> Iterator[tuple[str, tuple[torch.Tensor, int]]]:
-    """Each tensor by its name, with the number of writes to it."""
+    """Each tensor by its name, with the number of writes to it; not those that are offloaded, which come and go."""
     for path, module in model.named_modules():
         namespace = vars(module)
         _, buffers, *_ = module_parts(namespace)
         for name, value in (*buffers.items(), *namespace.items()):
             for part, tensor in _tensors_in(value):
-                version = 0 if tensor.is_inference() else version_of(tensor)  # Those of inference mode count none.
-                yield f"{path}.{name}{part}", (tensor, version)
+                if not tensor.is_meta:
+                    version = 0 if tensor.is_inference() else version_of(tensor)  # Those of inference mode count none.
+                    yield f"{path}.{name}{part}", (tensor, version)
 
 
 def _tensors_in(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
