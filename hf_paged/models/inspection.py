@@ -15,6 +15,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
+from hf_paged.compat.kernels import function_in_module
 from hf_paged.compat.torch import (
     compiler_backend,
     is_part_of_compiler,
@@ -26,7 +27,7 @@ from hf_paged.execution.prepacked_linear import PrepackedForward
 from hf_paged.models.snapshot import PACKAGES, Snapshot, is_known
 
 # Functions of these, and of Python's own library, run where models do; a patch comes from elsewhere.
-_LIBRARIES = PACKAGES | {"hf_paged_autoload", "huggingface_hub", "numpy", "safetensors", "typing_extensions"}
+_LIBRARIES = PACKAGES | {"hf_paged_autoload", "huggingface_hub", "kernels", "numpy", "safetensors", "typing_extensions"}
 # Their hooks leave what a module computes in evaluation alone: they capture outputs, or act in training only.
 _PASSIVE = {"hf_paged", "hf_paged_integrations", "transformers"}
 _CONSTANTS = {type(None), bool, int, float, complex, str, bytes, type(...), range, slice}
@@ -158,6 +159,8 @@ class Inspection:
         number = self._numbers[id(value)] = len(self._held)
         self._held.append(value)
         if isinstance(value, torch.nn.Module):
+            if (function := function_in_module(value)) is not None:
+                return self._describe_function_module(value, function)
             self.modules.append(value)
             return "module", number
         if isinstance(value, torch.Tensor):
@@ -167,6 +170,14 @@ class Inspection:
         if kind in _CONTAINERS:
             return kind.__name__, self._describe_container(value)
         return self._describe_object(value)
+
+    def _describe_function_module(self, module: torch.nn.Module, function: types.FunctionType):
+        """Describe a function that was made a module: `kernels` would put another forward into its namespace."""
+        own = vars(module)
+        copy = dict(own)
+        self.snapshot.add_container(own, copy)
+        attributes = [(name, self._describe(value)) for name, value in copy.items()]
+        return "function module", self._describe(function), attributes
 
     def _describe_container(self, value) -> list:
         copy = value
@@ -297,6 +308,7 @@ class Inspection:
         self.snapshot.add_functions(vars(module), functions)
         for name, value in functions.items():
             is_code = isinstance(value, (*_BUILTIN, *_WRAPPERS, types.FunctionType, types.MethodType))
+            is_code = is_code or function_in_module(value) is not None
             self.description.append(repr((name, self._describe(value if is_code else type(value)))))
 
 

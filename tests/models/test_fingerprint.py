@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.activations import ReLUSquaredActivation
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama import modeling_llama
 
 import hf_paged
+import kernels
 from hf_paged.models.fingerprint import fingerprint, identify
 from support import zoo
 from support.packing import LENGTHS
@@ -680,3 +682,19 @@ def test_a_call_beside_others_sees_an_edit_that_leaves_no_trace():
     assert not identity.is_found_again() and identify(model).digest != identity.digest
     model.model.layers[0].self_attn.scaling = 2.0
     assert not identity.holds() and not identity.is_found_again()
+
+
+def test_a_function_that_kernels_made_a_module_is_seen():
+    """As some versions of transformers have their rotations: another forward is put into it by ``kernelize``."""
+    model = zoo.build("llama", "paged")
+    module = kernels.use_kernel_forward_from_hub("Rotation")(modeling_llama.rotate_half)
+    vars(model.model.layers[0].self_attn)["rotation"] = module  # No submodule.
+    identity = identify(model)
+    assert identity is not None and identity.holds()
+    module.forward = modeling_llama.repeat_kv
+    assert not identity.holds() and identify(model).digest != identity.digest
+    del module.forward
+    vars(model.model.layers[0].self_attn)["rotation"] = kernels.use_kernel_forward_from_hub("Other")(
+        modeling_llama.repeat_kv
+    )
+    assert identify(model).digest != identity.digest
