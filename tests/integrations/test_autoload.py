@@ -85,14 +85,36 @@ def test_a_package_that_cannot_be_imported(installed, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_untested_transformers(installed, folder, tmp_path):
-    other = tmp_path / "transformers-6.0.0.dist-info"
+def test_a_transformers_that_is_too_old(installed, folder, tmp_path):
+    other = tmp_path / "transformers-4.57.0.dist-info"
     other.mkdir()
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 6.0.0\n")
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
     done = run(ASK.format(folder=str(folder)), tmp_path, installed)
     assert done.stdout.startswith('ImportError attn_implementation="paged" is that of hf_paged, which cannot be'), done
-    assert "PagedError: hf_paged hooks into private parts of transformers" in done.stdout
-    assert "transformers 6.0.0 is installed: install a tested one" in done.stdout
+    assert "PagedError: hf_paged needs transformers>=5.17, and 4.57.0 is installed: pip install" in done.stdout
+
+
+NEWER = """
+import sys, torch
+from transformers import LlamaForCausalLM
+with torch.inference_mode():
+    model = LlamaForCausalLM.from_pretrained({folder!r}, attn_implementation="paged")
+    for _ in range(2):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+stats = sys.modules["hf_paged"].stats(model)
+print(stats.packed_calls, stats.fallbacks)
+"""
+
+
+@pytest.mark.slow
+def test_a_transformers_that_is_newer_than_those_tested(installed, folder, tmp_path):
+    """It is met while a model is built, and checked before the first call."""
+    other = tmp_path / "transformers-9.0.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 9.0.0\n")
+    done = run(NEWER.format(folder=str(folder)), tmp_path, installed)
+    assert done.stdout == "2 {}\n", done.stderr
+    assert done.stderr.count("transformers 9.0.0 is newer than those that hf_paged was tested with") == 1
 
 
 def test_no_transformers(installed, tmp_path):
