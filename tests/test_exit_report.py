@@ -37,7 +37,7 @@ def installed(monkeypatch):
 
 
 def reported(capsys) -> list[dict[str, str]]:
-    """What a report at this moment says of each model: its title, and a text by field."""
+    """The report at this moment, by model: its title, and a text by field."""
     exit_report._report()
     blocks = re.split(r"^hf_paged: statistics of ", capsys.readouterr().err, flags=re.MULTILINE)[1:]
     return [
@@ -94,7 +94,7 @@ def test_nothing_is_noted_unless_it_is_switched_on(monkeypatch):
     zoo.build("llama", "paged").generate(**zoo.prompts([9, 4]), **LENGTHS)
 
 
-# As a program that nobody edits: only its attention implementation says "paged".
+# As a program that cannot be edited: only its attention implementation says "paged".
 ZERO_CODE = """
 import os, sys, torch, hf_paged_autoload
 hf_paged_autoload.install()

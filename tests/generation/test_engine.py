@@ -55,7 +55,7 @@ def test_processors_and_criteria_of_transformers(case, sample):
     models, prompts = pair(blocks=40), zoo.prompts([13, 4, 30, 9, 21, 1])
     try:
         compare(models, prompts, **options)
-    except RuntimeError as error:  # Older versions compute infinite scores here, which nobody can sample from.
+    except RuntimeError as error:  # Older versions compute infinite scores here, from which no token can be sampled.
         for model in models:
             with pytest.raises(RuntimeError, match=re.escape(str(error))):
                 model.generate(**prompts, **{**LENGTHS, **options})

@@ -15,12 +15,13 @@ from support import zoo
 
 @pytest.fixture
 def newer(monkeypatch):
-    """The installed transformers takes itself for one that nobody has tested. Returns the warnings."""
+    """The installed transformers takes itself for an untested one. Returns the warnings."""
     said = []
     hf_paged.disable()
     monkeypatch.setattr(requirements, "version", lambda name: "9.0.0")
     monkeypatch.setattr(version_gate.logger, "warning_once", said.append)
     monkeypatch.setattr(version_gate, "_is_open", True)
+    monkeypatch.setattr(version_gate, "_has_passed", False)
     monkeypatch.setattr(version_gate, "_refusal", None)
     hf_paged.enable()
     return said
@@ -69,6 +70,8 @@ def test_a_newer_one_is_checked_once_before_the_first_call(newer, checks):
     assert len(newer) == 1 and "9.0.0 is newer than those" in newer[0] and not checks
     for _ in range(2):
         assert torch.equal(generate(model), generate(dense))
+        hf_paged.disable()
+        hf_paged.enable()
     assert checks == ["hf_paged-check"] and hf_paged.stats(model).packed_calls == 2
 
 

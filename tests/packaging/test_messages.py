@@ -1,4 +1,4 @@
-"""What an installed hf_paged says and advises needs no checkout."""
+"""No message of an installed hf_paged needs a checkout."""
 
 import ast
 import re

@@ -46,7 +46,7 @@ def as_arguments(inputs):
 
 
 def dense_may_record_forwards_in_a_row() -> bool:
-    """Whether transformers' own window layer shows as much as it announces, if nothing is cropped between forwards."""
+    """Tell if transformers' own window layer shows as much as it announces, without a crop between forwards."""
     layer, states = DynamicSlidingWindowLayer(sliding_window=2), torch.zeros(1, 1, 3, 2)
     layer.activate_past_recording()
     layer.update(states, states)

@@ -138,7 +138,7 @@ def _why_not_this_model(model: PreTrainedModel, device: torch.device) -> Why | N
 
 
 def _why_not_in_training(modules: list[torch.nn.Module]) -> Why | None:
-    """What can be seen of modules in training mode. Functions that draw random numbers are found in a trial."""
+    """Why modules in training mode cannot run packed, as far as their kinds tell; a trial finds the rest."""
     for module in modules:
         if module.training and isinstance(module, _DROPOUT) and module.p:
             return Reason.TRAINING.of(repr(module))

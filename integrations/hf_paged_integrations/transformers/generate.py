@@ -66,7 +66,7 @@ def scheduled_sample(
 def engine_for(model: PreTrainedModel, device: torch.device) -> Engine | Refusal:
     """The engine of a model, or why it has none.
 
-    Where the model has no engine yet, or its refusal is in doubt, the model is tried: two forwards of a few tokens. So
+    Where the model has no engine yet, or its refusal is in doubt, the model is tried, with a few tiny forwards. So
     it is in each state that it has in training mode. Other calls that begin meanwhile wait for the outcome.
     """
     training = training_state(model)

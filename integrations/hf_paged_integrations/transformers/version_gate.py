@@ -20,13 +20,14 @@ logger = logging.get_logger(__name__)
 _is_checking: contextvars.ContextVar[bool] = contextvars.ContextVar("hf_paged_is_checking", default=False)
 _lock = threading.Lock()
 _is_open = True
+_has_passed = False  # A check that has passed is not run again, however often the hooks are put in.
 _refusal: str | None = None  # Why the check failed. It is not tried again.
 
 
 def arm() -> None:
     """Close the gate if this transformers is an untested one, and say so, once. Idempotent."""
     global _is_open
-    if is_tested() or not _is_open:
+    if is_tested() or _has_passed or not _is_open:
         return
     _is_open = False
     logger.warning_once(
@@ -44,13 +45,13 @@ def enter() -> None:
     PagedError
         If the self-check fails, or has failed before.
     """
-    global _is_open, _refusal
+    global _is_open, _has_passed, _refusal
     if _is_open or _is_checking.get():
         return
     with _lock:
         if not _is_open and _refusal is None:
             _refusal = _why_it_fails()
-            _is_open = _refusal is None
+            _is_open = _has_passed = _refusal is None
     if _refusal is not None:
         raise PagedError(_refusal)
 
