@@ -7,6 +7,7 @@ import torch
 
 from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.execution.packed_cache import PACKED_FORWARD, NotPackableError, PackedCache, PackedForward
+from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.execution.prepacked_linear import PrepackedLinears
 from hf_paged.execution.step_buffers import StepBuffers
 from hf_paged.execution.step_inputs import StepInputs, prepare_inputs
@@ -19,7 +20,7 @@ class ModelRunner:
     """Runs the steps of one engine, each with a forward of the model: the eager runner, and the base of all others.
 
     The engine hands a step over in two calls: `make_ready` for each KV cache group, then `run`, which is `prepare`
-    and `execute`. Both come from the thread of the call that drives the engine, and steps never overlap. A subclass
+    and `execute`. Both come from the thread of the call that drives the engine, one step after another. A subclass
     that captures steps (CUDA graphs, ``torch.compile``) overrides `execute`, and `prepare` if it pads steps to the
     sizes that it has captured; `register_runner` gives it to the engines that it serves.
 
@@ -30,6 +31,11 @@ class ModelRunner:
         room than any before; then it moves for good, to a buffer of the next power of two. Shapes are the step's own.
         The tensors of a `KVStorage` never move on the CPU. On other devices `make_ready` replaces them when the pool
         grows, and nothing else does. The user may replace or move the model's weights between any two steps.
+    Order
+        Where `is_asynchronous`, `run` may return before the device has run the step, and the next step is prepared
+        meanwhile. `buffers` hold one step at a time, as the device writes to them in the order of its stream; host
+        memory that an upload reads stays as it is until that upload is done. Between `prepare` and `execute` tokens
+        that only the device knows are written into `StepInputs.input_ids`, on the device (`PendingTokens`).
     Counts
         `PackedForward` checks that each layer attends once, and counts in Python. Code that is replayed counts
         nothing: check a step when it is captured. For each step that `run` returns from, the engine counts one read
@@ -65,6 +71,12 @@ class ModelRunner:
         self.groups = list(pool.groups.values())
         self.buffers = StepBuffers(self.groups[0].spec.device)
         self.linears = PrepackedLinears() if pool.config.prepack_weights else None
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Tell whether the device works on a step while the host prepares the next: an accelerator, as torch says."""
+        accelerator = torch.accelerator.current_accelerator()
+        return accelerator is not None and accelerator.type == self.buffers.device.type
 
     @classmethod
     def serves(cls, pool: KVPool) -> bool:
@@ -104,8 +116,15 @@ class ModelRunner:
         if self.linears is not None:
             self.linears.forget_changed()
 
-    def run(self, model: torch.nn.Module, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def run(
+        self, model: torch.nn.Module, chunks: Sequence[Chunk], pending: PendingTokens | None = None
+    ) -> torch.Tensor:
         """Run the chunks of a step in one forward: their states are stored in the pages of their rows.
+
+        Parameters
+        ----------
+        pending : PendingTokens or None
+            Has the tokens with which chunks run ahead; None: no chunk does.
 
         Returns
         -------
@@ -121,7 +140,10 @@ class ModelRunner:
         """
         # Tensors made under one caller's inference_mode could not be changed by another's processors.
         with torch.inference_mode(False), torch.no_grad():
-            return self.execute(model, self.prepare(chunks))
+            inputs = self.prepare(chunks)
+            if pending is not None:
+                pending.put_into(inputs.input_ids, chunks)
+            return self.execute(model, inputs)
 
     def try_out(self, model: torch.nn.Module, chunks: Sequence[Chunk]) -> torch.Tensor:
         """As `run`, with all checks and none of the means that make later steps fast."""
@@ -129,7 +151,7 @@ class ModelRunner:
             return self.forward(model, self.prepare(chunks))
 
     def prepare(self, chunks: Sequence[Chunk]) -> StepInputs:
-        """Fill `buffers` with a step. The step before is over: its inputs are overwritten."""
+        """Fill `buffers` with a step. The inputs of the step before are overwritten, in the order of the stream."""
         return prepare_inputs(chunks, self.groups, self.buffers)
 
     def execute(self, model: torch.nn.Module, inputs: StepInputs) -> torch.Tensor:

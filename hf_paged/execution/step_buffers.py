@@ -7,7 +7,8 @@ import torch
 class StepBuffers:
     """One int64 tensor per name, written in place: every step of an engine has its inputs at the same addresses.
 
-    A step's tensors are good until the next step is prepared. Steps of one engine never overlap.
+    A step's tensors are good until the next step is prepared. That may be while an asynchronous device still runs this
+    step: then it is written to in the order of the stream, and each upload here waits for its end.
 
     Parameters
     ----------

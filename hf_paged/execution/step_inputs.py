@@ -48,7 +48,7 @@ def prepare_inputs(chunks: Sequence[Chunk], groups: Sequence[KVCacheGroup], buff
     buffers : StepBuffers
         Filled: the step that was prepared in them before is over.
     """
-    tokens = [token for chunk in chunks for token in chunk.request.tokens[chunk.start : chunk.end]]
+    tokens = [token for chunk in chunks for token in chunk.tokens]
     starts = np.array([chunk.start for chunk in chunks])
     lengths = np.array([chunk.end for chunk in chunks]) - starts
     ends = np.cumsum(lengths)
