@@ -23,13 +23,12 @@ class PendingTokens:
 
     def __init__(self, tokens: torch.Tensor, requests: Sequence[Request]):
         self._tokens, self._index_of = tokens, {request: index for index, request in enumerate(requests)}
-        self._event: torch.Event | None = None
-        self._on_host = tokens
+        self._on_host, self._event = tokens, None
         if tokens.device.type != "cpu":
             self._on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._on_host.copy_(tokens, non_blocking=True)
-            self._event = torch.Event(device=tokens.device)
-            self._event.record(torch.accelerator.current_stream(tokens.device))
+            self._stream = torch.accelerator.current_stream(tokens.device)
+            self._event = self._stream.record_event()
 
     @property
     def device(self) -> torch.device:
@@ -45,11 +44,13 @@ class PendingTokens:
     def precede(self) -> None:
         """Let all that this thread launches from now on run after the step that chose the tokens.
 
-        Another thread may have launched that step, with another current stream.
+        Another thread may have launched that step, and have another current stream.
         """
-        if self._event is not None:
-            stream = torch.accelerator.current_stream(self._tokens.device)
-            self._event.wait(stream)
+        if self._event is None:
+            return
+        stream = torch.accelerator.current_stream(self._tokens.device)
+        if stream != self._stream:
+            stream.wait_event(self._event)
             self._tokens.record_stream(stream)
 
     def put_into(self, input_ids: torch.Tensor, chunks: Sequence[Chunk]) -> None:

@@ -156,6 +156,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             length = len(self.tokens[chunk.request]) + chunk.request.runs_ahead
             assert chunk.request.num_stored == chunk.start < chunk.end <= length
             assert chunk.samples == (chunk.end == length) and len(chunk.tokens) == chunk.end - chunk.start
+            assert not chunk.is_ahead or chunk.tokens == [0]
         for number, group in enumerate(self.groups):
             slots = [s for chunk in step.chunks for s in chunk.request.tables[number].slots(chunk.start, chunk.end)]
             assert len(set(slots)) == len(slots), "two tokens go to one slot"
@@ -177,7 +178,8 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         computed = set()
         for chunk in self.step.chunks:
             if self.born[chunk.request] == self.weights:
-                computed.update(self.known.keys(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end))
+                tokens = self.tokens[chunk.request]
+                computed.update(self.known.keys(chunk.request, tokens, chunk.start, min(chunk.end, len(tokens))))
         tokens = self.tokens[request]
         return not computed.isdisjoint(self.known.keys(request, tokens, 0, len(tokens) - 1))
 

@@ -103,6 +103,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override { ++counts.waits; }
   void synchronizeDevice(c10::DeviceIndex) const override { ++counts.waits; }
+  // What comes before an event is over when it is recorded: an event is nothing but its waits.
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override { ++counts.waits; }
+  void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
 };
 
 struct Hooks final : at::PrivateUse1HooksInterface {
