@@ -166,10 +166,8 @@ class Unread:
 
     def choices(self, tokens: list[int]) -> list[tuple[CallState, list[Request], Choice]]:
         """Part the tokens that were read among the calls."""
-        left = iter(tokens)
-        return [
-            (state, requests, Choice(torch.tensor([next(left) for _ in requests]))) for state, requests in self.rows
-        ]
+        parts = torch.tensor(tokens).split([len(requests) for _, requests in self.rows])
+        return [(state, requests, Choice(part)) for (state, requests), part in zip(self.rows, parts)]
 
 
 @dataclass
