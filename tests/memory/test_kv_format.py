@@ -262,6 +262,23 @@ def test_what_is_written_is_gathered_and_copied(format_class):
         assert torch.equal(pages.gather(is_key, blocks), wanted[blocks])
 
 
+@pytest.mark.parametrize("format_class", [NativeFormat, *FORMATS.values()])
+def test_padding_is_not_stored(format_class):
+    """Steps of one shape are padded with tokens of slot -1, some or all of them."""
+    torch.manual_seed(0)
+    padded, plain = storage(format_class), storage(format_class)
+    states = torch.randn(3, 2, 8), torch.randn(3, 2, 6)
+    for pages in (padded, plain):
+        for page in pages.pages:
+            page.zero_()
+        pages.write(*states, torch.tensor([7, 4, 18]))
+    new = torch.randn(3, 2, 8), torch.randn(3, 2, 6)
+    padded.write(*new, torch.tensor([-1, 5, -1]))
+    plain.write(*(state[1:2] for state in new), torch.tensor([5]))
+    padded.write(*new, torch.tensor([-1, -1, -1]))
+    assert all(torch.equal(a, b) for a, b in zip(padded.pages, plain.pages, strict=True))
+
+
 @pytest.mark.parametrize("format_class, num_bytes", [(NativeFormat, 4), (HalfPages, 2)])
 def test_bytes_of_a_block_are_those_of_its_pages(format_class, num_bytes):
     assert storage(format_class).block_bytes == 2 * 4 * (8 + 6) * num_bytes
