@@ -26,10 +26,15 @@ class ModelRunner:
     What a subclass can rely on, and what it must keep to:
 
     Addresses
-        The tensors of `StepInputs` lie in `buffers`. A tensor has the same address in every step until one needs more
-        room than any before; then it moves for good, to a buffer of the next power of two. Shapes are the step's own.
+        The tensors of `StepInputs` lie in `buffers`, in one arena. A tensor has the same address in every step until a
+        step needs more room than any before, for tokens, rows or blocks of a row; then all move for good, and
+        `buffers.room` differs. Shapes are the step's own. A subclass that captures steps makes buffers of its own, as
+        small as its largest step, and pads steps to a `StepSize`: see `prepare_inputs`.
         The tensors of a `KVStorage` never move on the CPU. On other devices `make_ready` replaces them when the pool
         grows, and nothing else does. The user may replace or move the model's weights between any two steps.
+    Order
+        A step is brought to the device by one copy in the current stream, behind the step before: `prepare` may be
+        called while that one still runs there. The host waits for the copy before the last one, and for nothing else.
     Counts
         `PackedForward` checks that each layer attends once, and counts in Python. Code that is replayed counts
         nothing: check a step when it is captured. For each step that `run` returns from, the engine counts one read
@@ -129,7 +134,7 @@ class ModelRunner:
             return self.forward(model, self.prepare(chunks))
 
     def prepare(self, chunks: Sequence[Chunk]) -> StepInputs:
-        """Fill `buffers` with a step. The step before is over: its inputs are overwritten."""
+        """Fill `buffers` with a step. The step before was launched: its inputs are overwritten behind it."""
         return prepare_inputs(chunks, self.groups, self.buffers)
 
     def execute(self, model: torch.nn.Module, inputs: StepInputs) -> torch.Tensor:
