@@ -30,8 +30,9 @@ class ModelRunner:
         step needs more room than any before, for tokens, rows or blocks of a row; then all move for good, and
         `buffers.room` differs. Shapes are the step's own. A subclass that captures steps makes buffers of its own, as
         small as its largest step, and pads steps to a `StepSize`: see `prepare_inputs`.
-        The tensors of a `KVStorage` never move on the CPU. On other devices `make_ready` replaces them when the pool
-        grows, and nothing else does. The user may replace or move the model's weights between any two steps.
+        The tensors of a `KVStorage` never move, on no device: they are allocated once, at the budget, before a runner
+        is made. A pool that is released or made anew has another engine, and so another runner. The user may replace
+        or move the model's weights between any two steps.
     Order
         A step is brought to the device by one copy in the current stream, behind the step before: `prepare` may be
         called while that one still runs there. The host waits for the copy before the last one, and for nothing else.
@@ -77,7 +78,7 @@ class ModelRunner:
         return True
 
     def make_ready(self, number: int, copies: list[tuple[int, int]]) -> None:
-        """Make every block of a KV cache group addressable, and copy the blocks that rows will share no longer.
+        """Copy the blocks of a KV cache group that rows will share no longer.
 
         Takes the pool's lock. May be called again after an error.
 
@@ -91,18 +92,10 @@ class ModelRunner:
         Raises
         ------
         torch.OutOfMemoryError
-            If the device has no memory for them. Blocks up to `num_ready` are addressable.
+            If the device has no memory for what a copy needs besides. Any of the copies may be missing.
         """
-        group = self.groups[number]
         with self.pool.lock:
-            if copies:
-                group.copy_blocks(copies)
-            else:
-                group.ensure()
-
-    def num_ready(self, number: int) -> int:
-        """Blocks of a KV cache group that are addressable in all its layers: those with smaller ids."""
-        return min(storage.num_blocks for storage in self.groups[number].layers.values())
+            self.groups[number].copy_blocks(copies)
 
     def begin(self) -> None:
         """Learn that steps are to come after a pause, in which the model may have been trained."""

@@ -262,10 +262,9 @@ class Engine:
         for number, copies in enumerate(order.planned.copies):
             _, error = _attempt(functools.partial(self.runner.make_ready, number, copies))
             if error is not None:
-                ready, destinations = self.runner.num_ready(number), {destination for _, destination in copies}
+                destinations = {destination for _, destination in copies}
                 for chunk in order.planned.chunks:
-                    blocks = chunk.request.tables[number].blocks
-                    if not destinations.isdisjoint(blocks) or max(blocks, default=0) >= ready:
+                    if not destinations.isdisjoint(chunk.request.tables[number].blocks):
                         lost[chunk] = error
         report.errors += [(order.states[chunk.request], error) for chunk, error in lost.items()]
         failed = {state for state, _ in report.errors}
