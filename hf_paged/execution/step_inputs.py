@@ -76,9 +76,7 @@ def prepare_inputs(
     samples = [end - 1 for chunk, end in zip(chunks, row_ends.tolist()) if chunk.samples]
 
     host = buffers.begin(size)
-    host["input_ids"][: own.num_tokens] = [
-        token for chunk in chunks for token in chunk.request.tokens[chunk.start : chunk.end]
-    ]
+    host["input_ids"][: own.num_tokens] = [token for chunk in chunks for token in chunk.tokens]
     host["position_ids"][: own.num_tokens] = positions
     host["sample_index"][: len(samples)] = samples
     host["cu_seqlens_q"][0] = 0
