@@ -1,4 +1,4 @@
-"""Sizing: the bytes that a pool may take on a device, and the blocks that a row takes in it."""
+"""Sizing: the bytes that a pool may take on a device, the blocks of a row in it, and the tokens of a step on it."""
 
 import torch
 from transformers.utils import logging
@@ -9,6 +9,10 @@ from hf_paged.memory.limits import memory_limits
 logger = logging.get_logger(__name__)
 
 DEFAULT_SHARE = 0.25  # Of the memory that is available when a pool is made without a memory_budget.
+# Tokens of a step without a token_budget. A GPU must compute for longer than Python takes to launch the step, about
+# 10 ms: a model of a billion parameters would be as long over 2,000 tokens, at the rates that are reported for an H100.
+# Twice that would hold rows that decode up for about 0.1 s in a model of 8 billion. No GPU has measured it.
+DEFAULT_TOKENS_CPU, DEFAULT_TOKENS_GPU = 512, 4096
 
 
 def budget_bytes(config: PagedConfig, device: torch.device) -> int:
@@ -47,6 +51,13 @@ def physical_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return min(limit.left // 2 if limit.counts_addresses else limit.total for limit in memory_limits())
+
+
+def step_tokens(config: PagedConfig, device: torch.device) -> int:
+    """The tokens that one packed step may run on `device`."""
+    if config.token_budget is not None:
+        return config.token_budget
+    return DEFAULT_TOKENS_CPU if device.type == "cpu" else DEFAULT_TOKENS_GPU
 
 
 def row_blocks(tokens: int, block_size: int, window: int | None, chunk: int = 1) -> int:

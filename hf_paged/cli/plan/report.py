@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from hf_paged.cli.plan.footprint import Footprint, footprint, read_config
 from hf_paged.cli.plan.plan import BLOCK_SIZES, Memory, Plan, remedies
 from hf_paged.config import PagedConfig, parse_bytes
-from hf_paged.memory.sizing import DEFAULT_SHARE, allowed_budget, available_memory, physical_memory
+from hf_paged.memory.sizing import DEFAULT_SHARE, allowed_budget, available_memory, physical_memory, step_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +47,7 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
     _print_groups(plan)
     _print_sizes(plan)
     _print_memory(plan, memory, device)
+    _print_steps(config, device)
     _print_assumptions(plan)
     if getattr(model_config, "quantization_config", None):
         print("The weights are counted without their quantisation; with it they leave more for the KV.")
@@ -143,6 +144,11 @@ def _print_memory(plan: Plan, memory: Memory, device: torch.device) -> None:
     for remedy in remedies(plan, memory):
         verdict = "fits" if remedy.fits else "not enough"
         print(f"    {remedy.change:<32} {size(remedy.plan.kv_bytes):>10}  {verdict}")
+
+
+def _print_steps(config: PagedConfig, device: torch.device) -> None:
+    how = f"the default for {device.type}" if config.token_budget is None else "as asked for"
+    print(f"\nToken budget: a packed step runs {step_tokens(config, device):,} tokens at most ({how}).")
 
 
 def _print_assumptions(plan: Plan) -> None:
