@@ -61,6 +61,7 @@ from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.memory.reservation import entered, is_inside
+from hf_paged.memory.sizing import step_tokens
 from hf_paged.memory.stall_detector import StallDetector
 from hf_paged.models.fingerprint import Identity, identify
 from hf_paged.sampling.sampler import sample_together
@@ -123,7 +124,8 @@ class Engine:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.specs = list(pool.groups)
-        self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget, pool.prefix_counts)
+        tokens = step_tokens(pool.config, self.specs[0].device)
+        self.scheduler = Scheduler(list(pool.groups.values()), tokens, pool.prefix_counts)
         self.runner = make_runner(pool)
         self._stall_detector = StallDetector(pool)
         self._identity: Identity | None = None  # Of the model that the prefix cache serves, while rows run.
