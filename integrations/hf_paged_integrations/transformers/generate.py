@@ -19,13 +19,14 @@ from hf_paged.models.structure import training_state
 from hf_paged.reasons import Why, count_and_log
 from hf_paged_integrations.transformers import trial
 from hf_paged_integrations.transformers.eligibility import LoopArguments, start_device, why_not_this_call
-from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
+from hf_paged_integrations.transformers.upstream_loop import at_home, run_upstream_loop
 from hf_paged_kernels.faults import is_device_fault
 
 # What ``GenerationMixin._sample`` returns: the tokens, or them and more.
 Output = torch.Tensor | GenerateDecoderOnlyOutput
 
 
+@at_home
 def scheduled_sample(
     original: Callable[..., Output],
     model: PreTrainedModel,

@@ -1,0 +1,18 @@
+"""Where a model runs: the devices of its layers."""
+
+import torch
+
+
+def devices_of(model: torch.nn.Module, inputs: torch.device) -> tuple[torch.device, ...]:
+    """The devices on which a forward of the model queues work, that of its inputs first.
+
+    Parameters
+    ----------
+    inputs : torch.device
+        Of what the model is given.
+    """
+    devices = {inputs: None, getattr(model, "device", inputs): None}
+    if getattr(model, "hf_device_map", None):  # accelerate has placed it, perhaps on several.
+        devices |= dict.fromkeys(parameter.device for parameter in model.parameters())
+    # Between forwards, offloaded weights are on "meta".
+    return tuple(device for device in devices if device.type != "meta")
