@@ -9,7 +9,7 @@ from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.execution.packed_cache import PACKED_FORWARD, NotPackableError, PackedCache, PackedForward
 from hf_paged.execution.prepacked_linear import PrepackedLinears
 from hf_paged.execution.step_buffers import StepBuffers
-from hf_paged.execution.step_inputs import StepInputs, prepare_inputs
+from hf_paged.execution.step_inputs import StepInputs, on_devices_of_layers, prepare_inputs
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.reasons import Reason
 from hf_paged.scheduling.scheduler import Chunk
@@ -28,6 +28,7 @@ class ModelRunner:
     Addresses
         The tensors of `StepInputs` lie in `buffers`. A tensor has the same address in every step until one needs more
         room than any before; then it moves for good, to a buffer of the next power of two. Shapes are the step's own.
+        Of a model on several devices this holds for those on the first: a runner that captures does not serve it.
         The tensors of a `KVStorage` never move, on no device: they are allocated once, at the budget, before a runner
         is made. A pool that is released or made anew has another engine, and so another runner. The user may replace
         or move the model's weights between any two steps.
@@ -56,7 +57,10 @@ class ModelRunner:
     ----------
     groups : list of KVCacheGroup
         In the order of the requests' tables.
+    is_on_several_devices : bool
+        Whether layers lie on several devices, one after the other. What they read a step by is copied to each then.
     buffers : StepBuffers
+        On the device of the first layer.
     linears : PrepackedLinears or None
         The copies of the model's weights that steps multiply with, if the pool's config wants them.
     """
@@ -64,6 +68,7 @@ class ModelRunner:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.groups = list(pool.groups.values())
+        self.is_on_several_devices = len({group.spec.device for group in self.groups}) > 1
         self.buffers = StepBuffers(self.groups[0].spec.device)
         self.linears = PrepackedLinears() if pool.config.prepack_weights else None
 
@@ -123,7 +128,8 @@ class ModelRunner:
 
     def prepare(self, chunks: Sequence[Chunk]) -> StepInputs:
         """Fill `buffers` with a step. The step before is over: its inputs are overwritten."""
-        return prepare_inputs(chunks, self.groups, self.buffers)
+        inputs = prepare_inputs(chunks, self.groups, self.buffers)
+        return on_devices_of_layers(inputs, chunks) if self.is_on_several_devices else inputs
 
     def execute(self, model: torch.nn.Module, inputs: StepInputs) -> torch.Tensor:
         """Compute the logits of a prepared step, ``[num_samples, vocab]``. Here: with one eager forward."""
@@ -143,7 +149,7 @@ class ModelRunner:
         )
         if not forward.has_attended:
             raise NotPackableError(Reason.OWN_ATTENTION)
-        return output.logits[0]
+        return output.logits[0].to(self.buffers.device)  # Hooks of accelerate have brought them there before.
 
 
 _kinds: list[type[ModelRunner]] = [ModelRunner]

@@ -16,3 +16,14 @@ def devices_of(model: torch.nn.Module, inputs: torch.device) -> tuple[torch.devi
         devices |= dict.fromkeys(parameter.device for parameter in model.parameters())
     # Between forwards, offloaded weights are on "meta".
     return tuple(device for device in devices if device.type != "meta")
+
+
+def share_of_layers(model: torch.nn.Module, device: torch.device) -> float:
+    """The share of a model's attention layers that are on a device, more than 0. Those whose place is unknown count."""
+    places: dict[int, torch.device] = {}
+    for module in model.modules():
+        index, parameter = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(index, int) and parameter is not None:
+            places.setdefault(index, parameter.device)
+    here = sum(place.type == "meta" or place == device for place in places.values())
+    return here / len(places) if here else 1.0

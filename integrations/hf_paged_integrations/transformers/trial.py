@@ -111,10 +111,6 @@ def _try_model(model: PreTrainedModel, device: torch.device) -> Engine | Refusal
         if pool is None:
             # In a call from inside a forward, nothing is stored yet.
             return Refusal(Reason.NO_POOL, is_lasting=forward_context.current_forward() is None)
-        # Hooks of accelerate move what an offloaded model is given to where its layers run: to one device, if to any.
-        begins = device if model.device.type != "meta" else next(iter(pool.groups)).device
-        if any(spec.device != begins for spec in pool.groups):
-            return Refusal(Reason.SEVERAL_DEVICES)
         engine = Engine(pool)
         packed = _run_packed(model, engine, token)
     except NotPackableError as error:
