@@ -25,7 +25,7 @@ outlives its call, but for the one that runs sections.
 
 An error belongs to the call whose work raises it, in whichever thread. To tell it from what a signal handler raises
 in the driver's thread, the work is done once more: an error that does not come again is no call's, and reaches the
-caller whose thread it is.
+caller whose thread it is. A fault of the device is everybody's whose rows are in the step, and nothing is done again.
 """
 
 import functools
@@ -68,6 +68,7 @@ from hf_paged.sampling.sampler import sample_together
 from hf_paged.scheduling.cache_salt import current_salt
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, Scheduler, SchedulerOutput
+from hf_paged_kernels.faults import is_device_fault, is_out_of_memory
 
 Result = TypeVar("Result")
 _IDLE_SECONDS = 0.005  # Until a driver without work looks for some again.
@@ -75,7 +76,7 @@ _SAMPLING_GRACE = 0.25  # Share of a step's time that the next step waits for ca
 
 
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """Call a function, and once more if it raises: its result, or its error.
+    """Call a function, and once more if it raises anything but a fault of the device: its result, or its error.
 
     Raises
     ------
@@ -86,10 +87,12 @@ def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception |
     try:
         return function(), None
     except Exception as error:
+        if is_device_fault(error):
+            return None, error
         first = error
     try:
         result = function()
-        if not _is_of_memory(first):
+        if not is_out_of_memory(first):
             raise first
     except Exception as error:
         if error is first:
@@ -98,11 +101,6 @@ def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception |
     finally:
         del first  # Its traceback holds this frame: no cycle.
     return result, None
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Tell whether an error may go away by itself: there was no memory, and now there is."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 class Engine:
@@ -304,6 +302,9 @@ class Engine:
                 parts.setdefault(order.states[chunk.request], []).append(chunk)
             if list(parts) == [driver] and not _is_ahead(chunks):
                 raise first
+            if is_device_fault(first):
+                report.errors += [(state, first) for state in parts]
+                return []
             done = []
             for state, part in parts.items():
                 try:
@@ -311,7 +312,7 @@ class Engine:
                 except Exception as error:
                     if not _is_ahead(part):
                         report.errors.append((state, error))
-            if len(done) == len(parts) and not _is_of_memory(first):
+            if len(done) == len(parts) and not is_out_of_memory(first):
                 raise first  # It is no call's: a signal handler raised it, in this thread.
             return done
         finally:
@@ -353,8 +354,11 @@ class Engine:
             else:
                 delivery.choice = Choice(tokens)
         for error, failed in failed_together.values():
+            if is_device_fault(error):
+                report.errors += [(delivery.state, error) for delivery in failed]
+                continue
             are_right = [_choose_alone(delivery, report) for delivery in failed]
-            if all(are_right) and not _is_of_memory(error):
+            if all(are_right) and not is_out_of_memory(error):
                 raise error  # It is no call's: a signal handler raised it, in this thread.
         for delivery in alone:
             _choose_alone(delivery, report)

@@ -31,12 +31,18 @@ def default_share(device: torch.device) -> float:
     return HOST_SHARE if own_memory(device) is None else DEVICE_SHARE
 
 
-def budget_bytes(config: PagedConfig, device: torch.device) -> int:
-    """The budget of a pool that is made now on `device`, in bytes."""
+def budget_bytes(config: PagedConfig, device: torch.device, share: float = 1.0) -> int:
+    """The budget of a pool that is made now on `device`, in bytes.
+
+    Parameters
+    ----------
+    share : float
+        Of the model's layers, those on that device. They have as much of a memory_budget.
+    """
     stated = parse_bytes(config.memory_budget)
     if stated is None:
         return int(available_memory(device) * default_share(device))
-    return allowed_budget(stated, device)
+    return allowed_budget(int(stated * share), device)
 
 
 def allowed_budget(stated: int, device: torch.device) -> int:

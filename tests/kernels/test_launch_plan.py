@@ -102,6 +102,22 @@ def test_without_a_gpu_there_is_one_warning_and_torch(fresh):
     assert dispatch.load() is None and not dispatch.state().available and dispatch.state().reason
 
 
+def test_a_driver_that_has_failed_is_not_left_to_torch(fresh, monkeypatch, recwarn):
+    """It is torch's driver as well. Next time it is asked again."""
+
+    def fails():
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    active = SimpleNamespace(get_current_target=fails)
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=active))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            dispatch.find("copy_blocks", tuple(caches()))
+    assert not recwarn.list
+    state = dispatch.state()
+    assert not state.available and "the device or its driver has failed: Triton Error" in state.reason
+
+
 @pytest.mark.parametrize("word", ["0", "false", "Off"])
 def test_they_can_be_turned_off(word, fresh, monkeypatch, recwarn):
     monkeypatch.setenv("HF_PAGED_TRITON", word)
