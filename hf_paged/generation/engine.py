@@ -47,7 +47,7 @@ from hf_paged.generation.call_state import (
     Sleep,
     StepReport,
 )
-from hf_paged.generation.generate_call import Choice, GenerateCall
+from hf_paged.generation.generate_call import Choice, GenerateCall, read_choices
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
@@ -323,7 +323,7 @@ class Engine:
 
     @staticmethod
     def _choose_for(deliveries: list[Delivery], report: StepReport) -> None:
-        """Choose tokens for quick calls, those that choose alike together."""
+        """Choose tokens for quick calls, those that choose alike together, and read those of all of them at once."""
         samplers = [delivery.state.call.sampler for delivery in deliveries]
         chosen = sample_together(samplers, [delivery.logits for delivery in deliveries])
         alone: list[Delivery] = []
@@ -341,6 +341,7 @@ class Engine:
                 raise error  # It is no call's: a signal handler raised it, in this thread.
         for delivery in alone:
             _choose_alone(delivery, report)
+        _read_choices([delivery for delivery in deliveries if delivery.choice is not None], report)
 
     # What happens in sections, under the pool's lock.
 
@@ -547,3 +548,13 @@ def _choose_alone(delivery: Delivery, report: StepReport) -> bool:
     if error is not None:
         report.errors.append((delivery.state, error))
     return error is None
+
+
+def _read_choices(deliveries: list[Delivery], report: StepReport) -> None:
+    """Bring the chosen tokens to the host. The error of a call that has none to sample is noted."""
+    choices = [delivery.choice for delivery in deliveries if delivery.choice is not None]
+    for delivery, found in zip(deliveries, read_choices(choices)):
+        if isinstance(found, RuntimeError):
+            report.errors.append((delivery.state, found))
+        else:
+            delivery.choice = found

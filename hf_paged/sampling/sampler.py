@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_paged.sampling import categorical
+from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.sampling.processors import Processor, apply_token_free
 from hf_paged.sampling.top_k import TopKSplit, keep_top_k, split_at_top_k
 
@@ -31,7 +32,7 @@ class Sampler:
     device : torch.device
         Where the tokens are wanted.
     top_k : TopKSplit or None
-        The processors of a sampler that samples, split at top-k where that is possible.
+        The processors of a sampler that samples on the CPU, split at top-k where that is possible.
     """
 
     key: Hashable
@@ -50,42 +51,36 @@ class Sampler:
         settings = [vars(processor) for processor in processors]
         if not all(isinstance(value, _COMPARABLE) for some in settings for value in some.values()):
             return None
+        # On other devices than the CPU the check for ties would wait for the device.
+        top_k = split_at_top_k(processors) if do_sample and device.type == "cpu" else None
         key = tuple((type(one), tuple(sorted(some.items()))) for one, some in zip(processors, settings))
-        return cls(key, processors, do_sample, device, split_at_top_k(processors) if do_sample else None)
+        return cls(key, processors, do_sample, device, top_k)
 
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+    def choose(self, logits: torch.Tensor) -> NextTokens:
         """Choose the next token of each row.
 
         Parameters
         ----------
         logits : torch.Tensor
             ``[rows, vocab]``, not changed.
-
-        Returns
-        -------
-        torch.Tensor
-            ``[rows]`` int64
-
-        Raises
-        ------
-        RuntimeError
-            If the scores of a row are no distribution to sample from.
         """
         logits = logits.to(self.device)
         if not self.processors and not self.do_sample:
             # Dense looks at float32, in which two numbers of float64 may be one.
-            return categorical.argmax(logits.float() if logits.dtype == torch.float64 else logits)
+            return NextTokens(categorical.argmax(logits.float() if logits.dtype == torch.float64 else logits))
         if self.top_k is not None and (kept := keep_top_k(self.top_k, logits)) is not None:
             tokens, scores = kept
-            place = categorical.sample(apply_token_free(self.top_k.after, scores).softmax(dim=-1))  # [rows]
-            return tokens.gather(1, place[:, None]).squeeze(1)
+            place = categorical.sample(apply_token_free(self.top_k.after, scores).softmax(dim=-1))
+            return NextTokens(tokens.gather(1, place.ids[:, None]).squeeze(1), place.is_valid)
         scores = apply_token_free(self.processors, logits.to(torch.float32, copy=True))
-        return categorical.sample(scores.softmax(dim=-1)) if self.do_sample else categorical.argmax(scores)
+        if self.do_sample:
+            return categorical.sample(scores.softmax(dim=-1))
+        return NextTokens(categorical.argmax(scores))
 
 
 def sample_together(
     samplers: Sequence[Sampler | None], logits: Sequence[torch.Tensor]
-) -> list[torch.Tensor | Exception | None]:
+) -> list[NextTokens | Exception | None]:
     """Choose next tokens for the rows of several calls, those of equal samplers in one go.
 
     Parameters
@@ -97,15 +92,15 @@ def sample_together(
 
     Returns
     -------
-    list of torch.Tensor, Exception or None
-        ``[rows]`` int64 for each call. An error that was raised while it chose together with others: it is the error
-        of one of them, or of none. None for a call without a sampler.
+    list of NextTokens, Exception or None
+        For each call. An error that was raised while it chose together with others: it is the error of one of them,
+        or of none. None for a call without a sampler.
     """
     alike: dict[Sampler, list[int]] = {}
     for number, sampler in enumerate(samplers):
         if sampler is not None:
             alike.setdefault(sampler, []).append(number)
-    chosen: list[torch.Tensor | Exception | None] = [None] * len(samplers)
+    chosen: list[NextTokens | Exception | None] = [None] * len(samplers)
     for sampler, numbers in alike.items():
         parts = [logits[number] for number in numbers]
         try:
