@@ -325,7 +325,8 @@ class Engine:
     def _choose_for(deliveries: list[Delivery], report: StepReport) -> None:
         """Choose tokens for quick calls, those that choose alike together, and read those of all of them at once."""
         samplers = [delivery.state.call.sampler for delivery in deliveries]
-        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries])
+        noises = [functools.partial(delivery.state.call.noise, delivery.requests) for delivery in deliveries]
+        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries], noises)
         alone: list[Delivery] = []
         failed_together: dict[int, tuple[Exception, list[Delivery]]] = {}  # By the error's identity.
         for delivery, tokens in zip(deliveries, chosen):

@@ -167,9 +167,9 @@ class GenerateCall:
     def _make_sampler(self) -> Sampler | None:
         """How the driver may choose tokens for this call, together with others; None if only it itself can."""
         is_plain = self._of_processors.token_free and self.logits is None and self.scores is None
-        if not (self.is_quick and is_plain) or self._is_replaying:
+        if not (self.is_quick and is_plain):
             return None
-        return Sampler.of(self._processors, self._do_sample, self.input_ids.device)
+        return Sampler.of(self._processors, self._do_sample, self.input_ids.device, self._is_replaying)
 
     def _join_duplicates(self, duplicate_of: list[int] | None) -> list[Request]:
         """Note rows as duplicates of the first row with the same prompt. Returns these first rows."""
@@ -328,22 +328,22 @@ class GenerateCall:
         self._tokens.ids[:, columns] = ids
         return result
 
-    def _by_count(self, rows: list[int]) -> dict[int, list[int]]:
-        """Indices into `rows`, by the number of tokens that the rows have generated."""
-        indices: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            indices.setdefault(self._counts[row], []).append(index)
-        return indices
-
-    def _for_each_count(self, rows: list[int], compute: Callable[[int, list[int]], torch.Tensor]) -> torch.Tensor:
-        """Compute a value of each row, ``[len(rows), ...]``, those of rows that have generated as much at once.
+    def _for_each(self, counts: list[int], compute: Callable[[int, list[int]], torch.Tensor]) -> torch.Tensor:
+        """Compute a value of each of some rows, those that have generated as many tokens at once.
 
         Parameters
         ----------
+        counts : list of int
+            Tokens that each row has generated.
         compute : callable
-            Of a number of tokens, and of the places in `rows` of those that have so many: ``[len(places), ...]``.
+            Of a number of tokens, and of the places in `counts` of the rows with so many: ``[len(places), ...]``.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[len(counts), ...]``
         """
-        groups = self._by_count(rows)
+        groups = _places_of(counts)
         parts = [compute(count, groups[count]) for count in sorted(groups)]
         if len(parts) == 1:
             return parts[0]
@@ -368,7 +368,7 @@ class GenerateCall:
             some = [rows[place] for place in places]
             return self._processors_of(some)(self._tokens.of_rows(some, count), self._picker.take(logits, places))
 
-        return self._for_each_count(rows, process)
+        return self._for_each([self._counts[row] for row in rows], process)
 
     def _processors_of(self, rows: list[int]):
         """The processors as they treat a few rows: one of them holds a number for each row of the batch."""
@@ -392,15 +392,33 @@ class GenerateCall:
         probabilities = scores.softmax(dim=-1)
         if not self._is_replaying:
             return categorical.sample(probabilities)
-        return categorical.sample_with(probabilities, self._noise(rows, probabilities))
+        return categorical.sample_with(probabilities, self.noise([self.requests[row] for row in rows], probabilities))
 
-    def _noise(self, rows: list[int], probabilities: torch.Tensor) -> torch.Tensor:
-        """The noise that dense would draw for the next token of some rows, ``[rows, vocab]``."""
+    def noise(self, requests: list[Request], probabilities: torch.Tensor) -> torch.Tensor:
+        """Draw the noise that dense would draw for the next token of some rows.
+
+        Parameters
+        ----------
+        requests : list of Request
+            In the order of the batch.
+        probabilities : torch.Tensor
+            ``[len(requests), vocab]``, not looked at.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[len(requests), vocab]``, of the same dtype and device.
+        """
+        self._has_chosen = True
         if self._replayed_noise is None:
             batch, vocab = len(self.input_ids), probabilities.shape[1]
             self._replayed_noise = ReplayedNoise(batch, vocab, probabilities.dtype, probabilities.device)
         noise = self._replayed_noise
-        return self._for_each_count(rows, lambda count, places: noise.rows(count, [rows[place] for place in places]))
+
+        def draw(count: int, places: list[int]) -> torch.Tensor:
+            return noise.rows(count, [self._row_of[requests[place]] for place in places])
+
+        return self._for_each([request.num_tokens - request.num_prompt_tokens for request in requests], draw)
 
     def _finished(self, rows: list[int], tokens: list[int]) -> list[bool]:
         if self._stopping_rules is not None:
@@ -414,7 +432,7 @@ class GenerateCall:
     def _judged(self, rows: list[int]) -> list[bool]:
         """Which rows end, as the criteria say of rows with as many tokens each."""
         finished = [False] * len(rows)
-        for count, indices in self._by_count(rows).items():
+        for count, indices in _places_of([self._counts[row] for row in rows]).items():
             chosen = [rows[index] for index in indices]
             over = self._criteria(self._tokens.of_rows(chosen, count), self.scores)
             for index, is_over in zip(indices, over.tolist()):
@@ -441,3 +459,11 @@ class GenerateCall:
             error.sequences = sequences
             raise error
         return sequences
+
+
+def _places_of(counts: Sequence[int]) -> dict[int, list[int]]:
+    """Return the places of each number."""
+    places: dict[int, list[int]] = {}
+    for place, count in enumerate(counts):
+        places.setdefault(count, []).append(place)
+    return places

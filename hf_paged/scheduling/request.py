@@ -31,6 +31,7 @@ class Request:
     ----------
     tokens : list of int
         Prompt and sampled tokens.
+    num_prompt_tokens : int
     num_stored : int
         Tokens at the front whose keys and values lie in blocks.
     num_sampled : int
@@ -55,6 +56,7 @@ class Request:
         "block_hashes",
         "duplicates",
         "num_preemptions",
+        "num_prompt_tokens",
         "num_sampled",
         "num_stored",
         "order",
@@ -66,6 +68,7 @@ class Request:
 
     def __init__(self, tokens: list[int], pools: list[BlockPool]):
         self.tokens = tokens
+        self.num_prompt_tokens = len(tokens)
         self.num_stored = self.num_sampled = 0
         self.state = RequestState.NEW
         self.tables = [BlockTable(pool) for pool in pools]
@@ -74,6 +77,11 @@ class Request:
         self.block_hashes: list[bytes] = []
         self.order = -1
         self.num_preemptions = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the row has."""
+        return len(self.tokens)
 
     @property
     def num_pending(self) -> int:

@@ -18,6 +18,10 @@ def sampler(temperature=0.7, top_k=5, do_sample=False):
     return Sampler.of([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)], do_sample, CPU)
 
 
+def no_noise(probabilities):
+    raise AssertionError("the sampler draws numbers of its own")
+
+
 def test_samplers_are_equal_if_they_choose_alike():
     assert sampler() == sampler() and hash(sampler()) == hash(sampler())
     others = [sampler(temperature=0.8), sampler(top_k=6), sampler(do_sample=True), Sampler.of([], False, CPU)]
@@ -30,14 +34,13 @@ def test_calls_choose_together_what_they_would_choose_alone():
     logits = [torch.randn(rows, 50) for rows in (1, 3, 2, 1, 1)]
     before = [part.clone() for part in logits]
     first, second = sampler(), Sampler.of([], False, CPU)
-    chosen = sample_together([first, second, sampler(), None, second], logits)
+    chosen = sample_together([first, second, sampler(), None, second], logits, [no_noise] * 5)
     assert chosen[3] is None
     for tokens, part in zip(chosen[:3] + chosen[4:], logits[:3] + logits[4:]):
         assert torch.equal(tokens.ids, part.argmax(-1)) and tokens.is_valid is None
     assert all(map(torch.equal, logits, before))
-    assert read(sample_together([first, second], logits[:2])) == [part.argmax(-1).tolist() for part in logits[:2]], (
-        "alone"
-    )
+    alone = read(sample_together([first, second], logits[:2], [no_noise] * 2))
+    assert alone == [part.argmax(-1).tolist() for part in logits[:2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -51,7 +54,7 @@ def test_sampled_tokens_follow_the_scores():
     torch.manual_seed(0)
     logits = torch.randn(1, 20)
     parts = [logits.expand(3000, -1), logits.expand(1000, -1)]
-    chosen = sample_together([sampler(do_sample=True), sampler(do_sample=True)], parts)
+    chosen = sample_together([sampler(do_sample=True), sampler(do_sample=True)], parts, [no_noise] * 2)
     tokens = torch.cat([part.ids for part in chosen])
     scores = TopKLogitsWarper(5)(None, logits / 0.7).softmax(-1)[0]
     torch.testing.assert_close(tokens.bincount(minlength=20) / 4000, scores, atol=0.03, rtol=0)
@@ -60,7 +63,7 @@ def test_sampled_tokens_follow_the_scores():
 def test_a_row_without_a_distribution_is_an_error_of_its_call_alone():
     good, bad = torch.full((2, 20), float("-inf")), torch.full((2, 20), float("nan"))
     good[:, 7], bad[0] = 0.0, 0.0
-    first, second, third = read(sample_together([sampler(do_sample=True)] * 3, [good, bad, good]))
+    first, second, third = read(sample_together([sampler(do_sample=True)] * 3, [good, bad, good], [no_noise] * 3))
     assert first == third == [7, 7]
     assert isinstance(second, RuntimeError) and "probability tensor" in str(second)
 
@@ -71,7 +74,7 @@ def test_an_error_that_is_raised_is_told_to_all_that_chose_together():
             raise ValueError("no scores")
 
     failing = [Sampler.of([Failing()], False, CPU)] * 2
-    first, second, third = sample_together([*failing, sampler()], [torch.randn(1, 20)] * 3)
+    first, second, third = sample_together([*failing, sampler()], [torch.randn(1, 20)] * 3, [no_noise] * 3)
     assert isinstance(first, ValueError) and first is second, "each tries again by itself"
     assert len(third.ids) == 1
 
@@ -87,10 +90,26 @@ def test_tokens_are_read_in_one_copy_for_each_device(monkeypatch):
     assert read([]) == []
 
 
+def test_calls_that_choose_together_keep_their_own_noise():
+    torch.manual_seed(0)
+    processors = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(5)]
+    replaying = Sampler.of(processors, True, CPU, replays=True)
+    assert replaying not in (sampler(do_sample=True), sampler())
+    logits = [torch.randn(rows, 50) for rows in (1, 3, 2)]
+    noise = [torch.empty_like(part).exponential_(1) for part in logits]
+    shares = [TopKLogitsWarper(5)(None, part / 0.7).softmax(-1) for part in logits]
+    asked = []
+    draws = [lambda part, own=own: asked.append(part.shape) or own for own in noise]
+    chosen = sample_together([replaying] * 3, logits, draws)
+    for tokens, part, own in zip(chosen, shares, noise):
+        assert torch.equal(tokens.ids, (part / own).argmax(-1))
+    assert asked == [part.shape for part in logits]
+
+
 def test_greedy_calls_of_several_threads_choose_together(monkeypatch):
     dense, paged = pair()
     rows, choose = [], Sampler.choose
-    monkeypatch.setattr(Sampler, "choose", lambda self, logits: rows.append(len(logits)) or choose(self, logits))
+    monkeypatch.setattr(Sampler, "choose", lambda self, logits, noise: rows.append(len(logits)) or choose(self, logits))
     inputs = [zoo.prompts([length]) for length in (9, 14, 5, 11)]
     options = {**LENGTHS, "max_new_tokens": 60, "eos_token_id": None}  # Long enough to meet.
     got = in_threads(*(lambda one=one: paged.generate(**one, **options) for one in inputs))
