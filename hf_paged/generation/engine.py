@@ -342,7 +342,7 @@ class Engine:
                 raise error  # It is no call's: a signal handler raised it, in this thread.
         for delivery in alone:
             _choose_alone(delivery, report)
-        _read_choices([delivery for delivery in deliveries if delivery.choice is not None], report)
+        _read_choices(deliveries)
 
     # What happens in sections, under the pool's lock.
 
@@ -551,11 +551,9 @@ def _choose_alone(delivery: Delivery, report: StepReport) -> bool:
     return error is None
 
 
-def _read_choices(deliveries: list[Delivery], report: StepReport) -> None:
-    """Bring the chosen tokens to the host. The error of a call that has none to sample is noted."""
-    choices = [delivery.choice for delivery in deliveries if delivery.choice is not None]
-    for delivery, found in zip(deliveries, read_choices(choices)):
-        if isinstance(found, RuntimeError):
-            report.errors.append((delivery.state, found))
-        else:
-            delivery.choice = found
+def _read_choices(deliveries: list[Delivery]) -> None:
+    """Bring the chosen tokens of all calls to the host at once."""
+    chosen = [delivery for delivery in deliveries if delivery.choice is not None]
+    choices = [delivery.choice for delivery in chosen if delivery.choice is not None]
+    for delivery, choice in zip(chosen, read_choices(choices)):
+        delivery.choice = choice

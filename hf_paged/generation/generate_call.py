@@ -15,7 +15,7 @@ from hf_paged.memory.block_pool import BlockPool
 from hf_paged.sampling import categorical
 from hf_paged.sampling.cancellation import Cancellation
 from hf_paged.sampling.lockstep import Lockstep
-from hf_paged.sampling.next_tokens import NextTokens, read
+from hf_paged.sampling.next_tokens import NextTokens, check, read
 from hf_paged.sampling.processors import apply_token_free, processor_of_row, shared_properties
 from hf_paged.sampling.rng_replay import Draws, ReplayedNoise, draws_of, is_replaying
 from hf_paged.sampling.row_picker import RowPicker
@@ -33,7 +33,7 @@ class Choice:
     ----------
     tokens : NextTokens
     numbers : list of int or None
-        The tokens on the host; None: they were not read yet.
+        The tokens on the host, as `next_tokens.read` returns them; None: they were not read yet.
     scores, logits : torch.Tensor or None
         ``[rows, vocab]``; None where the call has no use for them.
     """
@@ -52,24 +52,14 @@ class Choice:
             If the scores of a row were no distribution to sample from.
         """
         (numbers,) = read([self.tokens]) if self.numbers is None else (self.numbers,)
-        if isinstance(numbers, RuntimeError):
-            raise numbers
+        check(numbers)
         return numbers
 
 
-def read_choices(choices: Sequence[Choice]) -> list[Choice | RuntimeError]:
-    """Bring the tokens of choices to the host, those of all calls at once.
-
-    Returns
-    -------
-    list of (Choice or RuntimeError)
-        Each choice with its numbers, or the error of a call that has a row without a distribution to sample from.
-    """
+def read_choices(choices: Sequence[Choice]) -> list[Choice]:
+    """Return choices with their numbers: those of all calls are brought to the host at once."""
     found = read([choice.tokens for choice in choices])
-    return [
-        numbers if isinstance(numbers, RuntimeError) else replace(choice, numbers=numbers)
-        for choice, numbers in zip(choices, found)
-    ]
+    return [replace(choice, numbers=numbers) for choice, numbers in zip(choices, found)]
 
 
 class GenerateCall:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-Read = list[int] | RuntimeError
+NO_TOKEN = -1  # In place of the token of a row whose scores were no distribution to sample from.
 
 
 @dataclass(frozen=True)
@@ -30,35 +30,40 @@ class NextTokens:
             return [NextTokens(part) for part in parts]
         return [NextTokens(part, is_valid) for part, is_valid in zip(parts, self.is_valid.split(sizes))]
 
+    def marked(self) -> torch.Tensor:
+        """Return the tokens ``[rows]``, `NO_TOKEN` where a row had no distribution: both are one copy."""
+        return self.ids if self.is_valid is None else torch.where(self.is_valid, self.ids, NO_TOKEN)
 
-def read(several: Sequence[NextTokens]) -> list[Read]:
+
+def read(several: Sequence[NextTokens]) -> list[list[int]]:
     """Bring the tokens of several calls to the host, in one copy for each device. It waits for the devices.
 
     Returns
     -------
-    list of (list of int or RuntimeError)
-        The tokens of each call, or the error of a call that has a row without a distribution.
+    list of list of int
+        The tokens of each call, `NO_TOKEN` for a row without a distribution.
     """
-    found: list[Read] = [[]] * len(several)
+    found: list[list[int]] = [[]] * len(several)
     places: dict[torch.device, list[int]] = {}
     for place, one in enumerate(several):
         places.setdefault(one.ids.device, []).append(place)
     for some in places.values():
-        marked = [_marked(several[place]) for place in some]
+        marked = [several[place].marked() for place in some]
         numbers = (torch.cat(marked) if len(marked) > 1 else marked[0]).tolist()
         end = 0
         for place, part in zip(some, marked):
             begin, end = end, end + len(part)
-            found[place] = _checked(numbers[begin:end])
+            found[place] = numbers[begin:end]
     return found
 
 
-def _marked(tokens: NextTokens) -> torch.Tensor:
-    """Tokens ``[rows]``, -1 where the scores were no distribution: a number and its check are one copy."""
-    return tokens.ids if tokens.is_valid is None else torch.where(tokens.is_valid, tokens.ids, -1)
+def check(numbers: Sequence[int]) -> None:
+    """Raise dense's error if some row had no distribution to sample from.
 
-
-def _checked(numbers: list[int]) -> Read:
-    if -1 not in numbers:
-        return numbers
-    return RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")  # Dense says it so.
+    Raises
+    ------
+    RuntimeError
+        If a `NO_TOKEN` is among the tokens.
+    """
+    if NO_TOKEN in numbers:
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
