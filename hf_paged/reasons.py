@@ -72,7 +72,10 @@ class Reason(enum.Enum):
     )
     OTHER_FORWARD = "synced_gpus or a compile_config is set, or the model is an assistant", _OWN_LOOP
     STREAMED_ROWS = "one streamer takes several rows", "use hf_paged.BatchTextIteratorStreamer"
-    DEVICE_NOISE = "rows are sampled on a device whose random numbers are not drawn row by row", "use do_sample=False"
+    DEVICE_NOISE = (
+        "torch was seeded, and the random numbers of the device cannot be drawn again",
+        "do not seed torch, or use do_sample=False",
+    )
     RETURNED_ROWS = (
         "the cache or the scores of several or padded rows are returned",
         "call generate once per row, or leave return_dict_in_generate and the cache out",

@@ -56,7 +56,7 @@ from hf_paged.generation.call_state import (
     StepReport,
     Unread,
 )
-from hf_paged.generation.generate_call import Choice, GenerateCall
+from hf_paged.generation.generate_call import Choice, GenerateCall, read_choices
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
@@ -64,6 +64,7 @@ from hf_paged.memory.reservation import entered, is_inside
 from hf_paged.memory.sizing import step_tokens
 from hf_paged.memory.stall_detector import StallDetector
 from hf_paged.models.fingerprint import Identity, identify
+from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.sampling.sampler import sample_together
 from hf_paged.scheduling.cache_salt import current_salt
 from hf_paged.scheduling.request import Request
@@ -343,7 +344,8 @@ class Engine:
     def _choose_for(deliveries: list[Delivery], report: StepReport) -> None:
         """Choose tokens for quick calls, those that choose alike together."""
         samplers = [delivery.state.call.sampler for delivery in deliveries]
-        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries])
+        noises = [functools.partial(delivery.state.call.noise, delivery.requests) for delivery in deliveries]
+        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries], noises)
         alone: list[Delivery] = []
         failed_together: dict[int, tuple[Exception, list[Delivery]]] = {}  # By the error's identity.
         for delivery, tokens in zip(deliveries, chosen):
@@ -374,25 +376,25 @@ class Engine:
 
     def _read_tokens(self, order: Drive, report: StepReport) -> None:
         """Read the tokens of the step before; and those of this one, unless the next can run with them unread."""
-        chosen = [delivery for delivery in report.deliveries if delivery.state.call.can_run_ahead]
-        unread = self._unread_of(chosen) if chosen else None
+        stays_unread = (
+            self.runner.is_asynchronous
+            and bool(report.deliveries)
+            and all(delivery.state.call.can_run_ahead for delivery in report.deliveries)
+        )
+        if stays_unread:  # The copy to the host begins before the host waits for the one before.
+            report.unread, report.deliveries = self._unread_of(report.deliveries), []
         if order.unread is not None:
             report.tokens_before = order.unread.pending.read()
-        if unread is None:
-            return
-        if self.runner.is_asynchronous and len(chosen) == len(report.deliveries):
-            report.deliveries, report.unread = [], unread
-            return
-        for delivery, (_, _, choice) in zip(chosen, unread.choices(unread.pending.read())):
-            delivery.choice = choice
+        _read_choices(report.deliveries)
 
-    def _unread_of(self, chosen: Sequence[Delivery]) -> Unread:
+    def _unread_of(self, deliveries: Sequence[Delivery]) -> Unread:
         """Start the copy of the chosen tokens to the host."""
-        rows = [(delivery.state, delivery.requests) for delivery in chosen]
-        parts = [delivery.choice.tokens for delivery in chosen if delivery.choice is not None]
+        rows = [(delivery.state, delivery.requests) for delivery in deliveries]
+        choices = [delivery.choice for delivery in deliveries if delivery.choice is not None]
         with torch.inference_mode(False), torch.no_grad():
-            tokens = torch.cat([part.to(self.specs[0].device) for part in parts])
-            return Unread(PendingTokens(tokens, [request for _, requests in rows for request in requests]), rows)
+            tokens = NextTokens.joined([choice.tokens for choice in choices], self.specs[0].device)
+            requests = [request for _, some in rows for request in some]
+            return Unread(PendingTokens(tokens.ids, tokens.marked(), requests), rows)
 
     # What happens in sections, under the pool's lock.
 
@@ -515,7 +517,7 @@ class Engine:
         if state.error is not None or state in self._leaving or not places:
             return
         if len(places) < len(requests):
-            requests, choice = [requests[place] for place in places], Choice(choice.tokens[places])
+            requests, choice = [requests[place] for place in places], choice.of(places)
         try:
             self._note(state, state.call.accept(requests, choice))
         except BaseException as error:  # Of its streamer.
@@ -627,3 +629,11 @@ def _choose_alone(delivery: Delivery, report: StepReport) -> bool:
     if error is not None:
         report.errors.append((delivery.state, error))
     return error is None
+
+
+def _read_choices(deliveries: list[Delivery]) -> None:
+    """Bring the chosen tokens of all calls to the host at once."""
+    chosen = [delivery for delivery in deliveries if delivery.choice is not None]
+    choices = [delivery.choice for delivery in chosen if delivery.choice is not None]
+    for delivery, choice in zip(chosen, read_choices(choices)):
+        delivery.choice = choice

@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sized
 
+import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, TextGenerationPipeline
 from transformers.generation import GenerationMode
 
@@ -28,7 +29,7 @@ from hf_paged.sampling.cancellation import Cancellation
 from hf_paged.sampling.rng_replay import is_unseeded, no_replay
 from hf_paged_integrations.pipelines.prefetch import Prefetch
 from hf_paged_integrations.pipelines.reader import Reader, ReadInThread
-from hf_paged_integrations.transformers.eligibility import why_not_packable
+from hf_paged_integrations.transformers.eligibility import start_device, why_not_packable
 
 # Prompts that run at the same time. Twice as many are read ahead at most.
 WINDOW = 32
@@ -174,6 +175,6 @@ def _why_not_this_config(model: PreTrainedModel, config: GenerationConfig) -> Wh
         return Reason.OTHER_MODE.of(mode.value)
     if config.max_time is not None:
         return Reason.TIME_LIMIT
-    if config.do_sample and not is_unseeded():
+    if config.do_sample and not is_unseeded(start_device(model, torch.device("cpu"))):
         return Reason.SEED
     return why_not_packable(model, config)
