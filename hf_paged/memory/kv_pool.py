@@ -5,6 +5,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from hf_paged.memory.eviction import EVICTION_POLICIES
 from hf_paged.memory.kv_format import BlockShape, KVFormat, make_kv_format
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.memory.reservation import Reservation
-from hf_paged.memory.sizing import available_memory, budget_bytes, is_taken_at_once, physical_memory
+from hf_paged.memory.sizing import WHOLE, available_memory, budget_bytes, is_taken_at_once, physical_memory
 
 logger = logging.get_logger(__name__)
 
@@ -247,7 +248,7 @@ class KVPool:
         return len(self.waiting)
 
     def group(
-        self, spec: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int, share: float = 1.0
+        self, spec: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int, share: Fraction = WHOLE
     ) -> KVCacheGroup:
         """The KV cache group of a spec, made if new: sized as if all layers of the model were like the one given.
 
@@ -258,7 +259,7 @@ class KVPool:
             States of one layer, ``[batch, num_kv_heads, positions, head_dim]``.
         num_layers : int
             Layers that the model pages, in all groups: they divide the budget.
-        share : float
+        share : Fraction
             Of these, the part on the spec's device.
 
         Raises
@@ -276,7 +277,7 @@ class KVPool:
             self.groups[spec] = KVCacheGroup(spec, self.config, kv_format, budget, bytes_per_block)
         return self.groups[spec]
 
-    def _budget(self, device: torch.device, share: float, bytes_per_block: int) -> int:
+    def _budget(self, device: torch.device, share: Fraction, bytes_per_block: int) -> int:
         """Bytes that the pool may take on a device. Asked once: later groups find less free, earlier ones have it."""
         if device not in self._budgets:
             budget = budget_bytes(self.config, device, share)
