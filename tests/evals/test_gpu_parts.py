@@ -13,7 +13,15 @@ from hf_paged_evals.gpu import cases, generation, models, peers, recorder, sanit
 from hf_paged_evals.gpu.bars import BARS, describe, judge
 from hf_paged_evals.gpu.context import Context
 from hf_paged_evals.gpu.pages import Heads, OpCase, OpOptions, make_arguments
-from hf_paged_evals.gpu.stages import compile_ahead, op_accuracy, plan_sweep, prefill, random_numbers, sanitizers
+from hf_paged_evals.gpu.stages import (
+    compile_ahead,
+    equality,
+    op_accuracy,
+    plan_sweep,
+    prefill,
+    random_numbers,
+    sanitizers,
+)
 from hf_paged_kernels import ops, reference
 from hf_paged_kernels.triton import kernel_calls
 
@@ -107,9 +115,11 @@ def test_without_lines_no_bar_is_measured_and_each_says_why():
 
 
 def test_a_captured_step_counts_only_if_steps_were_replayed():
-    lines = [{**line, "counters": {}} if line["kind"] == "step" else line for line in run_of()]
-    found = verdicts(lines)
-    assert all(found[name] == "not measured" for name in found if name.startswith("8B shape"))
+    eager = {"counters": {"eager_steps": {"hooks of others": 3}}}
+    lines = [{**line, **eager} if line["kind"] == "step" else line for line in run_of()]
+    found = [one for one in judge(lines) if one.bar.startswith("8B shape")]
+    assert {one.verdict for one in found} == {"not measured"}
+    assert {one.note for one in found} == {"no step was replayed: 3 x hooks of others"}
 
 
 def test_equality_that_was_cut_short_is_not_met():
@@ -252,6 +262,29 @@ def test_a_step_is_the_difference_of_two_calls(context, monkeypatch):
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     assert generation.step_ms(context, generate, 1, 5, 3) == pytest.approx(10)
+
+
+def test_the_gap_of_a_difference_is_that_of_its_logits():
+    model = models.llama(models.TINY, CPU, torch.float32, 0.2)
+    prompt, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    expected = model.generate(prompt, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    other = expected.clone()
+    other[0, 5] = (other[0, 5] + 1) % 97
+    assert equality.gap(model, "sdpa", expected, expected, mask) == 0
+    with torch.no_grad():
+        logits = model(expected[:1, 2:5]).logits[0, -1]  # Without its pads.
+    wanted = float(logits[expected[0, 5]] - logits[other[0, 5]])
+    assert wanted > 0 and equality.gap(model, "sdpa", expected, other, mask) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_calls_that_may_share_kernels_are_compiled_by_one_worker():
+    todo = compile_ahead.all_cases(is_dry=False)
+    shares = compile_ahead.divide(todo, 14)
+    assert sorted(map(id, todo)) == sorted(id(case) for share in shares for case in share) and len(shares) == 14
+    places = {}
+    for number, share in enumerate(shares):
+        for case in share:
+            assert places.setdefault(compile_ahead.kernels_of(case), number) == number
 
 
 def test_a_line_is_plain_json(context):

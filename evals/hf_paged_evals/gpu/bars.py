@@ -178,9 +178,9 @@ def _prefill(lines: list[dict]) -> Measured:
 
 
 def _over_floor(lines: list[dict]) -> Measured:
-    line = _captured_step(lines, 32)
-    if line is None:
-        return Measured(None)
+    line = _pick(lines, "step", engine="paged captured", rows=32)
+    if line is None or not _is_replayed(line):
+        return Measured(None, _not_replayed(line))
     card = _pick(lines, "card") or {}
     note = f"{number(line['step_ms'])} ms; floor {number(line['floor_ms'])} ms at {number(line['copy_tb_s'])} TB/s"
     if "sheet_tb_s" in card:
@@ -189,17 +189,26 @@ def _over_floor(lines: list[dict]) -> Measured:
     return Measured(line["over_floor"], note)
 
 
-def _captured_step(lines: list[dict], rows: int) -> dict | None:
-    """The line of a captured step that really was one."""
-    line = _pick(lines, "step", engine="paged captured", rows=rows)
-    return line if line is not None and line.get("counters", {}).get("replayed_steps") else None
+def _is_replayed(step: dict) -> bool:
+    """Tell whether the steps that were to be captured were."""
+    return bool(step.get("counters", {}).get("replayed_steps"))
+
+
+def _not_replayed(step: dict | None) -> str:
+    """Why a step does not count as captured; nothing where there is none."""
+    if step is None:
+        return ""
+    reasons = step.get("counters", {}).get("eager_steps") or {}
+    words = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    return f"no step was replayed: {words or 'the statistics give no reason'}"
 
 
 def _step_gain(rows: int) -> Callable[[list[dict]], Measured]:
     def measure(lines: list[dict]) -> Measured:
-        ours, dense = _captured_step(lines, rows), _pick(lines, "step", engine="dense eager", rows=rows)
-        if ours is None or dense is None:
-            return Measured(None)
+        ours = _pick(lines, "step", engine="paged captured", rows=rows)
+        dense = _pick(lines, "step", engine="dense eager", rows=rows)
+        if ours is None or dense is None or not _is_replayed(ours):
+            return Measured(None, _not_replayed(ours))
         note = f"{number(ours['step_ms'])} ms, dense {number(dense['step_ms'])} ms"
         return Measured(dense["step_ms"] / ours["step_ms"], note)
 
@@ -236,8 +245,12 @@ def _unequal_modes(lines: list[dict]) -> Measured:
     unequal = [line for line in modes if line["equal_rows"] != line["rows"]]
     if not modes or not (unequal or _is_done(lines, "equality")):
         return Measured(None)
-    names = "; ".join(f"{line['engine']}: {line['mode']}" for line in unequal)
-    return Measured(len(unequal), names or f"of {len(modes)} modes")
+    packed = sum(bool(line.get("counters", {}).get("packed_calls")) for line in modes)
+    names = "; ".join(
+        f"{line['engine']}: {line['mode']}" + (f" (a gap of {line['gap']} in float64)" if "gap" in line else "")
+        for line in unequal
+    )
+    return Measured(len(unequal), names or f"of {len(modes)} modes, {packed} of which ran packed")
 
 
 def _is_done(lines: list[dict], stage: str) -> bool:

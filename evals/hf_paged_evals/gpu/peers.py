@@ -99,12 +99,12 @@ _SDPA = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-DECODE: dict[str, Callable[[OpArguments, OpCase], Call]] = {
+Make = Callable[[OpArguments, OpCase], Call]
+# In the order in which they run: the last compiles at its first use, for minutes where it finds nothing compiled.
+DECODE: dict[str, Make] = {
     **{name: functools.partial(sdpa_decode, backend) for name, backend in _SDPA.items()},
     "xformers split-K, pages of 64": functools.partial(xformers_decode, 64),
     "xformers split-K, pages of 256": functools.partial(xformers_decode, 256),
     "flashinfer": flashinfer_decode,
 }
-PREFILL: dict[str, Callable[[OpArguments, OpCase], Call]] = {
-    name: functools.partial(sdpa_prefill, backend) for name, backend in _SDPA.items()
-}
+PREFILL: dict[str, Make] = {name: functools.partial(sdpa_prefill, backend) for name, backend in _SDPA.items()}

@@ -26,12 +26,12 @@ def run(context: Context) -> None:
         context.refuse("ahead compilation", "it is written for CUDA targets")
         return
     todo = all_cases(context.is_dry)
-    count = min(len(todo), max(1, (os.cpu_count() or 1) - _SPARE_CORES))
+    shares = divide(todo, max(1, (os.cpu_count() or 1) - _SPARE_CORES))
     began = time.monotonic()
-    workers = [_start_worker(context, device, todo[first::count]) for first in range(count)]
+    workers = [_start_worker(context, device, share) for share in shares]
     for worker in workers:
         os.waitpid(worker, 0)
-    context.say("compiled", arch=device.arch, calls=len(todo), workers=count, seconds=time.monotonic() - began)
+    context.say("compiled", arch=device.arch, calls=len(todo), workers=len(shares), seconds=time.monotonic() - began)
 
 
 def all_cases(is_dry: bool) -> list[OpCase]:
@@ -41,6 +41,27 @@ def all_cases(is_dry: bool) -> list[OpCase]:
         return found[:2]
     padded = [OpCase(((cases.PADDED_WIDTH * 16, 1),) * cases.PADDED_BUCKET, cases.LLAMA_8B)]
     return list(dict.fromkeys([*found, *padded, *cases.model_cases()]))
+
+
+def divide(todo: Sequence[OpCase], most: int) -> list[list[OpCase]]:
+    """Shares of about one size for at most so many workers.
+
+    Calls that differ in the lengths of their rows alone often take the same kernels, so they stay together: two workers
+    would compile these at the same time, and neither would find what the other has done.
+    """
+    groups: dict[tuple, list[OpCase]] = {}
+    for case in todo:
+        groups.setdefault(kernels_of(case), []).append(case)
+    shares: list[list[OpCase]] = [[] for _ in range(min(most, len(groups)))]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(shares, key=len).extend(group)
+    return shares
+
+
+def kernels_of(case: OpCase) -> tuple:
+    """What decides, apart from the lengths of rows, which kernels a call takes."""
+    is_decode = case.num_tokens == len(case.rows)
+    return case.heads, case.dtype, case.block_size, case.options, is_decode
 
 
 def _probe() -> Device:

@@ -1,5 +1,6 @@
 """float32: the tokens of dense, in every mode that runs packed and in some that do not."""
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -17,10 +18,11 @@ _SPREAD = 0.2  # Of weights: with the usual 0.02 attention is nearly uniform, an
 _SEED = 11
 _THREADS = 6
 _BUDGET = "512MiB"
+_PLAIN = {"input_ids", "attention_mask", "do_sample", "max_new_tokens"}  # Arguments of calls that choose by logits.
 _WINDOWED = {"sliding_window": 33, "head_dim": 64, "num_key_value_heads": 2, "hidden_size": 128}
 _WINDOWED |= {"intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 997}
 _WINDOWED |= {"initializer_range": _SPREAD}
-_MODELS = {
+MODELS = {
     "gemma3_text": _WINDOWED,
     "gpt_oss": {
         **_WINDOWED,
@@ -43,9 +45,9 @@ def run(context: Context) -> None:
         for mode, arguments in _modes(ids, mask):
             arguments = {"do_sample": False, "max_new_tokens": new, **arguments}
             _compare(context, model, engine, mode, fields, functools.partial(model.generate, **arguments))
-        lone = [ids[row : row + 1, row - len(ids) - 8 :] for row in range(min(_THREADS, len(ids)))]
+        lone = [ids[row : row + 1, -(ids.shape[1] // 3 + row) :] for row in range(min(_THREADS, len(ids)))]
         _compare(context, model, engine, "a call per thread", fields, functools.partial(_at_once, model, lone, new))
-        for model_type, sizes in _MODELS.items():
+        for model_type, sizes in MODELS.items():
             try:
                 other = models.from_config(model_type, context.device, torch.float32, "eager", **sizes)
                 arguments = {"input_ids": ids, "attention_mask": mask, "do_sample": False, "max_new_tokens": new}
@@ -70,7 +72,6 @@ def _modes(ids: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[str, dict]]:
     """Names of modes, and the arguments of their calls."""
     rows = {"input_ids": ids, "attention_mask": mask}
     yield "greedy, pads on the left", rows
-    yield "greedy, again, out of the prefix cache", rows
     yield "one row", {"input_ids": ids[:1]}
     yield "sampled", {**rows, "do_sample": True}
     yield "sampled, top k", {**rows, "do_sample": True, "top_k": 20}
@@ -89,10 +90,11 @@ def _compare(
     generate: Callable[[], torch.Tensor],
     trusted: str = "sdpa",
 ) -> None:
-    """Run a mode dense and paged, twice each from the same seed, and record the rows that are equal in all runs.
+    """Run a mode dense, and twice paged from the same seed, and record the rows that are equal in all runs.
 
     The second paged run replays what the first captured, and finds its prompts in the prefix cache.
     """
+    arguments = getattr(generate, "keywords", {})
     try:
         model.set_attn_implementation(trusted)
         torch.manual_seed(_SEED)
@@ -109,6 +111,8 @@ def _compare(
         ]
         first = [_first_difference(run, expected) for run in runs]
         found = {"equal_rows": sum(equal), "first_difference": first, "counters": models.counters(model)}
+        if not all(equal) and arguments.keys() <= _PLAIN and not arguments["do_sample"]:
+            found["gap"] = max(gap(model, trusted, expected, run, arguments.get("attention_mask")) for run in runs)
         context.say("mode", engine=engine, mode=mode, rows=len(expected), **found)
     except Exception as error:
         context.say("mode", engine=engine, mode=mode, rows=1, equal_rows=0, error=repr(error))
@@ -123,6 +127,37 @@ def _first_difference(got: torch.Tensor, expected: torch.Tensor) -> int | None:
     if len(differing):
         return int(differing[0])
     return None if got.shape == expected.shape else length
+
+
+def gap(
+    model: PreTrainedModel, trusted: str, expected: torch.Tensor, got: torch.Tensor, mask: torch.Tensor | None
+) -> float:
+    """How far apart float64 puts the two tokens where greedy rows first differ: a near-tie is decided by rounding.
+
+    Parameters
+    ----------
+    expected, got : torch.Tensor
+        ``[rows, tokens]``
+    mask : torch.Tensor or None
+        Of the prompts, ``[rows, positions]``; None: there are no pads.
+
+    Returns
+    -------
+    float
+        The largest difference of the two logits over all rows that differ; 0 if none does.
+    """
+    exact = copy.deepcopy(model).double()
+    exact.set_attn_implementation(trusted)
+    largest = 0.0
+    for row in range(len(expected)):
+        differing = (expected[row] != got[row]).nonzero()
+        if not len(differing):
+            continue
+        place, pads = int(differing[0]), 0 if mask is None else int((mask[row] == 0).sum())
+        with torch.no_grad():
+            logits = exact(expected[row : row + 1, pads:place]).logits[0, -1]  # [vocab]
+        largest = max(largest, float(logits[expected[row, place]] - logits[got[row, place]]))
+    return largest
 
 
 def _at_once(model: PreTrainedModel, rows: list[torch.Tensor], new: int) -> torch.Tensor:

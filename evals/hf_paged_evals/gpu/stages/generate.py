@@ -10,7 +10,8 @@ from hf_paged_evals.gpu.timing import seconds_of
 
 ROWS, PROMPT, NEW = 32, 512, 256
 _REPEATS = 3
-_MORE_ROWS = (1, 128)  # Beside those of the bar.
+_MORE_ROWS = (1, 128)  # Beside those of the bar; one run each.
+_SECONDS_OF_A_BATCH = 15.0  # With fewer left, a batch is not begun.
 
 
 def sizes(is_dry: bool) -> tuple[models.Shape, int, int]:
@@ -23,13 +24,17 @@ def run(context: Context) -> None:
     shape, prompt, new = sizes(context.is_dry)
     model = models.llama(shape, context.device)
     for rows in (2,) if context.is_dry else (ROWS, *_MORE_ROWS):
+        if rows != ROWS and context.seconds_left < _SECONDS_OF_A_BATCH:
+            context.refuse(f"generate, {rows} rows", "the time of the stage is over")
+            continue
         ids = models.prompts(context, shape, rows, prompt)
+        call, repeats = functools.partial(greedy, model, ids, new), 1 if rows in _MORE_ROWS else _REPEATS
         models.forget(model)
-        say(context, "dense eager", rows, _time(context, functools.partial(greedy, model, ids, new)))
+        say(context, "dense eager", rows, _time(context, call, 1, repeats))
         for engine, fields in models.capture_modes(context):
             # No prompt is found again: each call runs its own.
             models.page(model, memory_budget=_budget(shape, rows, prompt + new), prefix_cache=False, **fields)
-            seconds = _time(context, functools.partial(greedy, model, ids, new))
+            seconds = _time(context, call, 2, repeats)  # A step is captured at its second use.
             say(context, engine, rows, seconds, counters=models.counters(model))
 
 
@@ -42,11 +47,11 @@ def say(context: Context, engine: str, rows: int, seconds: float, **values) -> N
     )  # fmt: skip
 
 
-def _time(context: Context, call) -> float:
-    """Median seconds of a call, after two that compile and capture."""
-    for _ in range(2):
+def _time(context: Context, call, warming: int, repeats: int) -> float:
+    """Median seconds of a call, after some that compile and capture."""
+    for _ in range(warming):
         call()
-    return median(seconds_of(context, call) for _ in range(_REPEATS))
+    return median(seconds_of(context, call) for _ in range(repeats))
 
 
 def _budget(shape: models.Shape, rows: int, tokens: int) -> int:

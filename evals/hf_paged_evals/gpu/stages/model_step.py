@@ -42,8 +42,12 @@ def run(context: Context) -> None:
     for batch in rows[:2]:
         _time_dense(context, model, shape, batch, (tokens, few, many), say)
     for engine, fields in models.capture_modes(context):
-        models.page(model, **fields, **_room(context, shape, max(rows), tokens + many))
+        budget = _budget(context, shape, max(rows), tokens + many)
+        models.page(model, memory_budget=budget, prefix_cache_share=1.0, **fields)
         for batch in rows:
+            if _kv_bytes(shape, batch, tokens + many) > budget:
+                context.refuse(f"{engine}, {batch} rows", f"their keys and values need more than {budget:,} bytes")
+                continue
             _time_paged(context, model, shape, batch, (tokens, few, many), functools.partial(say, engine))
     for batch in rows[2:]:
         models.forget(model)
@@ -74,10 +78,15 @@ def _time_paged(context: Context, model: PreTrainedModel, shape: models.Shape, b
         context.refuse(f"paged, {batch} rows", error)
 
 
-def _room(context: Context, shape: models.Shape, rows: int, tokens: int) -> dict:
-    """A budget for all rows and as much of the card as that takes; every block of it may be cached."""
-    wanted = int(rows * (tokens + 64) * shape.kv_bytes_a_token)
-    if context.device.type == "cuda":
-        context.free()
-        wanted = min(wanted, int(torch.cuda.mem_get_info(context.device)[0] * _KV_SHARE))
-    return {"memory_budget": wanted, "prefix_cache_share": 1.0}
+def _budget(context: Context, shape: models.Shape, rows: int, tokens: int) -> int:
+    """Bytes for all rows, as far as the card has them."""
+    wanted = _kv_bytes(shape, rows, tokens)
+    if context.device.type != "cuda":
+        return wanted
+    context.free()
+    return min(wanted, int(torch.cuda.mem_get_info(context.device)[0] * _KV_SHARE))
+
+
+def _kv_bytes(shape: models.Shape, rows: int, tokens: int) -> int:
+    """Keys and values of rows of so many tokens, and of the blocks that they do not fill."""
+    return rows * (tokens + 64) * shape.kv_bytes_a_token

@@ -3,6 +3,7 @@
 from hf_paged_evals.gpu import cases, peers
 from hf_paged_evals.gpu.context import Context
 from hf_paged_evals.gpu.pages import OpCase, make_arguments
+from hf_paged_evals.gpu.stages.decode_peers import largest_difference
 from hf_paged_evals.gpu.timing import device_us
 from hf_paged_kernels import ops
 
@@ -37,7 +38,7 @@ def _time_peers(context: Context, case: OpCase) -> None:
     for name, make in peers.PREFILL.items():
         try:
             call = make(given, case)
-            error = float((call().reshape(expected.shape).double() - expected.double()).abs().max())
+            error = largest_difference(call(), expected)
             if not error <= peers.TOLERANCE:
                 context.refuse(name, f"its answers differ from ours by {error:.3g}")
                 continue
