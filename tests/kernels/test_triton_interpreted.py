@@ -16,7 +16,18 @@ from hf_paged_kernels import reference
 from hf_paged_kernels.triton import launch_plan
 from hf_paged_kernels.triton.kernels.decode import decode_kernel
 from support.interpreted_kernels import interpreted_launch
-from support.op_matrix import BATCHES, HEADS, OPTIONS, assert_accurate, exact, hide_before_window, make_pages
+from support.op_matrix import (
+    BATCHES,
+    HEADS,
+    OPTIONS,
+    SLOTS,
+    assert_accurate,
+    check_padded_step,
+    check_write_kv,
+    exact,
+    hide_before_window,
+    make_pages,
+)
 
 launch = interpreted_launch()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -111,19 +122,17 @@ def test_strides_do_not_matter():
             assert_accurate(launch.paged_attention(strided, *rest, 0.3), exact((query, *rest), 0.3))
 
 
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_write_kv(dtype):
+def test_write_kv(dtype, slots):
     """Any strides; slots of no token, and everything around, stay as they are."""
-    for transposed in (False, True):
-        states = [torch.randn(9, 3, dim).to(dtype) for dim in (16, 20)]
-        if transposed:
-            states = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in states]
-        slots = torch.randperm(5 * 4)[:9]
-        written, expected = ([torch.full((5, 3, 4, d), float("nan"), dtype=dtype) for d in (16, 20)] for _ in "ab")
-        reference.write_kv(*(x[:7] for x in states), *expected, slots[:7])
-        slots[7:] = -1
-        launch.write_kv(*states, *written, slots)
-        torch.testing.assert_close(written, expected, atol=0, rtol=0, equal_nan=True)
+    for is_transposed in (False, True):
+        check_write_kv(launch, SLOTS[slots], dtype, (16, 20), is_transposed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_of_a_step(dtype):
+    check_padded_step(launch, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
