@@ -57,6 +57,8 @@ def test_the_ops_and_the_tokens_are_those_of_the_reference(dry):
     (accuracy,) = [line for line in lines if line["kind"] == "op_accuracy"]
     assert accuracy["wrong"] == 0 and accuracy["cases"] >= 30
     assert all(line["right"] for line in lines if line["kind"] == "moves_bits")
+    padded = [line for line in lines if line["kind"] == "padded_replay"]
+    assert len(padded) == 2 and all(line["right"] and line["padding_writes_nothing"] for line in padded)
     modes = [line for line in lines if line["kind"] == "mode"]
     assert len(modes) >= 11 and all(line["equal_rows"] == line["rows"] for line in modes), modes
     assert sum(line["counters"].get("packed_calls", 0) for line in modes) >= 20, "dense was compared with itself"

@@ -235,7 +235,8 @@ def _wrong_ops(lines: list[dict]) -> Measured:
     if total is None or not replays or not _is_done(lines, "op_accuracy"):
         return Measured(None)
     wrong = total["wrong"] + sum(not line["right"] for line in lines if line["kind"] == "moves_bits")
-    wrong += sum(not (line["padding_gives_zeros"] and line["padding_writes_nothing"]) for line in replays)
+    needed = ("right", "padding_gives_zeros", "padding_writes_nothing")
+    wrong += sum(not all(line[name] for name in needed) for line in replays)
     return Measured(wrong, f"of {total['cases']} cases and {len(replays)} padded replays")
 
 

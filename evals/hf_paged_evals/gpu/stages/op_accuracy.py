@@ -27,11 +27,10 @@ def run(context: Context) -> None:
     context.say("op_accuracy", cases=len(todo), wrong=wrong, largest_error=worst)
     for op, is_right in (("copy_blocks", _check_copy(context)), ("write_kv", _check_write(context))):
         context.say("moves_bits", op=op, right=is_right)
-    if context.device.type == "cuda":
-        for rows in cases.PADDED_ROWS:
-            context.say("padded_replay", **check_padded_replay(context, OpCase(rows, cases.LLAMA_8B)))
-    else:
-        context.refuse("padded captured replay", "CUDA graphs need a card")
+    for rows in cases.PADDED_ROWS:
+        context.say("padded_replay", **check_padded_replay(context, OpCase(rows, cases.LLAMA_8B)))
+    if context.device.type != "cuda":
+        context.refuse("capture of the padded step", "CUDA graphs need a card: the step ran as it is")
 
 
 def check(case: OpCase, device: torch.device, seed: int) -> tuple[float, bool]:
@@ -107,12 +106,14 @@ def check_padded_replay(context: Context, case: OpCase) -> dict:
     slots[:count], lengths[:count], tables[:count, :width] = given.slot_mapping, given.context_lens, given.block_tables
     replay()
     expected = ops.write_and_attend(*given.write_and_attend())
-    error = float((results[0][:count].double() - expected.double()).abs().max())
+    # A larger bucket is split in other ways, so the sums round in other ways.
+    error = float((results[0][:count].double() - expected.double()).abs().max() / expected.double().abs().max())
     written = _same_bits(caches[0], given.key_cache) and _same_bits(caches[1], given.value_cache)
     return {
         "rows": count,
         "bucket": size,
         "error": error,
+        "right": error <= TOLERANCE[case.dtype],
         "padding_gives_zeros": bool((results[0][count:] == 0).all()),
         "padding_writes_nothing": written,
     }
