@@ -287,6 +287,14 @@ def test_calls_that_may_share_kernels_are_compiled_by_one_worker():
             assert places.setdefault(compile_ahead.kernels_of(case), number) == number
 
 
+def test_a_stage_goes_on_after_what_it_attempts(context):
+    with context.attempt("a step"):
+        raise RuntimeError("too large")
+    refused, error = lines_of(context)
+    assert (refused["what"], refused["why"]) == ("a step", "RuntimeError: too large")
+    assert "test_gpu_parts.py" in error["error"]
+
+
 def test_a_line_is_plain_json(context):
     context.say("found", number=float("inf"), many=(1, 2.0), inner={1: torch.float32}, long="x" * 5000, none=None)
     (line,) = lines_of(context)

@@ -35,6 +35,7 @@ def dry(tmp_path_factory) -> Path:
 
 def test_every_stage_comes_to_its_end(dry):
     ends = {line["stage"]: line for line in recorder.read_lines(dry) if line["kind"] == "end"}
+    assert not [line for line in recorder.read_lines(dry) if line["kind"] == "error"]
     assert {stage.name: "done" for stage in STAGES} == {name: line["outcome"] for name, line in ends.items()}
     assert ends["compile_ahead"]["kernels_compiled"] >= 0
 

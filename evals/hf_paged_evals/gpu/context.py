@@ -1,6 +1,9 @@
 """Context: what a stage is given."""
 
+import contextlib
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +42,15 @@ class Context:
     def refuse(self, what: str, why: object) -> None:
         """Record that something could not be measured, and why."""
         self.say("refused", what=what, why=f"{type(why).__name__}: {why}" if isinstance(why, Exception) else str(why))
+
+    @contextlib.contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Go on after an error of what is measured inside: it is recorded as refused, with its place."""
+        try:
+            yield
+        except Exception as error:
+            self.refuse(what, error)
+            self.say("error", error=traceback.format_exc())
 
     @property
     def seconds_left(self) -> float:

@@ -30,12 +30,14 @@ def run(context: Context) -> None:
         ids = models.prompts(context, shape, rows, prompt)
         call, repeats = functools.partial(greedy, model, ids, new), 1 if rows in _MORE_ROWS else _REPEATS
         models.forget(model)
-        say(context, "dense eager", rows, _time(context, call, 1, repeats))
+        with context.attempt(f"dense eager, {rows} rows"):
+            say(context, "dense eager", rows, _time(context, call, 1, repeats))
         for engine, fields in models.capture_modes(context):
             # No prompt is found again: each call runs its own.
             models.page(model, memory_budget=_budget(shape, rows, prompt + new), prefix_cache=False, **fields)
-            seconds = _time(context, call, 2, repeats)  # A step is captured at its second use.
-            say(context, engine, rows, seconds, counters=models.counters(model))
+            with context.attempt(f"{engine}, {rows} rows"):
+                seconds = _time(context, call, 2, repeats)  # A step is captured at its second use.
+                say(context, engine, rows, seconds, counters=models.counters(model))
 
 
 def say(context: Context, engine: str, rows: int, seconds: float, **values) -> None:

@@ -1,5 +1,6 @@
 """Many calls of one row at once, as pipelines and servers make them, beside one call of as many rows."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -23,13 +24,14 @@ def run(context: Context) -> None:
     }
     for what, call in calls.items():
         for do_sample in (False, True):
-            torch.manual_seed(0)
-            call(do_sample=do_sample)
-            seconds = seconds_of(context, lambda call=call, do_sample=do_sample: call(do_sample=do_sample))
-            context.say(
-                "many_calls", what=what, sampled=do_sample, rows=count, new_tokens=new, seconds=seconds,
-                tokens_s=count * new / seconds, counters=models.counters(model),
-            )  # fmt: skip
+            with context.attempt(f"{what}, {'sampled' if do_sample else 'greedy'}"):
+                torch.manual_seed(0)
+                call(do_sample=do_sample)
+                seconds = seconds_of(context, functools.partial(call, do_sample=do_sample))
+                context.say(
+                    "many_calls", what=what, sampled=do_sample, rows=count, new_tokens=new, seconds=seconds,
+                    tokens_s=count * new / seconds, counters=models.counters(model),
+                )  # fmt: skip
 
 
 def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

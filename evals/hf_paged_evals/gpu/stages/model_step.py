@@ -40,7 +40,8 @@ def run(context: Context) -> None:
         )  # fmt: skip
 
     for batch in rows[:2]:
-        _time_dense(context, model, shape, batch, (tokens, few, many), say)
+        with context.attempt(f"dense eager, {batch} rows"):
+            _time_dense(context, model, shape, batch, (tokens, few, many), say)
     for engine, fields in models.capture_modes(context):
         budget = _budget(context, shape, max(rows), tokens + many)
         models.page(model, memory_budget=budget, prefix_cache_share=1.0, **fields)
@@ -48,34 +49,30 @@ def run(context: Context) -> None:
             if _kv_bytes(shape, batch, tokens + many) > budget:
                 context.refuse(f"{engine}, {batch} rows", f"their keys and values need more than {budget:,} bytes")
                 continue
-            _time_paged(context, model, shape, batch, (tokens, few, many), functools.partial(say, engine))
+            with context.attempt(f"{engine}, {batch} rows"):
+                _time_paged(context, model, shape, batch, (tokens, few, many), functools.partial(say, engine))
     for batch in rows[2:]:
         models.forget(model)
-        _time_dense(context, model, shape, batch, (tokens, few, many), say)
+        with context.attempt(f"dense eager, {batch} rows"):
+            _time_dense(context, model, shape, batch, (tokens, few, many), say)
 
 
 def _time_dense(context: Context, model: PreTrainedModel, shape: models.Shape, batch: int, sizes, say) -> None:
     tokens, few, many = sizes
     context.free()
-    try:
-        generate = dense_from_cache(model, models.prompts(context, shape, batch, tokens))
-        generate(few)
-        say("dense eager", batch, step_ms(context, generate, few, many, _REPEATS))
-    except torch.OutOfMemoryError as error:
-        context.refuse(f"dense eager, {batch} rows", error)
+    generate = dense_from_cache(model, models.prompts(context, shape, batch, tokens))
+    generate(few)
+    say("dense eager", batch, step_ms(context, generate, few, many, _REPEATS))
 
 
 def _time_paged(context: Context, model: PreTrainedModel, shape: models.Shape, batch: int, sizes, say) -> None:
     tokens, few, many = sizes
     ids = models.prompts(context, shape, batch, tokens)
-    try:
-        first = seconds_of(context, lambda: greedy(model, ids, few))  # Runs the prompts, and captures at second use.
-        generate = functools.partial(greedy, model, ids)
-        generate(many)
-        found = step_ms(context, generate, few, many, _REPEATS)
-        say(batch, found, prefill_tokens_s=batch * tokens / first, counters=models.counters(model))
-    except torch.OutOfMemoryError as error:
-        context.refuse(f"paged, {batch} rows", error)
+    first = seconds_of(context, lambda: greedy(model, ids, few))  # Runs the prompts, and captures at second use.
+    generate = functools.partial(greedy, model, ids)
+    generate(many)
+    found = step_ms(context, generate, few, many, _REPEATS)
+    say(batch, found, prefill_tokens_s=batch * tokens / first, counters=models.counters(model))
 
 
 def _budget(context: Context, shape: models.Shape, rows: int, tokens: int) -> int:
