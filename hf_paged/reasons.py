@@ -86,7 +86,6 @@ class Reason(enum.Enum):
     RECORDED_PAST = "the cache records its past", "do not call cache.activate_past_recording()"
     # Models that no packed step serves.
     NO_POOL = "the model has no pool of its own, or several", _OWN_LOOP
-    SEVERAL_DEVICES = "the model's layers are on several devices", "put all layers on one device if they fit"
     FULL_POOL = (
         "the pool has no room to try a packed step",
         "drop caches that are not needed, or raise memory_budget with hf_paged.configure",

@@ -7,9 +7,10 @@ import torch
 
 from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.execution.packed_cache import PACKED_FORWARD, NotPackableError, PackedCache, PackedForward
+from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.execution.prepacked_linear import PrepackedLinears
 from hf_paged.execution.step_buffers import StepBuffers
-from hf_paged.execution.step_inputs import StepInputs, prepare_inputs
+from hf_paged.execution.step_inputs import StepInputs, on_devices_of_layers, prepare_inputs
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.reasons import Reason
 from hf_paged.scheduling.scheduler import Chunk
@@ -19,7 +20,7 @@ class ModelRunner:
     """Runs the steps of one engine, each with a forward of the model: the eager runner, and the base of all others.
 
     The engine hands a step over in two calls: `make_ready` for each KV cache group, then `run`, which is `prepare`
-    and `execute`. Both come from the thread of the call that drives the engine, and steps never overlap. A subclass
+    and `execute`. Both come from the thread of the call that drives the engine, one step after another. A subclass
     that captures steps (CUDA graphs, ``torch.compile``) overrides `execute`, and `prepare` if it pads steps to the
     sizes that it has captured; `register_runner` gives it to the engines that it serves.
 
@@ -30,11 +31,15 @@ class ModelRunner:
         step needs more room than any before, for tokens, rows or blocks of a row; then all move for good, and
         `buffers.room` differs. Shapes are the step's own. A subclass that captures steps makes buffers of its own, as
         small as its largest step, and pads steps to a `StepSize`: see `prepare_inputs`.
-        The tensors of a `KVStorage` never move on the CPU. On other devices `make_ready` replaces them when the pool
-        grows, and nothing else does. The user may replace or move the model's weights between any two steps.
+        Of a model on several devices this holds for those on the first: a runner that captures does not serve it.
+        The tensors of a `KVStorage` never move, on no device: they are allocated once, at the budget, before a runner
+        is made. A pool that is released or made anew has another engine, and so another runner. The user may replace
+        or move the model's weights between any two steps.
     Order
-        A step is brought to the device by one copy in the current stream, behind the step before: `prepare` may be
-        called while that one still runs there. The host waits for the copy before the last one, and for nothing else.
+        A step is brought to the device by one copy in the current stream, behind the step before: where
+        `is_asynchronous`, `run` may return before the device has run the step, and the next one is prepared meanwhile.
+        The host waits for the copy before the last one, and for nothing else. Between `prepare` and `execute` tokens
+        that only the device knows are written into `StepInputs.input_ids`, on the device (`PendingTokens`).
     Counts
         `PackedForward` checks that each layer attends once, and counts in Python. Code that is replayed counts
         nothing: check a step when it is captured. For each step that `run` returns from, the engine counts one read
@@ -60,7 +65,10 @@ class ModelRunner:
     ----------
     groups : list of KVCacheGroup
         In the order of the requests' tables.
+    is_on_several_devices : bool
+        Whether layers lie on several devices, one after the other. What they read a step by is copied to each then.
     buffers : StepBuffers
+        On the device of the first layer.
     linears : PrepackedLinears or None
         The copies of the model's weights that steps multiply with, if the pool's config wants them.
     """
@@ -68,8 +76,15 @@ class ModelRunner:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.groups = list(pool.groups.values())
+        self.is_on_several_devices = len({group.spec.device for group in self.groups}) > 1
         self.buffers = StepBuffers(self.groups[0].spec.device)
         self.linears = PrepackedLinears() if pool.config.prepack_weights else None
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Tell whether the device works on a step while the host prepares the next: an accelerator, as torch says."""
+        accelerator = torch.accelerator.current_accelerator()
+        return accelerator is not None and accelerator.type == self.buffers.device.type
 
     @classmethod
     def serves(cls, pool: KVPool) -> bool:
@@ -77,7 +92,7 @@ class ModelRunner:
         return True
 
     def make_ready(self, number: int, copies: list[tuple[int, int]]) -> None:
-        """Make every block of a KV cache group addressable, and copy the blocks that rows will share no longer.
+        """Copy the blocks of a KV cache group that rows will share no longer.
 
         Takes the pool's lock. May be called again after an error.
 
@@ -91,26 +106,25 @@ class ModelRunner:
         Raises
         ------
         torch.OutOfMemoryError
-            If the device has no memory for them. Blocks up to `num_ready` are addressable.
+            If the device has no memory for what a copy needs besides. Any of the copies may be missing.
         """
-        group = self.groups[number]
         with self.pool.lock:
-            if copies:
-                group.copy_blocks(copies)
-            else:
-                group.ensure()
-
-    def num_ready(self, number: int) -> int:
-        """Blocks of a KV cache group that are addressable in all its layers: those with smaller ids."""
-        return min(storage.num_blocks for storage in self.groups[number].layers.values())
+            self.groups[number].copy_blocks(copies)
 
     def begin(self) -> None:
         """Learn that steps are to come after a pause, in which the model may have been trained."""
         if self.linears is not None:
             self.linears.forget_changed()
 
-    def run(self, model: torch.nn.Module, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def run(
+        self, model: torch.nn.Module, chunks: Sequence[Chunk], pending: PendingTokens | None = None
+    ) -> torch.Tensor:
         """Run the chunks of a step in one forward: their states are stored in the pages of their rows.
+
+        Parameters
+        ----------
+        pending : PendingTokens or None
+            Has the tokens with which chunks run ahead; None: no chunk does.
 
         Returns
         -------
@@ -126,7 +140,10 @@ class ModelRunner:
         """
         # Tensors made under one caller's inference_mode could not be changed by another's processors.
         with torch.inference_mode(False), torch.no_grad():
-            return self.execute(model, self.prepare(chunks))
+            inputs = self.prepare(chunks)
+            if pending is not None:
+                pending.put_into(inputs.input_ids, chunks)
+            return self.execute(model, inputs)
 
     def try_out(self, model: torch.nn.Module, chunks: Sequence[Chunk]) -> torch.Tensor:
         """As `run`, with all checks and none of the means that make later steps fast."""
@@ -135,7 +152,8 @@ class ModelRunner:
 
     def prepare(self, chunks: Sequence[Chunk]) -> StepInputs:
         """Fill `buffers` with a step. The step before was launched: its inputs are overwritten behind it."""
-        return prepare_inputs(chunks, self.groups, self.buffers)
+        inputs = prepare_inputs(chunks, self.groups, self.buffers)
+        return on_devices_of_layers(inputs, chunks) if self.is_on_several_devices else inputs
 
     def execute(self, model: torch.nn.Module, inputs: StepInputs) -> torch.Tensor:
         """Compute the logits of a prepared step, ``[num_samples, vocab]``. Here: with one eager forward."""
@@ -155,7 +173,7 @@ class ModelRunner:
         )
         if not forward.has_attended:
             raise NotPackableError(Reason.OWN_ATTENTION)
-        return output.logits[0]
+        return output.logits[0].to(self.buffers.device)  # Hooks of accelerate have brought them there before.
 
 
 _kinds: list[type[ModelRunner]] = [ModelRunner]

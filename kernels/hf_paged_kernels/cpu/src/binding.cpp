@@ -60,6 +60,12 @@ void check_ids(const int64_t* ids, int64_t count, int64_t limit, const char* wha
     STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < limit, what, " ", ids[i], " is not below ", limit);
 }
 
+// A slot of -1 is that of padding.
+void check_slots(const int64_t* slots, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(slots[i] >= -1 && slots[i] < limit, "slot ", slots[i], " is neither -1 nor from 0 to ", limit - 1);
+}
+
 // Runs the op's implementation in torch on the same arguments.
 template <class... Arguments>
 std::array<StableIValue, sizeof...(Arguments)> call_torch(const char* name, const Arguments&... arguments) {
@@ -102,7 +108,7 @@ void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Te
   check_caches(key_cache, value_cache);
   const int64_t num_tokens = slot_mapping.numel();
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
-  check_ids(slots, num_tokens, key_cache.size(0) * key_cache.size(2), "slot");
+  check_slots(slots, num_tokens, key_cache.size(0) * key_cache.size(2));
   const hf_paged::Write writes[] = {write_of(key, key_cache, num_tokens), write_of(value, value_cache, num_tokens)};
   hf_paged::write_tokens(writes, 2, slots, num_tokens, parallel);
 }
