@@ -242,7 +242,7 @@ class _HostArena:
         """Wait until the last copy has read this memory: it has long done so where steps are not far ahead."""
         if self._copied is None:
             return
-        if self._is_recorded:
-            self._copied.synchronize()
-        else:
+        if not self._is_recorded:
             torch.accelerator.synchronize(self.device)
+        elif not self._copied.query():
+            self._copied.synchronize()
