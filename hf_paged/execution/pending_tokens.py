@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hf_paged.compat import devices
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk
 
@@ -74,16 +75,10 @@ class PendingTokens:
             count = len(places)
             input_ids[0, places[0] : places[0] + count] = self._tokens[sources[0] : sources[0] + count]
         else:
-            place, source = _upload([places, sources], self._tokens.device).unbind()
+            place, source = devices.upload([places, sources], self._tokens.device).unbind()
             input_ids[0].index_copy_(0, place, self._tokens.index_select(0, source))
 
 
 def _is_run(numbers: Sequence[int]) -> bool:
     """Tell whether rising numbers follow each other without a gap."""
     return all(number == first for first, number in enumerate(numbers, numbers[0]))
-
-
-def _upload(numbers: list[list[int]], device: torch.device) -> torch.Tensor:
-    """Make an int64 tensor on the device, without waiting for what the device has to do before."""
-    tensor = torch.tensor(numbers)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

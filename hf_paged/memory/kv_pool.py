@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 from hf_paged.atomic import after_fork_in_child
+from hf_paged.compat import devices
 from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
@@ -152,7 +153,7 @@ class KVCacheGroup:
         """Copy (source, destination) blocks in every layer: the copy of copy-on-write. Under the pool's lock."""
         if not copies:
             return
-        source, destination = torch.tensor(copies, device=self.spec.device).unbind(1)
+        source, destination = devices.upload(list(zip(*copies)), self.spec.device).unbind()
         for storage in self.layers.values():
             storage.copy_blocks(source, destination)
 
