@@ -30,7 +30,8 @@ class PendingTokens:
         if tokens.device.type != "cpu":
             self._on_host = torch.empty(to_read.shape, dtype=to_read.dtype, pin_memory=True)
             self._on_host.copy_(to_read, non_blocking=True)
-            self._event = torch.accelerator.current_stream(tokens.device).record_event()
+            self._stream = torch.accelerator.current_stream(tokens.device)
+            self._event = self._stream.record_event()
 
     @property
     def device(self) -> torch.device:
@@ -46,11 +47,13 @@ class PendingTokens:
     def precede(self) -> None:
         """Let all that this thread launches from now on run after the step that chose the tokens.
 
-        Another thread may have launched that step, with another current stream.
+        Another thread may have launched that step, and have another current stream.
         """
-        if self._event is not None:
-            stream = torch.accelerator.current_stream(self._tokens.device)
-            self._event.wait(stream)
+        if self._event is None:
+            return
+        stream = torch.accelerator.current_stream(self._tokens.device)
+        if stream != self._stream:
+            stream.wait_event(self._event)
             self._tokens.record_stream(stream)
 
     def put_into(self, input_ids: torch.Tensor, chunks: Sequence[Chunk]) -> None:
