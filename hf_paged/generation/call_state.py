@@ -114,12 +114,15 @@ class Drive:
         When it was planned, in seconds.
     must_check : bool
         Whether to look first if the model is still as the calls found it when they came.
+    others_draw : bool
+        Whether calls sample in their own threads meanwhile.
     """
 
     planned: SchedulerOutput
     states: dict[Request, CallState]
     began: float
     must_check: bool
+    others_draw: bool
 
 
 Order = Finish | Raise | Sleep | Sample | Drive
