@@ -44,10 +44,11 @@ class PagedConfig:
         large ones are read faster.
     memory_budget : int, str or None
         Bytes of KV that the model's blocks may take ("512MiB", "2GB" and plain byte counts are
-        understood). ``None``: a quarter of the memory that this process can still get on the device when the pool
-        is made, by the machine, its control groups (a container's limit) and its resource limits. A budget
-        larger than these allow is lowered to what they do, with a warning. Memory is touched block by block as
-        tokens arrive, so an unused budget costs nothing.
+        understood). ``None``: a share of the memory that this process can still get on the device when the pool
+        is made. On the CPU a quarter, by the machine, its control groups (a container's limit) and its resource
+        limits; a budget larger than these allow is lowered to what they do, with a warning. Memory is touched block
+        by block as tokens arrive there, so an unused budget costs nothing. On a GPU three quarters; the pool takes
+        its budget at once, and keeps to it.
     token_budget : int
         Tokens that one packed step of `generate` runs, prompts and new tokens of all rows together. Larger
         steps use the processor better and hold up rows that are further on for longer.

@@ -277,7 +277,7 @@ class BatchState:
         Raises
         ------
         OutOfBlocksError
-            If the blocks do not fit in memory; nothing was stored.
+            If the blocks do not fit in memory, or the pool does not; nothing was stored.
         ValueError
             If the batch size is not that of the cache.
         """
@@ -293,7 +293,6 @@ class BatchState:
         self._finish_copies(rows)
         with self.pool.lock, torch.no_grad():
             storage = rows.group.layer(layer, key, value)
-            storage.ensure(rows.group.blocks.high_water)
             step.write(storage, key, value)
             rows.lengths[layer] = end
         return rows, step

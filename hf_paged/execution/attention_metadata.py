@@ -15,9 +15,11 @@ class AttentionMetadata:
     Attributes
     ----------
     slot_mapping : torch.Tensor
-        ``[num_written]`` int64: slots of the tokens to store, in their order. Empty where a forward only reads.
+        ``[num_written]`` int64: slots of the tokens to store, in their order. Empty where a forward only reads. -1: the
+        token pads a captured step and is not stored.
     block_tables : torch.Tensor
-        ``[num_rows, max_blocks]`` int64: the blocks of each row, zeros behind the last.
+        ``[num_rows, max_blocks]`` int64: the blocks of each row, zeros behind the last. Those of a packed step are
+        columns of a wider matrix. A row that pads a captured step holds any ids.
     context_lens : torch.Tensor
         ``[num_rows]`` int64: tokens of each row that its blocks hold, those of this forward included.
     cu_seqlens_q : torch.Tensor

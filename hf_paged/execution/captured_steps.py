@@ -24,9 +24,10 @@ from hf_paged.execution.attempt import attempt
 from hf_paged.execution.model_runner import ModelIdentity, ModelRunner
 from hf_paged.execution.op_recorder import OpRecorder
 from hf_paged.execution.packed_cache import NotPackableError
+from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.execution.recorder import GraphRecorder, Recorder, Recording, UncapturableError
-from hf_paged.execution.step_buffers import StepBuffers
-from hf_paged.execution.step_inputs import StepShape, prepare_inputs
+from hf_paged.execution.step_buffers import StepBuffers, StepSize
+from hf_paged.execution.step_inputs import StepInputs, prepare_inputs
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.reasons import Reason, Why, count_and_log
 from hf_paged.scheduling.scheduler import Chunk
@@ -41,9 +42,9 @@ _TOLERANCE = 0.05
 
 @dataclass
 class _CapturedStep:
-    """One captured step: fill `buffers` with a step of `shape`, and replay."""
+    """One captured step: fill `buffers` with a step of `size`, and replay."""
 
-    shape: StepShape
+    size: StepSize
     buffers: StepBuffers
     recording: Recording
     num_replays: int = 0
@@ -56,14 +57,14 @@ class _Eager:
     Attributes
     ----------
     refused : bool
-        Whether steps of this shape are to do so from now on.
-    shape : StepShape or None
-        None: of every shape.
+        Whether steps of this size are to do so from now on.
+    size : StepSize or None
+        None: of every size.
     """
 
     why: Why
     refused: bool = False
-    shape: StepShape | None = None
+    size: StepSize | None = None
 
 
 class _BakedIn(NamedTuple):
@@ -91,19 +92,19 @@ class _Captures:
 
     Attributes
     ----------
-    steps : dict of StepShape to _CapturedStep
+    steps : dict of StepSize to _CapturedStep
         In the order of their last use.
-    seen : set of StepShape
+    seen : set of StepSize
         Those that have run.
-    refused : dict of (StepShape or None) to Why
+    refused : dict of (StepSize or None) to Why
         Those that are to run eagerly; None: all.
     """
 
     def __init__(self, recorder: Recorder, baked_in: _BakedIn | None):
         self.recorder, self.baked_in = recorder, baked_in
-        self.steps: dict[StepShape, _CapturedStep] = {}
-        self.seen: set[StepShape] = set()
-        self.refused: dict[StepShape | None, Why] = {}
+        self.steps: dict[StepSize, _CapturedStep] = {}
+        self.seen: set[StepSize] = set()
+        self.refused: dict[StepSize | None, Why] = {}
 
 
 class CapturedRunner(ModelRunner):
@@ -126,7 +127,8 @@ class CapturedRunner(ModelRunner):
 
     @classmethod
     def serves(cls, pool: KVPool) -> bool:
-        return make_recorder(pool.config.capture, next(iter(pool.groups)).device) is not None
+        device, *others = {spec.device for spec in pool.groups}
+        return not others and make_recorder(pool.config.capture, device) is not None
 
     @property
     def needs_identity(self) -> bool:
@@ -134,24 +136,25 @@ class CapturedRunner(ModelRunner):
 
     @property
     def captured_buckets(self) -> tuple[int, ...]:
-        return tuple(shape.num_rows for shape in list(self._captures.steps))
+        return tuple(size.num_rows for size in list(self._captures.steps))
 
     def run(
         self,
         model: torch.nn.Module,
         chunks: Sequence[Chunk],
+        pending: PendingTokens | None = None,
         identity: ModelIdentity | None = None,
         others_draw: bool = False,
     ) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            outcome = self._run_captured(model, chunks, identity, others_draw)
+            outcome = self._run_captured(model, chunks, pending, identity, others_draw)
         if isinstance(outcome, torch.Tensor):
             self.counts.replays += 1
             return outcome
         captures = self._captures
-        logits = super().run(model, chunks)
+        logits = super().run(model, chunks, pending)
         if outcome.refused:  # Not if the model itself raises an error: it may be a call's.
-            captures.refused[outcome.shape] = outcome.why
+            captures.refused[outcome.size] = outcome.why
         count_and_log(self.counts.eager_steps, outcome.why, "a step runs eagerly")
         return logits
 
@@ -168,29 +171,34 @@ class CapturedRunner(ModelRunner):
         return _Captures(recorder, baked_in)
 
     def _run_captured(
-        self, model: torch.nn.Module, chunks: Sequence[Chunk], identity: ModelIdentity | None, others_draw: bool
+        self,
+        model: torch.nn.Module,
+        chunks: Sequence[Chunk],
+        pending: PendingTokens | None,
+        identity: ModelIdentity | None,
+        others_draw: bool,
     ) -> torch.Tensor | _Eager:
         """Logits ``[num_rows, vocab]`` of a captured step, or why there is none for these chunks."""
         why = _unsuited(chunks) or self._look(identity)
         if why is not None:
             return _Eager(why)
-        captures, shape = self._captures, step_shape(chunks)
-        why = captures.refused.get(None) or captures.refused.get(shape)
+        captures, size = self._captures, padded_size(chunks)
+        why = captures.refused.get(None) or captures.refused.get(size)
         if why is not None:
             return _Eager(why)
-        step = captures.steps.get(shape)
+        step = captures.steps.get(size)
         if step is None:
-            if shape not in captures.seen:
-                captures.seen.add(shape)
+            if size not in captures.seen:
+                captures.seen.add(size)
                 return _Eager(Reason.FIRST_USE)
             if others_draw and captures.recorder.must_be_alone:
                 return _Eager(Reason.OTHERS_DRAW)
-            captured = self._capture(captures.recorder, model, chunks, shape)
+            captured = self._capture(captures.recorder, model, chunks, pending, size)
             if isinstance(captured, _Eager):
                 return captured
             step = captured
         self._put_last(captures, step)
-        return self._replay(step, model, chunks)
+        return self._replay(step, model, chunks, pending)
 
     def _look(self, identity: ModelIdentity | None) -> Why | None:
         """Drop what is captured if it is out of date. Returns why no captured step may run now, if so."""
@@ -213,38 +221,54 @@ class CapturedRunner(ModelRunner):
         return tuple(page.data_ptr() for storage in storages for page in storage.pages)
 
     def _capture(
-        self, recorder: Recorder, model: torch.nn.Module, chunks: Sequence[Chunk], shape: StepShape
+        self,
+        recorder: Recorder,
+        model: torch.nn.Module,
+        chunks: Sequence[Chunk],
+        pending: PendingTokens | None,
+        size: StepSize,
     ) -> _CapturedStep | _Eager:
         """Record the forward over a step: it writes what the step is to write, perhaps several times."""
         if any(map(is_hooked_by_accelerate, model.modules())):
             return _Eager(Reason.MOVED_INPUTS, refused=True)
-        buffers = StepBuffers(self.buffers.device)
-        inputs = prepare_inputs(chunks, self.groups, buffers, shape)
+        buffers = StepBuffers(self.buffers.device, size)
+        inputs = self._fill(buffers, size, chunks, pending)
         recording, error = attempt(functools.partial(recorder.record, functools.partial(self.execute, model, inputs)))
         if recording is not None:
-            return _CapturedStep(shape, buffers, recording)
+            return _CapturedStep(size, buffers, recording)
         try:
             if isinstance(error, NotPackableError):
                 raise error
             if isinstance(error, UncapturableError):
                 return _Eager(error.why, refused=True)
-            return _Eager(Reason.FAILED_CAPTURE.of(type(error).__name__), refused=True, shape=shape)
+            return _Eager(Reason.FAILED_CAPTURE.of(type(error).__name__), refused=True, size=size)
         finally:
             del error  # Its traceback holds this frame: no cycle.
 
-    def _replay(self, step: _CapturedStep, model: torch.nn.Module, chunks: Sequence[Chunk]) -> torch.Tensor | _Eager:
+    def _fill(
+        self, buffers: StepBuffers, size: StepSize, chunks: Sequence[Chunk], pending: PendingTokens | None
+    ) -> StepInputs:
+        """Put a step into the buffers of a captured one."""
+        inputs = prepare_inputs(chunks, self.groups, buffers, padded_to=size)
+        if pending is not None:
+            pending.put_into(inputs.input_ids, chunks)
+        return inputs
+
+    def _replay(
+        self, step: _CapturedStep, model: torch.nn.Module, chunks: Sequence[Chunk], pending: PendingTokens | None
+    ) -> torch.Tensor | _Eager:
         """Run a captured step. At the first step that it was not recorded with it is compared with the model."""
-        prepare_inputs(chunks, self.groups, step.buffers, step.shape)
+        self._fill(step.buffers, step.size, chunks, pending)
         logits = step.recording.replay()[: len(chunks)].clone()
-        if step.num_replays == 1 and not _is_close(logits, super().run(model, chunks)):
+        if step.num_replays == 1 and not _is_close(logits, super().run(model, chunks, pending)):
             return _Eager(Reason.OTHER_LOGITS, refused=True)
         step.num_replays += 1
         return logits
 
     def _put_last(self, captures: _Captures, step: _CapturedStep) -> None:
         """Note that a step is the one used last. The one whose last use is the longest ago makes room."""
-        captures.steps.pop(step.shape, None)
-        captures.steps[step.shape] = step
+        captures.steps.pop(step.size, None)
+        captures.steps[step.size] = step
         if len(captures.steps) > MAX_CAPTURES:
             captures.steps.pop(next(iter(captures.steps)))
             count_and_log(self.counts.dropped, Reason.RARELY_USED, "captured steps are dropped")
@@ -257,14 +281,13 @@ def make_recorder(capture: str, device: torch.device) -> Recorder | None:
     return GraphRecorder(device) if capture == "auto" and device.type == "cuda" else None
 
 
-def step_shape(chunks: Sequence[Chunk]) -> StepShape:
-    """The shape to which a decode step is padded: the next bucket, and tables of the next power of two."""
+def padded_size(chunks: Sequence[Chunk]) -> StepSize:
+    """The size to which a decode step is padded: the next bucket, and tables of the next power of two."""
     num_groups = len(chunks[0].request.tables)
     longest = [max(len(chunk.request.tables[number].blocks) for chunk in chunks) for number in range(num_groups)]
-    return StepShape(
-        next(bucket for bucket in BUCKETS if bucket >= len(chunks)),
-        tuple(max(_LEAST_WIDTH, 1 << (length - 1).bit_length()) for length in longest),
-    )
+    num_rows = next(bucket for bucket in BUCKETS if bucket >= len(chunks))
+    widths = tuple(max(_LEAST_WIDTH, 1 << (length - 1).bit_length()) for length in longest)
+    return StepSize(num_tokens=num_rows, num_rows=num_rows, table_widths=widths)
 
 
 def drop_all(why: Reason) -> None:

@@ -10,11 +10,18 @@ driver is a forward between two atomic sections (`atomic.py`):
    that run nothing but what transformers brings, so that their threads sleep until they are done;
 3. in a section, with the next plan: the step is noted, these calls accept their tokens.
 
+Where the device is asynchronous, steps run one ahead: the tokens of a step stay unread, the next one is planned and
+launched with them on the device, and only then the driver waits for them. So a turn is: plan N + 1; launch it, read
+the tokens of N; note that N + 1 runs, accept the tokens of N. A row that has ended with its token of N has one chunk
+too many in N + 1: that is dropped, and counts as never stored. A step is left unread if all calls that get tokens from
+it can do without them (`GenerateCall.can_run_ahead`); else it is read at once, and the turn is as above.
+
 Any other call chooses, streams and checks its criteria in its own thread and hands the tokens back. One that is slow
 to do so misses steps; the others go on.
 
 Nothing but sections changes the state of the engine, so an interrupt of the driver at any place costs its own call
-only: the step under way is as if it had not begun. No thread outlives its call, but for the one that runs sections.
+only: the step under way is as if it had not begun, and the unread one before it is read by the next driver. No thread
+outlives its call, but for the one that runs sections.
 
 An error belongs to the call whose work raises it, in whichever thread. To tell it from what a signal handler raises
 in the driver's thread, the work is done once more: an error that does not come again is no call's, and reaches the
@@ -35,6 +42,7 @@ from hf_paged.errors import UnsupportedError
 from hf_paged.execution.attempt import attempt, is_of_memory
 from hf_paged.execution.captured_steps import CapturedRunner
 from hf_paged.execution.model_runner import make_runner, register_runner
+from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation.cache_handoff import hand_over
 from hf_paged.generation.call_state import (
     CallState,
@@ -48,6 +56,7 @@ from hf_paged.generation.call_state import (
     SampleReport,
     Sleep,
     StepReport,
+    Unread,
 )
 from hf_paged.generation.generate_call import Choice, GenerateCall
 from hf_paged.memory.block_pool import BlockPool
@@ -95,6 +104,7 @@ class Engine:
         self._state_of: dict[Request, CallState] = {}  # Of every row that is in.
         self._driver: CallState | None = None
         self._under_way: SchedulerOutput | None = None  # The step that the driver runs.
+        self._unread: Unread | None = None  # The step before it, if its tokens are not known yet.
         self._leaving: list[CallState] = []  # Calls that have ended while their rows are in that step.
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took, in seconds.
         pool.caches.add(self)
@@ -222,6 +232,8 @@ class Engine:
     def _run_step(self, model: PreTrainedModel, driver: CallState, order: Drive) -> StepReport:
         """Run the chunks of all calls. What one of them raises is its own; what none of them raises is the driver's."""
         report = StepReport(order.began)
+        if order.unread is not None:
+            order.unread.pending.precede()
         chunks = self._make_ready(order, report)
         is_same_model = not order.must_check or self._is_same_model()
         for part, logits in self._forward_all(model, driver, order, chunks, report):
@@ -229,7 +241,9 @@ class Engine:
             report.deliveries += self._deliveries(order, part, logits)
         report.chunks.sort(key=lambda chunk: chunk.request.order)
         self._choose_for([delivery for delivery in report.deliveries if delivery.state.call.is_quick], report)
+        self._leave_failed_out(order, report)
         report.is_same_model = is_same_model and self._is_same_model()
+        self._read_tokens(order, report)
         return report
 
     def _is_same_model(self) -> bool:
@@ -238,19 +252,20 @@ class Engine:
         return identity is None or not self.scheduler.prefix.is_in_use or identity.holds()
 
     def _make_ready(self, order: Drive, report: StepReport) -> list[Chunk]:
-        """Make the step's blocks ready. Returns its chunks, without those of calls whose blocks are not."""
+        """Make the step's blocks ready. Returns its chunks, without those whose blocks are not, and their calls'."""
         lost: dict[Chunk, Exception] = {}
         for number, copies in enumerate(order.planned.copies):
             _, error = attempt(functools.partial(self.runner.make_ready, number, copies))
             if error is not None:
-                ready, destinations = self.runner.num_ready(number), {destination for _, destination in copies}
+                destinations = {destination for _, destination in copies}
                 for chunk in order.planned.chunks:
-                    blocks = chunk.request.tables[number].blocks
-                    if not destinations.isdisjoint(blocks) or max(blocks, default=0) >= ready:
+                    if not destinations.isdisjoint(chunk.request.tables[number].blocks):
                         lost[chunk] = error
-        report.errors += [(order.states[chunk.request], error) for chunk, error in lost.items()]
+        report.lost = [chunk for chunk in lost if chunk.is_ahead]
+        report.errors += [(order.states[chunk.request], error) for chunk, error in lost.items() if not chunk.is_ahead]
         failed = {state for state, _ in report.errors}
-        return [chunk for chunk in order.planned.chunks if order.states[chunk.request] not in failed]
+        whole = [chunk for chunk in order.planned.chunks if chunk not in lost]
+        return [chunk for chunk in whole if order.states[chunk.request] not in failed]
 
     def _forward_all(
         self, model: PreTrainedModel, driver: CallState, order: Drive, chunks: list[Chunk], report: StepReport
@@ -259,30 +274,31 @@ class Engine:
         if not chunks:
             return []
         try:
-            return [(chunks, self._forward(model, chunks, order))]
+            return [(chunks, self._forward(model, order, chunks))]
         except Exception as error:
             first = error
         try:
             parts: dict[CallState, list[Chunk]] = {}
             for chunk in chunks:
                 parts.setdefault(order.states[chunk.request], []).append(chunk)
-            if list(parts) == [driver]:
+            if list(parts) == [driver] and not _is_ahead(chunks):
                 raise first
-            done, failed = [], []
+            done = []
             for state, part in parts.items():
                 try:
-                    done.append((part, self._forward(model, part, order)))
+                    done.append((part, self._forward(model, order, part)))
                 except Exception as error:
-                    failed.append((state, error))
-            if not failed and not is_of_memory(first):
+                    if not _is_ahead(part):
+                        report.errors.append((state, error))
+            if len(done) == len(parts) and not is_of_memory(first):
                 raise first  # It is no call's: a signal handler raised it, in this thread.
-            report.errors += failed
             return done
         finally:
             del first  # Its traceback holds this frame: no cycle.
 
-    def _forward(self, model: PreTrainedModel, chunks: list[Chunk], order: Drive) -> torch.Tensor:
-        logits = self.runner.run(model, chunks, self._identity, order.others_draw)
+    def _forward(self, model: PreTrainedModel, order: Drive, chunks: list[Chunk]) -> torch.Tensor:
+        pending = None if order.unread is None else order.unread.pending
+        logits = self.runner.run(model, chunks, pending, self._identity, others_draw=order.others_draw)
         self.pool.page_reads += sum(len(group.layers) for group in self.runner.groups)
         return logits
 
@@ -322,6 +338,37 @@ class Engine:
                 raise error  # It is no call's: a signal handler raised it, in this thread.
         for delivery in alone:
             _choose_alone(delivery, report)
+
+    @staticmethod
+    def _leave_failed_out(order: Drive, report: StepReport) -> None:
+        """Take calls whose tokens could not be chosen out of the step. One with rows ahead tries again without."""
+        failed = {state for state, _ in report.errors}
+        tries_again = failed & {order.states[chunk.request] for chunk in report.chunks if chunk.is_ahead}
+        report.deliveries = [delivery for delivery in report.deliveries if delivery.state not in failed]
+        report.chunks = [chunk for chunk in report.chunks if order.states[chunk.request] not in tries_again]
+        report.errors = [(state, error) for state, error in report.errors if state not in tries_again]
+
+    def _read_tokens(self, order: Drive, report: StepReport) -> None:
+        """Read the tokens of the step before; and those of this one, unless the next can run with them unread."""
+        chosen = [delivery for delivery in report.deliveries if delivery.state.call.can_run_ahead]
+        unread = self._unread_of(chosen) if chosen else None
+        if order.unread is not None:
+            report.tokens_before = order.unread.pending.read()
+        if unread is None:
+            return
+        if self.runner.is_asynchronous and len(chosen) == len(report.deliveries):
+            report.deliveries, report.unread = [], unread
+            return
+        for delivery, (_, _, choice) in zip(chosen, unread.choices(unread.pending.read())):
+            delivery.choice = choice
+
+    def _unread_of(self, chosen: Sequence[Delivery]) -> Unread:
+        """Start the copy of the chosen tokens to the host."""
+        rows = [(delivery.state, delivery.requests) for delivery in chosen]
+        parts = [delivery.choice.tokens for delivery in chosen if delivery.choice is not None]
+        with torch.inference_mode(False), torch.no_grad():
+            tokens = torch.cat([part.to(self.specs[0].device) for part in parts])
+            return Unread(PendingTokens(tokens, [request for _, requests in rows for request in requests]), rows)
 
     # What happens in sections, under the pool's lock.
 
@@ -384,14 +431,14 @@ class Engine:
         for request, error in planned.failed:
             self._state_of[request].failed.append((request, error))
             self._state_of[request].wake()
-        if not planned.chunks:
+        if not planned.chunks and self._unread is None:
             return None
         self._under_way = planned
         must_check, self._must_check = self._must_check, False
         rows = [row for chunk in planned.chunks for row in (chunk.request, *chunk.request.duplicates)]
         states = {row: self._state_of[row] for row in rows if row in self._state_of}
         others_draw = any(state.is_sampling for state in self._state_of.values())
-        return Drive(planned, states, began, must_check, others_draw)
+        return Drive(planned, states, began, must_check, self._unread, others_draw)
 
     def _is_in_step(self, state: CallState) -> bool:
         """Tell whether a row of the call runs in the step under way, which writes to its blocks."""
@@ -399,33 +446,55 @@ class Engine:
         return step is not None and any(self._state_of.get(chunk.request) is state for chunk in step.chunks)
 
     def _finish_step(self, report: StepReport) -> None:
-        """Note that the step under way has run."""
+        """Note that the step under way has run, and first how the one before it ended."""
         planned, self._under_way = self._under_way, None
+        before, self._unread = self._unread, None
         assert planned is not None, "a report of a step that is not under way"
+        for choice in [] if before is None else before.choices(report.tokens_before):
+            self._accept(*choice)
         if not report.is_same_model:
             self.scheduler.prefix.suspend()
+        self.scheduler.abort(SchedulerOutput(report.lost, planned.copies, []))
         self.scheduler.commit(SchedulerOutput(report.chunks, planned.copies, []))
         for state, error in report.errors:
             self._fail(state, error)
+        for chunk in report.chunks:
+            if chunk.request in self._state_of and chunk.samples:
+                self.scheduler.start_duplicates(chunk.request)
         for delivery in report.deliveries:
-            if delivery.state.error is None and delivery.state not in self._leaving:
-                self._deliver(delivery)
+            self._deliver(delivery)
+        if report.unread is not None:
+            self._run_ahead(report.unread)
         self._take_out_leaving()
         self._last_step = (time.monotonic(), time.monotonic() - report.began)
         self._cancel_calls()
 
+    def _run_ahead(self, unread: Unread) -> None:
+        """Leave a step unread: its rows go on without their tokens, but for those that end by their length."""
+        rows = [(state.call, request) for state, some in unread.rows for request in some if request in self._state_of]
+        self._unread = unread if rows else None
+        for call, request in rows:
+            request.runs_ahead = call.may_go_on(request)
+
     def _deliver(self, delivery: Delivery) -> None:
         """Give a call the logits of its rows, or the tokens that were chosen from them."""
         state = delivery.state
-        for request in delivery.requests:
-            self.scheduler.start_duplicates(request)
-        if delivery.choice is None:
+        if delivery.choice is not None:
+            self._accept(state, delivery.requests, delivery.choice)
+        elif state.error is None and state not in self._leaving:
             state.logits.append((delivery.requests, delivery.logits))
             state.is_sampling = True
             state.wake()  # It begins meanwhile.
+
+    def _accept(self, state: CallState, requests: list[Request], choice: Choice) -> None:
+        """Let a call accept the tokens that were chosen for it, but those of rows that have ended a step ago."""
+        places = [place for place, request in enumerate(requests) if request in self._state_of]
+        if state.error is not None or state in self._leaving or not places:
             return
+        if len(places) < len(requests):
+            requests, choice = [requests[place] for place in places], Choice(choice.tokens[places])
         try:
-            self._note(state, state.call.accept(delivery.requests, delivery.choice))
+            self._note(state, state.call.accept(requests, choice))
         except BaseException as error:  # Of its streamer.
             self._fail(state, error)
         if state.call.is_done:
@@ -437,7 +506,7 @@ class Engine:
             if token is None:
                 self._take_out_row(request, state.call)
             else:
-                request.tokens.append(token)
+                request.add_token(token)
 
     def _hand_back(self, state: CallState, report: SampleReport) -> None:
         """Take the tokens that a call has sampled in its own thread."""
@@ -511,6 +580,7 @@ class Engine:
             self.scheduler.remove(request)
         if not self._state_of:
             self._identity = None  # It keeps what it has seen alive, old weights too.
+            self._unread = None
 
     def forget_other_threads(self) -> None:
         """Drop the calls of all threads but this one: in a forked child they are gone."""
@@ -520,6 +590,11 @@ class Engine:
                 self._drop(state)
         if self._under_way is None:
             self._take_out_leaving()
+
+
+def _is_ahead(chunks: Sequence[Chunk]) -> bool:
+    """Tell whether a row runs with a token that is not known: it may have ended, and run what it never would."""
+    return any(chunk.is_ahead for chunk in chunks)
 
 
 def _choose_alone(delivery: Delivery, report: StepReport) -> bool:

@@ -75,6 +75,9 @@ class GenerateCall:
         Whether another call's thread may choose for this one: nothing of the caller's runs, nothing is slow.
     sampler : Sampler or None
         How tokens are chosen together with those of other calls, if they can be.
+    can_run_ahead : bool
+        Whether a row's next token may be chosen while the host does not know its last one: nothing but logits decides,
+        and nothing but numbers says that a row ends. Such a call keeps its tokens in the host's memory.
     logits, scores : tuple of torch.Tensor or None
         ``[1, vocab]`` for each token of a lone row, where the call returns them.
     """
@@ -104,9 +107,6 @@ class GenerateCall:
         self._row_of = {request: row for row, request in enumerate(self.requests)}
         self.distinct_requests = self._join_duplicates(first_equal_rows(input_ids, valid))
         batch, self._width = input_ids.shape
-        room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
-        with torch.inference_mode(False):  # Another thread may write to it.
-            self._ids = torch.cat([self.input_ids, self._pads(room)], dim=1)
         self._counts = [0] * batch  # Tokens generated, by row.
         self._open = set(range(batch))
         self._lockstep = self._make_lockstep()
@@ -119,6 +119,12 @@ class GenerateCall:
         self.is_quick = streamer is self._row_streamer and is_cheap
         self.sampler = self._make_sampler()
         self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
+        # The cache's owner may write to the blocks of a row as soon as it has ended.
+        self.can_run_ahead = self.sampler is not None and self._stopping_rules is not None and cache is None
+        room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
+        with torch.inference_mode(False):  # Another thread may write to it.
+            self._ids = self.input_ids.to("cpu" if self.can_run_ahead else self.input_ids.device)
+            self._ids = torch.cat([self._ids, self._pads(room)], dim=1)
 
     def _make_lockstep(self) -> Lockstep | None:
         """How the criteria are asked about all rows together; None if each row ends by itself."""
@@ -148,7 +154,7 @@ class GenerateCall:
         return distinct
 
     def _pads(self, count: int) -> torch.Tensor:
-        return self.input_ids.new_full((len(self.input_ids), count), self._pad)
+        return self._ids.new_full((len(self._ids), count), self._pad)
 
     @property
     def is_done(self) -> bool:
@@ -177,6 +183,12 @@ class GenerateCall:
             self.failures.append(error)
         if self._lockstep is not None and not self._lockstep.has_running_rows:
             self._open.clear()  # Nothing comes that would ask about the others, and the call raises.
+
+    def may_go_on(self, request: Request) -> bool:
+        """Tell whether a row whose next token is chosen, but not accepted, may need one more: it is not full then."""
+        assert self._stopping_rules is not None, "asked of calls that run ahead"
+        length = self._width + self._counts[self._row_of[request]] + 1
+        return self._stopping_rules.max_length is None or length < self._stopping_rules.max_length
 
     def by_place(self, requests: Iterable[Request]) -> list[Request]:
         """Some rows in the order in which the batch has them."""
@@ -381,7 +393,7 @@ class GenerateCall:
             self._replayed_noise.close(longest)
         if self.streamer is not None and not (self.failures and self._row_streamer):
             self.streamer.end()  # One that knows rows is told of the error instead.
-        sequences = self._ids[:, : self._width + longest].clone()
+        sequences = self._ids[:, : self._width + longest].to(self.input_ids.device, copy=True)
         if self.failures:
             error = max(self.failures, key=lambda error: error.needed)
             error.sequences = sequences

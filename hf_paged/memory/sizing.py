@@ -3,24 +3,43 @@
 import torch
 from transformers.utils import logging
 
+from hf_paged.compat.devices import own_memory
 from hf_paged.config import PagedConfig, parse_bytes
 from hf_paged.memory.limits import memory_limits
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_SHARE = 0.25  # Of the memory that is available when a pool is made without a memory_budget.
+# Of the memory that is available when a pool is made without a memory_budget. The host's is everybody's. What a device
+# keeps is for activations and logits, which are not measured beforehand, and for the user's own work on it.
+HOST_SHARE, DEVICE_SHARE = 0.25, 0.75
+
+
+def is_taken_at_once(device: torch.device) -> bool:
+    """Tell whether a pool takes its whole budget on `device` when it is made.
+
+    On the CPU it reserves address space, and memory comes with the first write.
+    """
+    return device.type != "cpu"
+
+
+def default_share(device: torch.device) -> float:
+    """The share of the available memory that is the budget of a pool without a memory_budget."""
+    return HOST_SHARE if own_memory(device) is None else DEVICE_SHARE
 
 
 def budget_bytes(config: PagedConfig, device: torch.device) -> int:
     """The budget of a pool that is made now on `device`, in bytes."""
     stated = parse_bytes(config.memory_budget)
-    return int(available_memory(device) * DEFAULT_SHARE) if stated is None else allowed_budget(stated, device)
+    if stated is None:
+        return int(available_memory(device) * default_share(device))
+    return allowed_budget(stated, device)
 
 
 def allowed_budget(stated: int, device: torch.device) -> int:
     """A budget in bytes, lowered to what can ever be held on `device`, with a warning."""
-    if device.type == "cuda":
-        name, most = f"the memory of {device}", torch.cuda.mem_get_info(device)[1]
+    memory = own_memory(device)
+    if memory is not None:
+        name, most = f"the memory of {device}", memory[1]
     else:
         limits = ((limit.left if limit.counts_addresses else limit.total, limit.name) for limit in memory_limits())
         most, name = min(limits)
@@ -34,9 +53,8 @@ def allowed_budget(stated: int, device: torch.device) -> int:
 
 def available_memory(device: torch.device) -> int:
     """Bytes that a new allocation on `device` could get now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(limit.left for limit in memory_limits())
+    memory = own_memory(device)
+    return min(limit.left for limit in memory_limits()) if memory is None else memory[0]
 
 
 def physical_memory(device: torch.device) -> int:
@@ -44,8 +62,9 @@ def physical_memory(device: torch.device) -> int:
 
     Reserving takes address space alone. Where that is limited, half of what is left stays for everything else.
     """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+    memory = own_memory(device)
+    if memory is not None:
+        return memory[1]
     return min(limit.left // 2 if limit.counts_addresses else limit.total for limit in memory_limits())
 
 

@@ -134,8 +134,11 @@ class PrefixCache:
         return request.block_hashes[hit.num_blocks + 1]
 
     def completed_hashes(self, request: Request, start: int, end: int) -> list[bytes]:
-        """Block hashes of the blocks that tokens ``start .. end - 1`` complete; none for a row that is not stored."""
-        first, last = start // self.block_size, end // self.block_size
+        """Block hashes of the blocks that tokens ``start .. end - 1`` complete; none for a row that is not stored.
+
+        None either for a block with a token that is known to the device only.
+        """
+        first, last = start // self.block_size, min(end, len(request.tokens)) // self.block_size
         if first == last or not self._is_anchored(request):
             return []
         self._extend(request, last)

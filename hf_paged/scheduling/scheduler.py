@@ -3,6 +3,9 @@
 First come, first served. A step mixes decode tokens and chunks of prompts under a token budget. When blocks
 run out, the row that came last is preempted: its blocks are freed, and it runs its tokens again later. A row
 that starts takes what the prefix cache has of it, and runs the rest.
+
+A row may run one token ahead: with a token that only the device knows (`Request.runs_ahead`). As that may be its last
+one, the row takes room that is spare, and costs neither another row its blocks nor itself an error.
 """
 
 import bisect
@@ -53,7 +56,17 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Tell whether the row's next token will be sampled from the last of these."""
-        return self.end == len(self.request.tokens)
+        return self.end == self.request.num_tokens
+
+    @property
+    def is_ahead(self) -> bool:
+        """Tell whether the last of these is known to the device only."""
+        return self.end > len(self.request.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """These tokens, with 0 for one that is known to the device only."""
+        return self.request.tokens[self.start : self.end] + [0] * self.is_ahead
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,7 @@ class Scheduler:
         for request in list(self.running):
             if left == 0:
                 break
-            if request.state is RequestState.RUNNING and not request.is_sampling:
+            if request.state is RequestState.RUNNING and not request.is_sampling and self._may_run(request):
                 left -= self._run(request, left, step, may_exceed_budget)
         # What a preempted row gave up is not for those that wait: it was needed just now.
         has_preempted = self.num_preemptions > preemptions
@@ -175,10 +188,13 @@ class Scheduler:
         Parameters
         ----------
         step : SchedulerOutput
-            With those of its chunks that have run.
+            With those of its chunks that have run. A row that has left meanwhile had its end before its chunk: nothing
+            of that counts.
         """
         self._let_go()
         for chunk in step.chunks:
+            if chunk.request.state is RequestState.OUT:
+                continue
             chunk.request.num_stored = chunk.end
             self.prefix.store(chunk.request, chunk.start, chunk.end)
             if chunk.samples:
@@ -210,6 +226,14 @@ class Scheduler:
         request.state = state
         if state in self._queues:
             bisect.insort(self._queues[state], request, key=_order)
+
+    def _may_run(self, request: Request) -> bool:
+        """Tell whether a running row need not wait for its token: one ahead, which runs a single one, needs room."""
+        start = request.num_stored
+        return not request.runs_ahead or all(
+            group.blocks.spare_blocks or _is_private(table, start, start + 1)
+            for group, table in zip(self.groups, request.tables)
+        )
 
     def _run(self, request: Request, left: int, step: SchedulerOutput, may_exceed_budget: bool) -> int:
         """Add `left` tokens of a running row to the step at most; returns how many, 0 if the row itself must yield."""
@@ -359,7 +383,7 @@ class Scheduler:
         `stored`: how many tokens it would find stored, if it does not run.
         """
         group, pool = self.groups[index], self.groups[index].blocks
-        tokens = len(request.tokens) + ahead
+        tokens = request.num_tokens + ahead
         if group.window is None:
             return row_blocks(tokens, pool.block_size, None)
         chunk = min(max(request.num_pending - stored, 1), self.token_budget)

@@ -77,7 +77,7 @@ def paged_attention(
     key_cache, value_cache : torch.Tensor
         The pages; key and value head sizes may differ. ``num_heads`` is a multiple of ``num_kv_heads``.
     block_tables : torch.Tensor
-        Blocks of each row in token order. Entries past a row's context are any valid ids.
+        Blocks of each row in token order; rows may lie apart. Entries past a row's context are any valid ids.
     context_lens : torch.Tensor
         Tokens of each row, its queries included; 0 gives zeros.
     cu_seqlens_q : torch.Tensor

@@ -60,7 +60,7 @@ class Side:
             return None
         for number, copies in enumerate(planned.copies):
             self.runner.make_ready(number, copies)
-        logits = self.runner.run(self.model, planned.chunks, self.identity)
+        logits = self.runner.run(self.model, planned.chunks, identity=self.identity)
         self.scheduler.commit(planned)
         for chunk, row in zip([chunk for chunk in planned.chunks if chunk.samples], logits):
             chunk.request.tokens.append(int(row.argmax()))

@@ -128,6 +128,17 @@ def test_query_strides_do_not_matter(kernels):
         assert_accurate(kernels.paged_attention(strided, *rest, 0.3), exact((query, *rest), 0.3))
 
 
+def test_rows_of_block_tables_may_lie_apart(kernels):
+    """Those of a step lie in a wider matrix. Kernels that would leave the call to torch cost a decode step its time."""
+    for batch in (BATCHES["decode"], BATCHES["mixed"]):
+        (query, keys, values, tables, *rows), _ = make_pages(batch, (4, 2), 16, torch.float32)
+        wide = torch.full((len(tables), tables.shape[1] + 3), -1)
+        wide[:, : tables.shape[1]] = tables
+        strided = wide[:, : tables.shape[1]]
+        expected = kernels.paged_attention(query, keys, values, tables, *rows, 0.3)
+        assert torch.equal(kernels.paged_attention(query, keys, values, strided, *rows, 0.3), expected)
+
+
 def test_the_oracle_is_plain_attention():
     """The reference itself against torch's SDPA on the tokens in order."""
     (query, keys, values, tables, contexts, starts), _ = make_pages([(11, 11)], (4, 2), 4, torch.float64)

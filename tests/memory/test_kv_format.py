@@ -240,7 +240,7 @@ def test_kernels_attend_to_decoded_pages_within_float32(format_name):
 
 
 def storage(format_class, dtype=torch.float32):
-    return KVStorage(format_class(dtype), BlockShape(2, 4, 8, 6), torch.device("cpu"), capacity=5)
+    return KVStorage(format_class(dtype), BlockShape(2, 4, 8, 6), torch.device("cpu"), num_blocks=5)
 
 
 @pytest.mark.parametrize("format_class", [NativeFormat, *FORMATS.values()])

@@ -16,7 +16,7 @@ from hf_paged.compat.requirements import as_requirement, is_tested
 from hf_paged.config import VARIABLES, PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.memory.limits import memory_limits
-from hf_paged.memory.sizing import DEFAULT_SHARE, budget_bytes
+from hf_paged.memory.sizing import DEVICE_SHARE, HOST_SHARE, budget_bytes
 from hf_paged_integrations import autoload
 from hf_paged_integrations.transformers.hooks import NAME, enable
 from hf_paged_integrations.transformers.self_check import check_paged
@@ -233,7 +233,8 @@ def _defaults() -> list[Line]:
     except PagedError as error:
         return [("environment", str(error)), ("zero-code", _zero_code())]
     budget = budget_bytes(config, torch.device("cpu"))
-    share = f": {DEFAULT_SHARE:.0%} of what is available now" if config.memory_budget is None else ""
+    share = f": {HOST_SHARE:.0%} of what is available now, {DEVICE_SHARE:.0%} of it on a GPU"
+    share = share if config.memory_budget is None else ""
     texts = {
         "block_size": f"{config.block_size} tokens",
         "memory_budget": f"{budget:,} bytes ({size(budget)}){share}",

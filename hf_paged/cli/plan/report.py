@@ -8,7 +8,13 @@ from transformers import PreTrainedConfig
 from hf_paged.cli.plan.footprint import Footprint, footprint, read_config
 from hf_paged.cli.plan.plan import BLOCK_SIZES, Memory, Plan, remedies
 from hf_paged.config import PagedConfig, parse_bytes
-from hf_paged.memory.sizing import DEFAULT_SHARE, allowed_budget, available_memory, physical_memory
+from hf_paged.memory.sizing import (
+    allowed_budget,
+    available_memory,
+    default_share,
+    is_taken_at_once,
+    physical_memory,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,7 +48,9 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = parse_bytes(config.memory_budget)
     budget = None if stated is None else allowed_budget(stated, device)
-    memory = Memory(available_memory(device), physical_memory(device), budget)
+    memory = Memory(
+        available_memory(device), physical_memory(device), budget, default_share(device), is_taken_at_once(device)
+    )
     _print_model(plan.footprint)
     _print_groups(plan)
     _print_sizes(plan)
@@ -122,7 +130,7 @@ def _print_memory(plan: Plan, memory: Memory, device: torch.device) -> None:
     weights, left, budget = plan.weight_bytes, memory.left(plan), memory.budget(plan)
     print(f"\nMemory of this machine ({device.type})")
     print(f"  available     {size(memory.available)}, {size(weights)} of it for the weights in {_name(plan.dtype)}")
-    how = "as asked for" if memory.stated is not None else f"the default, {DEFAULT_SHARE:.0%} of what the weights leave"
+    how = "as asked for" if memory.stated is not None else f"the default, {memory.share:.0%} of what the weights leave"
     print(f"  KV budget     {size(budget)} ({how})")
     needed = f"{size(plan.kv_bytes)} of KV"
     if plan.budget_needed > plan.kv_bytes:
@@ -133,6 +141,8 @@ def _print_memory(plan: Plan, memory: Memory, device: torch.device) -> None:
         return
     if not left:
         print("  It does not fit: the weights alone take all that is available.")
+    elif not memory.holds_budget(plan):
+        print("  It does not fit: the budget is allocated at once, and is larger than the memory that is left.")
     elif plan.kv_bytes > left:
         print("  It does not fit: the KV is larger than the memory that is left.")
     elif memory.can_grow(plan):

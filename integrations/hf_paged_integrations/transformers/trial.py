@@ -185,8 +185,6 @@ def _run_packed(model: PreTrainedModel, engine: Engine, token: int) -> torch.Ten
         logits = []
         for _ in range(2):
             step = atomically(functools.partial(_plan, engine.pool, scheduler, requests))
-            for number in range(len(runner.groups)):
-                runner.make_ready(number, copies=[])
             logits.append(_call(functools.partial(runner.try_out, model, step.chunks))[1])
             atomically(functools.partial(_note, engine.pool, scheduler, step, token))
         return torch.stack(logits)

@@ -1,0 +1,89 @@
+"""PendingTokens: next tokens of rows that the device has chosen and the host does not know yet."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hf_paged.scheduling.request import Request
+from hf_paged.scheduling.scheduler import Chunk
+
+
+class PendingTokens:
+    """Tokens on the device, on their way to the host. The next step may run with them before they are there.
+
+    The copy to the host begins here and blocks nothing: it goes to pinned memory, and an event tells that it is done.
+
+    Parameters
+    ----------
+    tokens : torch.Tensor
+        ``[rows]`` int64
+    requests : sequence of Request
+        Whose next tokens they are.
+    """
+
+    def __init__(self, tokens: torch.Tensor, requests: Sequence[Request]):
+        self._tokens, self._index_of = tokens, {request: index for index, request in enumerate(requests)}
+        self._event: torch.Event | None = None
+        self._on_host = tokens
+        if tokens.device.type != "cpu":
+            self._on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._on_host.copy_(tokens, non_blocking=True)
+            self._event = torch.Event(device=tokens.device)
+            self._event.record(torch.accelerator.current_stream(tokens.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they were chosen."""
+        return self._tokens.device
+
+    def read(self) -> list[int]:
+        """Wait for the tokens, in the order of the requests. May be called again."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._on_host.tolist()
+
+    def precede(self) -> None:
+        """Let all that this thread launches from now on run after the step that chose the tokens.
+
+        Another thread may have launched that step, with another current stream.
+        """
+        if self._event is not None:
+            stream = torch.accelerator.current_stream(self._tokens.device)
+            self._event.wait(stream)
+            self._tokens.record_stream(stream)
+
+    def put_into(self, input_ids: torch.Tensor, chunks: Sequence[Chunk]) -> None:
+        """Write the tokens into the input ids of a step, at the places of the chunks that run ahead with them.
+
+        Parameters
+        ----------
+        input_ids : torch.Tensor
+            ``[1, num_tokens]`` int64, or longer if the step is padded. Written to, on the device.
+        chunks : sequence of Chunk
+            Of the step, in the order of its tokens.
+        """
+        places, sources, end = [], [], 0
+        for chunk in chunks:
+            end += chunk.end - chunk.start
+            if chunk.is_ahead:
+                places.append(end - 1)
+                sources.append(self._index_of[chunk.request])
+        if not places:
+            return
+        if _is_run(places) and _is_run(sources):  # As in most decode steps: nothing is uploaded.
+            count = len(places)
+            input_ids[0, places[0] : places[0] + count] = self._tokens[sources[0] : sources[0] + count]
+        else:
+            place, source = _upload([places, sources], self._tokens.device).unbind()
+            input_ids[0].index_copy_(0, place, self._tokens.index_select(0, source))
+
+
+def _is_run(numbers: Sequence[int]) -> bool:
+    """Tell whether rising numbers follow each other without a gap."""
+    return all(number == first for first, number in enumerate(numbers, numbers[0]))
+
+
+def _upload(numbers: list[list[int]], device: torch.device) -> torch.Tensor:
+    """Make an int64 tensor on the device, without waiting for what the device has to do before."""
+    tensor = torch.tensor(numbers)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
