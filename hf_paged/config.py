@@ -20,11 +20,14 @@ VARIABLES = {
     "prepack_weights": "HF_PAGED_PREPACK",
     "cache_salt": "HF_PAGED_CACHE_SALT",
     "eviction_policy": "HF_PAGED_EVICTION_POLICY",
+    "capture": "HF_PAGED_CAPTURE",
 }
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _LARGEST_BLOCK = 2**16
+# What `PagedConfig(capture=...)` may name.
+CAPTURES = ("auto", "off", "ops")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class PagedConfig:
     eviction_policy : str
         Which cached block makes room first, by its name in `hf_paged.memory.eviction.EVICTION_POLICIES`. "lru": the
         one that was freed longest ago.
+    capture : str
+        Which decode steps are captured at their second use, and replayed without the model's Python code. "auto": those
+        on CUDA, as CUDA graphs. "ops": those on every device, as lists of operators. "off": none.
 
     Examples
     --------
@@ -81,6 +87,7 @@ class PagedConfig:
     prepack_weights: bool = False
     cache_salt: str = ""
     eviction_policy: str = "lru"
+    capture: str = "auto"
 
     def __post_init__(self):
         size = self.block_size
@@ -104,6 +111,9 @@ class PagedConfig:
         if not isinstance(policy, str) or policy not in EVICTION_POLICIES:
             names = ", ".join(map(repr, EVICTION_POLICIES))
             raise ValueError(f"eviction_policy must be one of {names}; got {policy!r}: leave it out for 'lru'")
+        if self.capture not in CAPTURES:
+            names = ", ".join(map(repr, CAPTURES))
+            raise ValueError(f"capture must be one of {names}; got {self.capture!r}: leave it out for 'auto'")
 
     @classmethod
     def from_environment(cls) -> "PagedConfig":

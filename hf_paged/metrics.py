@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
+from hf_paged.memory.kv_pool import CaptureCounts, KVCacheSpec, KVPool
 from hf_paged.memory.sizing import step_tokens
 from hf_paged.models import registry
 
@@ -45,6 +45,15 @@ class Stats:
         Tokens that they found there, and did not compute.
     evictions : int
         Cached blocks that were given up because others needed them.
+    captured_buckets : tuple of int
+        Sizes in rows of the decode steps that are captured now.
+    replayed_steps : int
+        Packed steps that replayed a captured one.
+    eager_steps : dict of str to int
+        Packed steps that ran eagerly though the model's decode steps are captured, by reason. Empty where none are,
+        as by default on CPUs.
+    dropped_captures : dict of str to int
+        Captured steps that were dropped, by reason.
     implementation : str
         The model's attention implementation now. Some models change it themselves: Whisper goes to "eager" for
         word timestamps, and stays there until ``model.set_attn_implementation("paged")``.
@@ -67,6 +76,10 @@ class Stats:
     prefix_lookups: int
     prefix_hit_tokens: int
     evictions: int
+    captured_buckets: tuple[int, ...]
+    replayed_steps: int
+    eager_steps: dict[str, int]
+    dropped_captures: dict[str, int]
     implementation: str
 
 
@@ -86,6 +99,7 @@ def stats(model: torch.nn.Module) -> Stats:
     gathers: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
     in_turn: Counter[str] = Counter()
+    captures, buckets = CaptureCounts(), list[int]()
     for pool in pools:
         with pool.lock:
             for spec, group in pool.groups.items():
@@ -98,6 +112,8 @@ def stats(model: torch.nn.Module) -> Stats:
             lookups += pool.prefix_counts.lookups
             hits += pool.prefix_counts.hit_tokens
             gathers.update(pool.gathers)
+            captures.add(pool.capture_counts)
+            buckets += [bucket for engine in pool.engines for bucket in engine.captured_buckets]
     for counts in registry.counts_under(model):
         packed += counts.packed
         fallbacks.update(counts.fallbacks)
@@ -124,6 +140,10 @@ def stats(model: torch.nn.Module) -> Stats:
         prefix_lookups=lookups,
         prefix_hit_tokens=hits,
         evictions=evictions,
+        captured_buckets=tuple(sorted(buckets)),
+        replayed_steps=captures.replays,
+        eager_steps=dict(captures.eager_steps),
+        dropped_captures=dict(captures.dropped),
         implementation=registry.implementation_of(model),
     )
 

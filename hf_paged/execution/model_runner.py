@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -16,13 +17,24 @@ from hf_paged.reasons import Reason
 from hf_paged.scheduling.scheduler import Chunk
 
 
+class ModelIdentity(Protocol):
+    """A model as it was found when a call began: `hf_paged.models.fingerprint` makes it."""
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for two of them between which the model was not changed."""
+
+    def holds(self) -> bool:
+        """Tell whether the model is still the same."""
+
+
 class ModelRunner:
     """Runs the steps of one engine, each with a forward of the model: the eager runner, and the base of all others.
 
     The engine hands a step over in two calls: `make_ready` for each KV cache group, then `run`, which is `prepare`
     and `execute`. Both come from the thread of the call that drives the engine, one step after another. A subclass
-    that captures steps (CUDA graphs, ``torch.compile``) overrides `execute`, and `prepare` if it pads steps to the
-    sizes that it has captured; `register_runner` gives it to the engines that it serves.
+    that captures steps (CUDA graphs, ``torch.compile``) overrides `execute`, or `run` if it pads steps to the sizes
+    that it has captured, as `CapturedRunner` does; `register_runner` gives it to the engines that it serves.
 
     What a subclass can rely on, and what it must keep to:
 
@@ -91,6 +103,16 @@ class ModelRunner:
         """Tell whether this kind of runner is one for the engine of `pool`."""
         return True
 
+    @property
+    def needs_identity(self) -> bool:
+        """Tell whether `run` is to be given the model's identity. It costs an inspection of the model for each call."""
+        return False
+
+    @property
+    def captured_buckets(self) -> tuple[int, ...]:
+        """Sizes in rows of the decode steps that are captured now."""
+        return ()
+
     def make_ready(self, number: int, copies: list[tuple[int, int]]) -> None:
         """Copy the blocks of a KV cache group that rows will share no longer.
 
@@ -117,14 +139,25 @@ class ModelRunner:
             self.linears.forget_changed()
 
     def run(
-        self, model: torch.nn.Module, chunks: Sequence[Chunk], pending: PendingTokens | None = None
+        self,
+        model: torch.nn.Module,
+        chunks: Sequence[Chunk],
+        pending: PendingTokens | None = None,
+        identity: ModelIdentity | None = None,
+        others_draw: bool = False,
     ) -> torch.Tensor:
         """Run the chunks of a step in one forward: their states are stored in the pages of their rows.
 
         Parameters
         ----------
+        model : torch.nn.Module
+        chunks : sequence of Chunk
         pending : PendingTokens or None
             Has the tokens with which chunks run ahead; None: no chunk does.
+        identity : ModelIdentity or None
+            Of the model. None: a change of it cannot be seen, or the runner needs none.
+        others_draw : bool
+            Whether other threads may draw random numbers meanwhile, for calls that sample by themselves.
 
         Returns
         -------

@@ -118,6 +118,8 @@ class Drive:
         Whether to look first if the model is still as the calls found it when they came.
     unread : Unread or None
         The step before, if its tokens are still to be read. A step without chunks only reads them.
+    others_draw : bool
+        Whether calls sample in their own threads meanwhile.
     """
 
     planned: SchedulerOutput
@@ -125,6 +127,7 @@ class Drive:
     began: float
     must_check: bool
     unread: "Unread | None"
+    others_draw: bool
 
 
 Order = Finish | Raise | Sleep | Sample | Drive

@@ -39,7 +39,9 @@ from transformers import PreTrainedModel
 
 from hf_paged.atomic import Undo, atomically, is_in_section
 from hf_paged.errors import UnsupportedError
-from hf_paged.execution.model_runner import make_runner
+from hf_paged.execution.attempt import attempt
+from hf_paged.execution.captured_steps import CapturedRunner
+from hf_paged.execution.model_runner import make_runner, register_runner
 from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation.cache_handoff import hand_over
 from hf_paged.generation.call_state import (
@@ -75,33 +77,7 @@ Result = TypeVar("Result")
 _IDLE_SECONDS = 0.005  # Until a driver without work looks for some again.
 _SAMPLING_GRACE = 0.25  # Share of a step's time that the next step waits for calls that still sample from it.
 
-
-def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """Call a function, and once more if it raises anything but a fault of the device: its result, or its error.
-
-    Raises
-    ------
-    Exception
-        An error that does not come again. It is not the function's: a signal handler, such as a time limit, raised
-        it in this thread.
-    """
-    try:
-        return function(), None
-    except Exception as error:
-        if is_device_fault(error):
-            return None, error
-        first = error
-    try:
-        result = function()
-        if not is_out_of_memory(first):
-            raise first
-    except Exception as error:
-        if error is first:
-            raise
-        return None, error
-    finally:
-        del first  # Its traceback holds this frame: no cycle.
-    return result, None
+register_runner(CapturedRunner)
 
 
 class Engine:
@@ -147,6 +123,11 @@ class Engine:
     def is_running(self) -> bool:
         """Tell whether rows of calls are under way."""
         return bool(self._state_of)
+
+    @property
+    def captured_buckets(self) -> tuple[int, ...]:
+        """Sizes in rows of the decode steps that are captured now."""
+        return self.runner.captured_buckets
 
     @property
     def _is_driven(self) -> bool:
@@ -200,16 +181,19 @@ class Engine:
         identity = self._identity
         if not self.is_running:
             self.runner.begin()
-        if config.prefix_cache and (identity is None or not identity.is_found_again()):
+        is_needed = config.prefix_cache or self.runner.needs_identity
+        if is_needed and (identity is None or not identity.is_found_again()):
             identity = identify(model, config.cache_salt, self.specs)
+        has_prefixes = config.prefix_cache and identity is not None
 
         def enter() -> None:
             if identity is not None:
-                self.scheduler.prefix.use(identity.digest)
                 self._identity, self._must_check = identity, True
+                if has_prefixes:
+                    self.scheduler.prefix.use(identity.digest)
             for request in call.requests:
                 # Tokens that a row brings along may have been stored in any way.
-                request.salt = salt if identity is not None and request.num_stored == 0 else None
+                request.salt = salt if has_prefixes and request.num_stored == 0 else None
                 self._state_of[request] = state
             for request in call.distinct_requests:
                 self.scheduler.add(request)
@@ -275,7 +259,7 @@ class Engine:
         """Make the step's blocks ready. Returns its chunks, without those whose blocks are not, and their calls'."""
         lost: dict[Chunk, Exception] = {}
         for number, copies in enumerate(order.planned.copies):
-            _, error = _attempt(functools.partial(self.runner.make_ready, number, copies))
+            _, error = attempt(functools.partial(self.runner.make_ready, number, copies))
             if error is not None:
                 destinations = {destination for _, destination in copies}
                 for chunk in order.planned.chunks:
@@ -320,7 +304,8 @@ class Engine:
             del first  # Its traceback holds this frame: no cycle.
 
     def _forward(self, model: PreTrainedModel, order: Drive, chunks: list[Chunk]) -> torch.Tensor:
-        logits = self.runner.run(model, chunks, None if order.unread is None else order.unread.pending)
+        pending = None if order.unread is None else order.unread.pending
+        logits = self.runner.run(model, chunks, pending, self._identity, others_draw=order.others_draw)
         self.pool.page_reads += sum(len(group.layers) for group in self.runner.groups)
         return logits
 
@@ -463,7 +448,8 @@ class Engine:
         must_check, self._must_check = self._must_check, False
         rows = [row for chunk in planned.chunks for row in (chunk.request, *chunk.request.duplicates)]
         states = {row: self._state_of[row] for row in rows if row in self._state_of}
-        return Drive(planned, states, began, must_check, self._unread)
+        others_draw = any(state.is_sampling for state in self._state_of.values())
+        return Drive(planned, states, began, must_check, self._unread, others_draw)
 
     def _is_in_step(self, state: CallState) -> bool:
         """Tell whether a row of the call runs in the step under way, which writes to its blocks."""
@@ -625,7 +611,7 @@ def _is_ahead(chunks: Sequence[Chunk]) -> bool:
 def _choose_alone(delivery: Delivery, report: StepReport) -> bool:
     """Choose tokens for one call. Returns whether it could; if not, its error is noted."""
     choose = functools.partial(delivery.state.call.choose, delivery.requests, delivery.logits)
-    delivery.choice, error = _attempt(choose)
+    delivery.choice, error = attempt(choose)
     if error is not None:
         report.errors.append((delivery.state, error))
     return error is None

@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Protocol
 
@@ -174,6 +174,29 @@ class PrefixCounts:
     hit_tokens: int = 0
 
 
+@dataclass
+class CaptureCounts:
+    """How the packed steps of a pool ran so far whose engine captures decode steps.
+
+    Attributes
+    ----------
+    replays : int
+        Steps that replayed a captured one.
+    eager_steps, dropped : Counter of str
+        Steps that ran eagerly, and captured steps that were dropped, by reason.
+    """
+
+    replays: int = 0
+    eager_steps: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "CaptureCounts") -> None:
+        """Count what `other` counts as well."""
+        self.replays += other.replays
+        self.eager_steps.update(other.eager_steps)
+        self.dropped.update(other.dropped)
+
+
 def block_shape(key: torch.Tensor, value: torch.Tensor, block_size: int) -> BlockShape:
     """The shape of the blocks of a layer with states ``[batch, num_kv_heads, positions, head_dim]``."""
     return BlockShape(key.shape[1], block_size, key.shape[3], value.shape[3])
@@ -192,6 +215,10 @@ class PackedEngine(Protocol):
     @property
     def is_running(self) -> bool:
         """Tell whether rows of calls are under way, which hold blocks."""
+
+    @property
+    def captured_buckets(self) -> tuple[int, ...]:
+        """Sizes in rows of the decode steps that are captured now."""
 
     def forget_other_threads(self) -> None:
         """Drop the calls of all threads but this one: in a forked child they are gone."""
@@ -226,6 +253,7 @@ class KVPool:
     gathers : Counter of str
         Copies out of the pages, by reason.
     prefix_counts : PrefixCounts
+    capture_counts : CaptureCounts
     """
 
     def __init__(self, config: PagedConfig):
@@ -241,6 +269,7 @@ class KVPool:
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
         self.prefix_counts = PrefixCounts()
+        self.capture_counts = CaptureCounts()
         _all.add(self)
 
     @property

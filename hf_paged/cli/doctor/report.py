@@ -32,6 +32,11 @@ _AFTER_A_FAILED_CHECK = (
     "and report this output if that does not help"
 )
 _LABELS = {"prefix_cache_share": "prefix share"}  # Of fields whose name is too long for a label.
+_CAPTURES = {
+    "auto": "decode steps on CUDA, as CUDA graphs",
+    "off": "no steps",
+    "ops": "decode steps on every device, as lists of operators",
+}
 _WITHOUT_GPU_KERNELS = "set HF_PAGED_TRITON=0, which gathers instead, and report this output"
 
 
@@ -240,6 +245,7 @@ def _defaults() -> list[Line]:
         "prepack_weights": "on" if config.prepack_weights else "off",
         "cache_salt": "set" if config.cache_salt else "none",  # It may be a secret, and reports are passed on.
         "eviction_policy": config.eviction_policy,
+        "capture": _CAPTURES[config.capture],
     }
     lines = [(_LABELS.get(name, name.replace("_", " ")), f"{text}{_source(name)}") for name, text in texts.items()]
     return [*lines, ("zero-code", _zero_code())]
