@@ -10,6 +10,7 @@ import torch
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation.generate_call import Choice, GenerateCall
+from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, SchedulerOutput
 
@@ -117,6 +118,8 @@ class Drive:
         Whether to look first if the model is still as the calls found it when they came.
     unread : Unread or None
         The step before, if its tokens are still to be read. A step without chunks only reads them.
+    others_draw : bool
+        Whether calls sample in their own threads meanwhile.
     """
 
     planned: SchedulerOutput
@@ -124,6 +127,7 @@ class Drive:
     began: float
     must_check: bool
     unread: "Unread | None"
+    others_draw: bool
 
 
 Order = Finish | Raise | Sleep | Sample | Drive
@@ -164,10 +168,14 @@ class Unread:
     pending: PendingTokens
     rows: list[tuple[CallState, list[Request]]]
 
-    def choices(self, tokens: list[int]) -> list[tuple[CallState, list[Request], Choice]]:
-        """Part the tokens that were read among the calls."""
-        parts = torch.tensor(tokens).split([len(requests) for _, requests in self.rows])
-        return [(state, requests, Choice(part)) for (state, requests), part in zip(self.rows, parts)]
+    def choices(self, numbers: list[int]) -> list[tuple[CallState, list[Request], Choice]]:
+        """Part the tokens that were read among the calls, which work with numbers alone."""
+        found, end = [], 0
+        for state, requests in self.rows:
+            begin, end = end, end + len(requests)
+            part = numbers[begin:end]
+            found.append((state, requests, Choice(NextTokens(torch.tensor(part)), part)))
+        return found
 
 
 @dataclass

@@ -25,7 +25,7 @@ outlives its call, but for the one that runs sections.
 
 An error belongs to the call whose work raises it, in whichever thread. To tell it from what a signal handler raises
 in the driver's thread, the work is done once more: an error that does not come again is no call's, and reaches the
-caller whose thread it is.
+caller whose thread it is. A fault of the device is everybody's whose rows are in the step, and nothing is done again.
 """
 
 import functools
@@ -39,7 +39,9 @@ from transformers import PreTrainedModel
 
 from hf_paged.atomic import Undo, atomically, is_in_section
 from hf_paged.errors import UnsupportedError
-from hf_paged.execution.model_runner import make_runner
+from hf_paged.execution.attempt import attempt
+from hf_paged.execution.captured_steps import CapturedRunner
+from hf_paged.execution.model_runner import make_runner, register_runner
 from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation.cache_handoff import hand_over
 from hf_paged.generation.call_state import (
@@ -56,52 +58,26 @@ from hf_paged.generation.call_state import (
     StepReport,
     Unread,
 )
-from hf_paged.generation.generate_call import Choice, GenerateCall
+from hf_paged.generation.generate_call import Choice, GenerateCall, read_choices
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.memory.reservation import entered, is_inside
+from hf_paged.memory.sizing import step_tokens
 from hf_paged.memory.stall_detector import StallDetector
 from hf_paged.models.fingerprint import Identity, identify
+from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.sampling.sampler import sample_together
 from hf_paged.scheduling.cache_salt import current_salt
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, Scheduler, SchedulerOutput
+from hf_paged_kernels.faults import is_device_fault, is_out_of_memory
 
 Result = TypeVar("Result")
 _IDLE_SECONDS = 0.005  # Until a driver without work looks for some again.
 _SAMPLING_GRACE = 0.25  # Share of a step's time that the next step waits for calls that still sample from it.
 
-
-def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """Call a function, and once more if it raises: its result, or its error.
-
-    Raises
-    ------
-    Exception
-        An error that does not come again. It is not the function's: a signal handler, such as a time limit, raised
-        it in this thread.
-    """
-    try:
-        return function(), None
-    except Exception as error:
-        first = error
-    try:
-        result = function()
-        if not _is_of_memory(first):
-            raise first
-    except Exception as error:
-        if error is first:
-            raise
-        return None, error
-    finally:
-        del first  # Its traceback holds this frame: no cycle.
-    return result, None
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Tell whether an error may go away by itself: there was no memory, and now there is."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+register_runner(CapturedRunner)
 
 
 class Engine:
@@ -123,7 +99,8 @@ class Engine:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.specs = list(pool.groups)
-        self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget, pool.prefix_counts)
+        tokens = step_tokens(pool.config, self.specs[0].device)
+        self.scheduler = Scheduler(list(pool.groups.values()), tokens, pool.prefix_counts)
         self.runner = make_runner(pool)
         self._stall_detector = StallDetector(pool)
         self._identity: Identity | None = None  # Of the model that the prefix cache serves, while rows run.
@@ -146,6 +123,11 @@ class Engine:
     def is_running(self) -> bool:
         """Tell whether rows of calls are under way."""
         return bool(self._state_of)
+
+    @property
+    def captured_buckets(self) -> tuple[int, ...]:
+        """Sizes in rows of the decode steps that are captured now."""
+        return self.runner.captured_buckets
 
     @property
     def _is_driven(self) -> bool:
@@ -199,16 +181,19 @@ class Engine:
         identity = self._identity
         if not self.is_running:
             self.runner.begin()
-        if config.prefix_cache and (identity is None or not identity.is_found_again()):
+        is_needed = config.prefix_cache or self.runner.needs_identity
+        if is_needed and (identity is None or not identity.is_found_again()):
             identity = identify(model, config.cache_salt, self.specs)
+        has_prefixes = config.prefix_cache and identity is not None
 
         def enter() -> None:
             if identity is not None:
-                self.scheduler.prefix.use(identity.digest)
                 self._identity, self._must_check = identity, True
+                if has_prefixes:
+                    self.scheduler.prefix.use(identity.digest)
             for request in call.requests:
                 # Tokens that a row brings along may have been stored in any way.
-                request.salt = salt if identity is not None and request.num_stored == 0 else None
+                request.salt = salt if has_prefixes and request.num_stored == 0 else None
                 self._state_of[request] = state
             for request in call.distinct_requests:
                 self.scheduler.add(request)
@@ -251,8 +236,6 @@ class Engine:
     def _run_step(self, model: PreTrainedModel, driver: CallState, order: Drive) -> StepReport:
         """Run the chunks of all calls. What one of them raises is its own; what none of them raises is the driver's."""
         report = StepReport(order.began)
-        if order.unread is not None:
-            order.unread.pending.precede()
         chunks = self._make_ready(order, report)
         is_same_model = not order.must_check or self._is_same_model()
         for part, logits in self._forward_all(model, driver, order, chunks, report):
@@ -274,12 +257,11 @@ class Engine:
         """Make the step's blocks ready. Returns its chunks, without those whose blocks are not, and their calls'."""
         lost: dict[Chunk, Exception] = {}
         for number, copies in enumerate(order.planned.copies):
-            _, error = _attempt(functools.partial(self.runner.make_ready, number, copies))
+            _, error = attempt(functools.partial(self.runner.make_ready, number, copies))
             if error is not None:
-                ready, destinations = self.runner.num_ready(number), {destination for _, destination in copies}
+                destinations = {destination for _, destination in copies}
                 for chunk in order.planned.chunks:
-                    blocks = chunk.request.tables[number].blocks
-                    if not destinations.isdisjoint(blocks) or max(blocks, default=0) >= ready:
+                    if not destinations.isdisjoint(chunk.request.tables[number].blocks):
                         lost[chunk] = error
         report.lost = [chunk for chunk in lost if chunk.is_ahead]
         report.errors += [(order.states[chunk.request], error) for chunk, error in lost.items() if not chunk.is_ahead]
@@ -303,6 +285,9 @@ class Engine:
                 parts.setdefault(order.states[chunk.request], []).append(chunk)
             if list(parts) == [driver] and not _is_ahead(chunks):
                 raise first
+            if is_device_fault(first):
+                report.errors += [(state, first) for state in parts]
+                return []
             done = []
             for state, part in parts.items():
                 try:
@@ -310,14 +295,15 @@ class Engine:
                 except Exception as error:
                     if not _is_ahead(part):
                         report.errors.append((state, error))
-            if len(done) == len(parts) and not _is_of_memory(first):
+            if len(done) == len(parts) and not is_out_of_memory(first):
                 raise first  # It is no call's: a signal handler raised it, in this thread.
             return done
         finally:
             del first  # Its traceback holds this frame: no cycle.
 
     def _forward(self, model: PreTrainedModel, order: Drive, chunks: list[Chunk]) -> torch.Tensor:
-        logits = self.runner.run(model, chunks, None if order.unread is None else order.unread.pending)
+        pending = None if order.unread is None else order.unread.pending
+        logits = self.runner.run(model, chunks, pending, self._identity, others_draw=order.others_draw)
         self.pool.page_reads += sum(len(group.layers) for group in self.runner.groups)
         return logits
 
@@ -341,7 +327,8 @@ class Engine:
     def _choose_for(deliveries: list[Delivery], report: StepReport) -> None:
         """Choose tokens for quick calls, those that choose alike together."""
         samplers = [delivery.state.call.sampler for delivery in deliveries]
-        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries])
+        noises = [functools.partial(delivery.state.call.noise, delivery.requests) for delivery in deliveries]
+        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries], noises)
         alone: list[Delivery] = []
         failed_together: dict[int, tuple[Exception, list[Delivery]]] = {}  # By the error's identity.
         for delivery, tokens in zip(deliveries, chosen):
@@ -352,8 +339,11 @@ class Engine:
             else:
                 delivery.choice = Choice(tokens)
         for error, failed in failed_together.values():
+            if is_device_fault(error):
+                report.errors += [(delivery.state, error) for delivery in failed]
+                continue
             are_right = [_choose_alone(delivery, report) for delivery in failed]
-            if all(are_right) and not _is_of_memory(error):
+            if all(are_right) and not is_out_of_memory(error):
                 raise error  # It is no call's: a signal handler raised it, in this thread.
         for delivery in alone:
             _choose_alone(delivery, report)
@@ -369,25 +359,25 @@ class Engine:
 
     def _read_tokens(self, order: Drive, report: StepReport) -> None:
         """Read the tokens of the step before; and those of this one, unless the next can run with them unread."""
-        chosen = [delivery for delivery in report.deliveries if delivery.state.call.can_run_ahead]
-        unread = self._unread_of(chosen) if chosen else None
+        stays_unread = (
+            self.runner.is_asynchronous
+            and bool(report.deliveries)
+            and all(delivery.state.call.can_run_ahead for delivery in report.deliveries)
+        )
+        if stays_unread:  # The copy to the host begins before the host waits for the one before.
+            report.unread, report.deliveries = self._unread_of(report.deliveries), []
         if order.unread is not None:
             report.tokens_before = order.unread.pending.read()
-        if unread is None:
-            return
-        if self.runner.is_asynchronous and len(chosen) == len(report.deliveries):
-            report.deliveries, report.unread = [], unread
-            return
-        for delivery, (_, _, choice) in zip(chosen, unread.choices(unread.pending.read())):
-            delivery.choice = choice
+        _read_choices(report.deliveries)
 
-    def _unread_of(self, chosen: Sequence[Delivery]) -> Unread:
+    def _unread_of(self, deliveries: Sequence[Delivery]) -> Unread:
         """Start the copy of the chosen tokens to the host."""
-        rows = [(delivery.state, delivery.requests) for delivery in chosen]
-        parts = [delivery.choice.tokens for delivery in chosen if delivery.choice is not None]
+        rows = [(delivery.state, delivery.requests) for delivery in deliveries]
+        choices = [delivery.choice for delivery in deliveries if delivery.choice is not None]
         with torch.inference_mode(False), torch.no_grad():
-            tokens = torch.cat([part.to(self.specs[0].device) for part in parts])
-            return Unread(PendingTokens(tokens, [request for _, requests in rows for request in requests]), rows)
+            tokens = NextTokens.joined([choice.tokens for choice in choices], self.specs[0].device)
+            requests = [request for _, some in rows for request in some]
+            return Unread(PendingTokens(tokens.ids, tokens.marked(), requests), rows)
 
     # What happens in sections, under the pool's lock.
 
@@ -456,7 +446,8 @@ class Engine:
         must_check, self._must_check = self._must_check, False
         rows = [row for chunk in planned.chunks for row in (chunk.request, *chunk.request.duplicates)]
         states = {row: self._state_of[row] for row in rows if row in self._state_of}
-        return Drive(planned, states, began, must_check, self._unread)
+        others_draw = any(state.is_sampling for state in self._state_of.values())
+        return Drive(planned, states, began, must_check, self._unread, others_draw)
 
     def _is_in_step(self, state: CallState) -> bool:
         """Tell whether a row of the call runs in the step under way, which writes to its blocks."""
@@ -510,7 +501,7 @@ class Engine:
         if state.error is not None or state in self._leaving or not places:
             return
         if len(places) < len(requests):
-            requests, choice = [requests[place] for place in places], Choice(choice.tokens[places])
+            requests, choice = [requests[place] for place in places], choice.of(places)
         try:
             self._note(state, state.call.accept(requests, choice))
         except BaseException as error:  # Of its streamer.
@@ -618,7 +609,15 @@ def _is_ahead(chunks: Sequence[Chunk]) -> bool:
 def _choose_alone(delivery: Delivery, report: StepReport) -> bool:
     """Choose tokens for one call. Returns whether it could; if not, its error is noted."""
     choose = functools.partial(delivery.state.call.choose, delivery.requests, delivery.logits)
-    delivery.choice, error = _attempt(choose)
+    delivery.choice, error = attempt(choose)
     if error is not None:
         report.errors.append((delivery.state, error))
     return error is None
+
+
+def _read_choices(deliveries: list[Delivery]) -> None:
+    """Bring the chosen tokens of all calls to the host at once."""
+    chosen = [delivery for delivery in deliveries if delivery.choice is not None]
+    choices = [delivery.choice for delivery in chosen if delivery.choice is not None]
+    for delivery, choice in zip(chosen, read_choices(choices)):
+        delivery.choice = choice

@@ -15,6 +15,11 @@ def chunk(length: int, start: int, is_ahead: bool = False) -> Chunk:
     return Chunk(request, start, length + is_ahead)
 
 
+def pending_of(tokens: torch.Tensor, requests) -> PendingTokens:
+    """Tokens of which the host reads the same as the next step runs with."""
+    return PendingTokens(tokens, tokens, requests)
+
+
 def ids_of(chunks, padding: int = 0) -> torch.Tensor:
     """The input ids of a step as they are uploaded."""
     return torch.tensor([[token for one in chunks for token in one.tokens] + [0] * padding])
@@ -22,7 +27,7 @@ def ids_of(chunks, padding: int = 0) -> torch.Tensor:
 
 def test_rows_in_the_order_of_the_step_before():
     chunks = [chunk(3, 3, True), chunk(5, 5, True)]
-    pending = PendingTokens(torch.tensor([7, 8]), [one.request for one in chunks])
+    pending = pending_of(torch.tensor([7, 8]), [one.request for one in chunks])
     ids = ids_of(chunks, padding=2)
     pending.put_into(ids, chunks)
     assert ids.tolist() == [[7, 8, 0, 0]] and pending.read() == [7, 8]
@@ -31,7 +36,7 @@ def test_rows_in_the_order_of_the_step_before():
 def test_rows_among_prompts_after_others_have_left():
     first, prompt, last = chunk(3, 3, True), chunk(4, 1), chunk(6, 6, True)
     gone, waits = chunk(2, 2).request, chunk(9, 9).request
-    pending = PendingTokens(torch.tensor([5, 6, 7, 8]), [gone, last.request, first.request, waits])
+    pending = pending_of(torch.tensor([5, 6, 7, 8]), [gone, last.request, first.request, waits])
     chunks = [first, prompt, last]
     ids = ids_of(chunks)
     pending.put_into(ids, chunks)
@@ -40,7 +45,7 @@ def test_rows_among_prompts_after_others_have_left():
 
 def test_a_step_without_such_rows_is_left_alone():
     chunks = [chunk(3, 0), chunk(6, 5)]
-    pending = PendingTokens(torch.tensor([5]), [chunks[1].request])
+    pending = pending_of(torch.tensor([5]), [chunks[1].request])
     ids = ids_of(chunks)
     pending.put_into(ids, chunks)
     assert ids.tolist() == [[100, 101, 102, 105]]
@@ -51,8 +56,7 @@ def test_nothing_waits_for_the_device_until_the_tokens_are_read(fake_device, ord
     chunks = [chunk(3, 3, True), chunk(5, 5, True), chunk(2, 2, True)]
     tokens, ids = torch.tensor([7, 8, 9]).to(fake_device.device), ids_of(chunks).to(fake_device.device)
     with fake_device.watch() as traffic:
-        pending = PendingTokens(tokens, [chunks[number].request for number in order])
-        pending.precede()
+        pending = pending_of(tokens, [chunks[number].request for number in order])
         pending.put_into(ids, chunks)
     assert (traffic.downloads, traffic.waits) == (1, 0)
     assert traffic.uploads == (order != [0, 1, 2])
@@ -60,3 +64,12 @@ def test_nothing_waits_for_the_device_until_the_tokens_are_read(fake_device, ord
         assert pending.read() == [7, 8, 9]
     assert traffic.waits == 1
     assert ids.tolist() == [[7 + order.index(number) for number in range(3)]]
+
+
+def test_the_host_reads_what_is_marked_and_the_step_runs_with_tokens():
+    """A row whose scores were no distribution gets a mark for a token, which the next step cannot wait for."""
+    chunks = [chunk(3, 3, True), chunk(5, 5, True)]
+    pending = PendingTokens(torch.tensor([7, 0]), torch.tensor([7, -1]), [one.request for one in chunks])
+    ids = ids_of(chunks)
+    pending.put_into(ids, chunks)
+    assert ids.tolist() == [[7, 0]] and pending.read() == [7, -1]

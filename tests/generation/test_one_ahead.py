@@ -10,8 +10,8 @@ from transformers import DynamicCache
 import hf_paged
 from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.sampling.rng_replay import no_replay
-from support import one_ahead, packing, zoo
-from support.packing import LENGTHS, compare, pair, watch_steps
+from support import one_ahead, zoo
+from support.packing import LENGTHS, SAMPLE, compare, pair, watch_steps
 from support.parity import assert_rows_equal
 from support.threads import in_threads
 
@@ -65,9 +65,11 @@ def test_what_runs_past_the_end_of_a_row_is_dropped(count, seen, monkeypatch):
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-@pytest.mark.parametrize("options", [{}, {"eos_token_id": None}, {"eos_token_id": list(range(2, 20))}])
-def test_rows_of_many_lengths(name, options, seen):
-    compare(pair(name=name), zoo.prompts([13, 4, 30, 9, 21, 1, 9, 4]), **options)
+@pytest.mark.parametrize("sampling", [{}, SAMPLE], ids=["greedy", "sample"])
+@pytest.mark.parametrize("end", [2, None, list(range(2, 20))], ids=["end", "no_end", "many_ends"])
+def test_rows_of_many_lengths(name, end, sampling, seen):
+    """Sampled ones too: each row draws the random numbers of its own next token, though its last one is not read."""
+    compare(pair(name=name), zoo.prompts([13, 4, 30, 9, 21, 1, 9, 4]), eos_token_id=end, **sampling)
     assert seen.num_ahead
 
 
@@ -184,7 +186,6 @@ def test_random_numbers_are_those_of_steps_in_turn(monkeypatch):
 
 IN_TURN = {
     "a processor looks at the tokens": {"repetition_penalty": 1.3},
-    "the random numbers of dense are replayed": packing.SAMPLE,
     "scores are returned": {"return_dict_in_generate": True, "output_scores": True},
     "a cache is handed over": {"past_key_values": DynamicCache},
 }

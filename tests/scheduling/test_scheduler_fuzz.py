@@ -1,18 +1,25 @@
-"""The scheduler driven at random, compared with dictionaries: what rows hold, what slots hold, what can be found."""
+"""The scheduler driven at random, compared with dictionaries: what rows hold, what slots hold, what can be found.
+
+Its steps are made tensors as well, in buffers that know the tables of the step before, and compared with plain lists.
+"""
 
 import itertools
 
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_paged.errors import OutOfBlocksError
+from hf_paged.execution.step_buffers import StepBuffers
+from hf_paged.execution.step_inputs import prepare_inputs
 from hf_paged.memory.eviction import LeastRecentlyUsed
 from hf_paged.scheduling.request import Request, RequestState
 from hf_paged.scheduling.scheduler import Scheduler
 from support.fake_groups import FakeGroup
 from support.known_blocks import KnownBlocks
 from support.policies import AnyBlock
+from support.step_lists import assert_describes
 
 between_steps = precondition(lambda self: self.step is None)
 within_a_step = precondition(lambda self: self.step is not None)
@@ -41,11 +48,12 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     )
     def begin(self, budgets, slack, block_size, window, token_budget, cache_blocks, policy):
         self.groups = [
-            FakeGroup(total, length, total + slack, block_size, policy())
-            for total, length in zip(budgets, (None, window))
+            FakeGroup(total, length, total + slack, block_size, policy(), layer)
+            for layer, (total, length) in enumerate(zip(budgets, (None, window)))
         ]
         for group in self.groups:
             group.blocks.cache_blocks = cache_blocks
+        self.buffers = StepBuffers(torch.device("cpu"))
         self.scheduler = Scheduler(self.groups, token_budget)
         self.tokens: dict[Request, list[int]] = {}  # Of every row, in order of arrival.
         self.limits: dict[Request, int] = {}
@@ -127,6 +135,8 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             assert request not in ahead, "a row that may have ended fails"
             self.out.update(dict.fromkeys([request, *request.duplicates]))
         self.check_chunks(step)
+        if step.chunks:
+            assert_describes(prepare_inputs(step.chunks, self.groups, self.buffers), step.chunks, self.groups)
         self.check_queues(running, waiting)
         if all(row in ahead or self.waits(row) for row in running):
             assert all(row.state is RequestState.RUNNING for row in running), "a row that may have ended takes blocks"
