@@ -46,6 +46,16 @@ PARTS = {
         "A text-generation pipeline ran its items one after another, as transformers does. The results are the same. "
         "Counted in `stats(model).pipelines_in_turn`.",
     ),
+    Reason.PROMPT_TOKENS: (
+        "Steps that run eagerly",
+        "A packed step ran the model's Python code, though decode steps of the model are "
+        "[captured](configuration.md#captured-steps). Counted in `stats(model).eager_steps`.",
+    ),
+    Reason.OTHER_MODEL: (
+        "Captured steps that are dropped",
+        "What a captured step holds was no longer so, or its memory was asked for. "
+        "Counted in `stats(model).dropped_captures`.",
+    ),
 }
 
 

@@ -20,11 +20,14 @@ VARIABLES = {
     "prepack_weights": "HF_PAGED_PREPACK",
     "cache_salt": "HF_PAGED_CACHE_SALT",
     "eviction_policy": "HF_PAGED_EVICTION_POLICY",
+    "capture": "HF_PAGED_CAPTURE",
 }
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _LARGEST_BLOCK = 2**16
+# What `PagedConfig(capture=...)` may name.
+CAPTURES = ("auto", "off", "ops")
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,15 @@ class PagedConfig:
         large ones are read faster.
     memory_budget : int, str or None
         Bytes of KV that the model's blocks may take ("512MiB", "2GB" and plain byte counts are
-        understood). ``None``: a quarter of the memory that this process can still get on the device when the pool
-        is made, by the machine, its control groups (a container's limit) and its resource limits. A budget
-        larger than these allow is lowered to what they do, with a warning. Memory is touched block by block as
-        tokens arrive, so an unused budget costs nothing.
-    token_budget : int
+        understood). ``None``: a share of the memory that this process can still get on the device when the pool
+        is made. On the CPU a quarter, by the machine, its control groups (a container's limit) and its resource
+        limits; a budget larger than these allow is lowered to what they do, with a warning. Memory is touched block
+        by block as tokens arrive there, so an unused budget costs nothing. On a GPU three quarters; the pool takes
+        its budget at once, and keeps to it.
+    token_budget : int or None
         Tokens that one packed step of `generate` runs, prompts and new tokens of all rows together. Larger
-        steps use the processor better and hold up rows that are further on for longer.
+        steps use the processor better and hold up rows that are further on for longer. ``None``: 512 on CPUs, 4,096
+        on GPUs.
     prefix_cache : bool
         Let packed rows find again what earlier rows stored for the same first tokens. Blocks of finished rows
         then stay cached until other rows need them, or the model's weights change.
@@ -64,6 +69,9 @@ class PagedConfig:
     eviction_policy : str
         Which cached block makes room first, by its name in `hf_paged.memory.eviction.EVICTION_POLICIES`. "lru": the
         one that was freed longest ago.
+    capture : str
+        Which decode steps are captured at their second use, and replayed without the model's Python code. "auto": those
+        on CUDA, as CUDA graphs. "ops": those on every device, as lists of operators. "off": none.
 
     Examples
     --------
@@ -73,12 +81,13 @@ class PagedConfig:
 
     block_size: int = 16
     memory_budget: int | str | None = None
-    token_budget: int = 512
+    token_budget: int | None = None
     prefix_cache: bool = True
     prefix_cache_share: float = 0.125
     prepack_weights: bool = False
     cache_salt: str = ""
     eviction_policy: str = "lru"
+    capture: str = "auto"
 
     def __post_init__(self):
         size = self.block_size
@@ -88,7 +97,7 @@ class PagedConfig:
             raise ValueError(f"block_size must be at most {_LARGEST_BLOCK}; got {size!r}: try 16, 32 or 64")
         parse_bytes(self.memory_budget)
         tokens = self.token_budget
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
             raise ValueError(f"token_budget must be a positive number of tokens; got {tokens!r}: try 512")
         for switch in ("prefix_cache", "prepack_weights"):
             if not isinstance(getattr(self, switch), bool):
@@ -102,6 +111,9 @@ class PagedConfig:
         if not isinstance(policy, str) or policy not in EVICTION_POLICIES:
             names = ", ".join(map(repr, EVICTION_POLICIES))
             raise ValueError(f"eviction_policy must be one of {names}; got {policy!r}: leave it out for 'lru'")
+        if self.capture not in CAPTURES:
+            names = ", ".join(map(repr, CAPTURES))
+            raise ValueError(f"capture must be one of {names}; got {self.capture!r}: leave it out for 'auto'")
 
     @classmethod
     def from_environment(cls) -> "PagedConfig":
@@ -127,14 +139,14 @@ class PagedConfig:
         return cls(**stated)
 
 
-def _read(variable: str, text: str, default: object) -> Any:
-    """The value of a variable in the type of its field's default; the text itself where it has no such value."""
+def _read(variable: str, text: str, default: Any) -> Any:
+    """The value of a variable in the type of its field's default, a number where that is None; else the text itself."""
     if isinstance(default, bool):
         return is_on(variable, default)
-    if not isinstance(default, int | float):
+    if isinstance(default, str):
         return text
     try:
-        return type(default)(text)
+        return int(text) if default is None else type(default)(text)
     except ValueError:
         return text
 

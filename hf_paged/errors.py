@@ -11,21 +11,23 @@ class PagedError(Exception):
 
 
 class OutOfBlocksError(PagedError, RuntimeError):
-    """The block pool cannot serve an allocation. Nothing was allocated.
+    """The block pool cannot serve an allocation, or cannot be allocated itself. No block was taken.
 
     Attributes
     ----------
     needed, free, total : int
-        Blocks asked for, blocks available (free or cached), blocks in the pool.
+        Blocks asked for, blocks available (free or cached), blocks in the pool. Of a pool that cannot be allocated:
+        its blocks, those that the device has memory for, and 0.
     sequences : torch.Tensor or None
         ``[batch, positions]`` int64: the tokens of all rows so far, where a packed call of ``generate`` raises this.
     """
 
-    def __init__(self, needed: int, free: int, total: int):
+    def __init__(self, needed: int, free: int, total: int, text: str | None = None):
         self.needed, self.free, self.total = needed, free, total
         self.sequences: torch.Tensor | None = None
         super().__init__(
-            f"needs {needed} blocks, {free} of {total} are free: lower the batch or the context, "
+            text
+            or f"needs {needed} blocks, {free} of {total} are free: lower the batch or the context, "
             "or raise memory_budget with hf_paged.configure(model, hf_paged.PagedConfig(memory_budget=...))"
         )
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
+from hf_paged.memory.kv_pool import CaptureCounts, KVCacheSpec, KVPool
+from hf_paged.memory.sizing import step_tokens
 from hf_paged.models import registry
 
 
@@ -23,6 +24,8 @@ class Stats:
         Filled slots of the used blocks; a slot that several rows share counts once.
     waste : float
         Share of the used slots that hold no token: ``1 - tokens_stored / (used_blocks * block_size)``.
+    token_budget : int
+        Tokens that one packed step runs at most.
     page_reads : int
         Attention calls that read keys and values through block tables.
     gathers : dict of str to int
@@ -42,6 +45,15 @@ class Stats:
         Tokens that they found there, and did not compute.
     evictions : int
         Cached blocks that were given up because others needed them.
+    captured_buckets : tuple of int
+        Sizes in rows of the decode steps that are captured now.
+    replayed_steps : int
+        Packed steps that replayed a captured one.
+    eager_steps : dict of str to int
+        Packed steps that ran eagerly though the model's decode steps are captured, by reason. Empty where none are,
+        as by default on CPUs.
+    dropped_captures : dict of str to int
+        Captured steps that were dropped, by reason.
     implementation : str
         The model's attention implementation now. Some models change it themselves: Whisper goes to "eager" for
         word timestamps, and stays there until ``model.set_attn_implementation("paged")``.
@@ -54,6 +66,7 @@ class Stats:
     block_size: int
     tokens_stored: int
     waste: float
+    token_budget: int
     page_reads: int
     gathers: dict[str, int]
     packed_calls: int
@@ -63,6 +76,10 @@ class Stats:
     prefix_lookups: int
     prefix_hit_tokens: int
     evictions: int
+    captured_buckets: tuple[int, ...]
+    replayed_steps: int
+    eager_steps: dict[str, int]
+    dropped_captures: dict[str, int]
     implementation: str
 
 
@@ -82,6 +99,7 @@ def stats(model: torch.nn.Module) -> Stats:
     gathers: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
     in_turn: Counter[str] = Counter()
+    captures, buckets = CaptureCounts(), list[int]()
     for pool in pools:
         with pool.lock:
             for spec, group in pool.groups.items():
@@ -94,12 +112,15 @@ def stats(model: torch.nn.Module) -> Stats:
             lookups += pool.prefix_counts.lookups
             hits += pool.prefix_counts.hit_tokens
             gathers.update(pool.gathers)
+            captures.add(pool.capture_counts)
+            buckets += [bucket for engine in pool.engines for bucket in engine.captured_buckets]
     for counts in registry.counts_under(model):
         packed += counts.packed
         fallbacks.update(counts.fallbacks)
         together += counts.pipelines_together
         in_turn.update(counts.pipelines_in_turn)
-    block_size = pools[0].config.block_size if pools else registry.config_of(model).block_size
+    config = pools[0].config if pools else registry.config_of(model)
+    block_size = config.block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
     return Stats(
         total_blocks=total,
@@ -109,6 +130,7 @@ def stats(model: torch.nn.Module) -> Stats:
         block_size=block_size,
         tokens_stored=tokens,
         waste=waste,
+        token_budget=step_tokens(config, _device_of(model, pools)),
         page_reads=reads,
         gathers=dict(gathers),
         packed_calls=packed,
@@ -118,8 +140,18 @@ def stats(model: torch.nn.Module) -> Stats:
         prefix_lookups=lookups,
         prefix_hit_tokens=hits,
         evictions=evictions,
+        captured_buckets=tuple(sorted(buckets)),
+        replayed_steps=captures.replays,
+        eager_steps=dict(captures.eager_steps),
+        dropped_captures=dict(captures.dropped),
         implementation=registry.implementation_of(model),
     )
+
+
+def _device_of(model: torch.nn.Module, pools: list[KVPool]) -> torch.device:
+    """Where the pools are; before the first token, where they would be made."""
+    parameters = (parameter.device for parameter in model.parameters())
+    return next((spec.device for pool in pools for spec in pool.groups), next(parameters, torch.device("cpu")))
 
 
 def _tokens_stored(pool: KVPool, spec: KVCacheSpec) -> int:

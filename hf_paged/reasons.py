@@ -16,6 +16,7 @@ _DENSE = 'load the model with attn_implementation="sdpa" if pages save it nothin
 _NEW_CACHE = "make a new DynamicCache(config=model.config)"
 _OWN_LOOP = "none is needed, transformers' own loop runs over the pages"
 _OWN_CACHE = "none is needed, the layers keep transformers' own cache"
+_FEWER_ROWS = "none is needed: with so many rows the model's Python code takes little of a step's time"
 _TESTED = "install a transformers that hf_paged was tested with (hf-paged doctor names them) or a newer hf_paged"
 
 
@@ -89,7 +90,6 @@ class Reason(enum.Enum):
     RECORDED_PAST = "the cache records its past", "do not call cache.activate_past_recording()"
     # Models that no packed step serves.
     NO_POOL = "the model has no pool of its own, or several", _OWN_LOOP
-    SEVERAL_DEVICES = "the model's layers are on several devices", "put all layers on one device if they fit"
     FULL_POOL = (
         "the pool has no room to try a packed step",
         "drop caches that are not needed, or raise memory_budget with hf_paged.configure",
@@ -149,6 +149,42 @@ class Reason(enum.Enum):
         "leave guidance_scale and watermarking_config out",
     )
     SEED = "torch was seeded, and sampled items draw from its random numbers in turn", "do not seed torch"
+    # Packed steps that run eagerly though decode steps are captured.
+    PROMPT_TOKENS = "the step runs tokens of prompts", "none is needed, only decode steps are captured"
+    MANY_ROWS = "the step has more rows than the largest captured step holds", _FEWER_ROWS
+    FIRST_USE = "no step of this size has run before", "none is needed, the next one of this size is captured"
+    OTHERS_DRAW = (
+        "other threads draw random numbers, which no CUDA graph may be captured beside",
+        "none is needed, a later step of this size is captured",
+    )
+    UNSEEN_CHANGES = (
+        "a change of the model could not be seen: code, a hook or a tensor from outside transformers takes part",
+        "take it out of the forward; the log at level INFO says once what it is",
+    )
+    CHANGED_MODEL = "the model was changed after its calls began", "none is needed, later calls capture steps again"
+    MOVED_INPUTS = (
+        "accelerate's hooks on the model run in each forward",
+        "load the model on one device, without offload",
+    )
+    MODES = "a mode sees every call of torch in this thread", "leave the mode before generate"
+    HOST_READ = "the model reads what it has computed on the host (...)", 'set PagedConfig(capture="off")'
+    RANDOM_STEP = "the model draws random numbers (...)", "call model.eval()"
+    UNKNOWN_TENSOR = (
+        "the model computes with a tensor that no operator of torch returned (...)",
+        'set PagedConfig(capture="off")',
+    )
+    FAILED_CAPTURE = "a step could not be captured (...)", 'set PagedConfig(capture="off")', False
+    OTHER_LOGITS = "a replayed step gave other logits than the model", 'set PagedConfig(capture="off")', False
+    # Captured steps that are dropped.
+    OTHER_MODEL = "the model is not what it was when they were captured", "none is needed, they are captured again"
+    OTHER_SETTINGS = (
+        "a setting of torch, or an attention backend, is not what it was when they were captured",
+        "none is needed, they are captured again",
+    )
+    MOVED_PAGES = "the pages were moved", "none is needed, they are captured again"
+    RARELY_USED = "steps of other sizes were captured since", "none is needed"
+    DISABLED = "hf_paged was disabled", "call hf_paged.enable()"
+    FORKED = "the process was forked", "none is needed, the child captures its own"
 
     def __init__(self, text: str, remedy: str, is_expected: bool = True):
         self.text, self.remedy, self.is_expected = text, remedy, is_expected
@@ -184,7 +220,7 @@ Why = Reason | DetailedReason
 _told: set[tuple[str, str]] = set()
 
 
-def count_and_log(counter: Counter[str], why: Why, event: str) -> None:
+def count_and_log(counter: Counter[str], why: Why, event: str, times: int = 1) -> None:
     """Count a reason, and log it the first time in this process that the event happens because of it.
 
     Parameters
@@ -194,8 +230,10 @@ def count_and_log(counter: Counter[str], why: Why, event: str) -> None:
     why : Reason or DetailedReason
     event : str
         What happened, as the beginning of a sentence.
+    times : int
+        How often it happened.
     """
-    counter[why.text] += 1
+    counter[why.text] += times
     if (event, why.text) not in _told:
         _told.add((event, why.text))
         log = logger.info if why.is_expected else logger.warning

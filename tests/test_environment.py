@@ -22,6 +22,7 @@ GOOD = {
     "HF_PAGED_PREPACK": ("yes", "prepack_weights", True),
     "HF_PAGED_CACHE_SALT": ("7", "cache_salt", "7"),
     "HF_PAGED_EVICTION_POLICY": ("lru", "eviction_policy", "lru"),
+    "HF_PAGED_CAPTURE": ("ops", "capture", "ops"),
 }
 WRONG = {
     "HF_PAGED_BLOCK_SIZE": [("24", "a power of two, at least 4; got 24: try"), ("a lot", "got 'a lot': try 16, 32")],
@@ -29,6 +30,7 @@ WRONG = {
     "HF_PAGED_TOKEN_BUDGET": [("0", "a positive number of tokens; got 0: try 512"), ("1e3", "got '1e3'")],
     "HF_PAGED_PREFIX_CACHE_SHARE": [("1.5", "a number from 0 to 1; got 1.5: try"), ("nan", "got nan")],
     "HF_PAGED_EVICTION_POLICY": [("fifo", "must be one of 'lru'; got 'fifo'")],
+    "HF_PAGED_CAPTURE": [("on", "must be one of 'auto', 'off', 'ops'; got 'on': leave it out for 'auto'")],
 }
 FIELDS = {variable: field for field, variable in VARIABLES.items()}
 CASES = [(variable, *case) for variable, cases in WRONG.items() for case in cases]

@@ -158,21 +158,6 @@ def test_untouched_memory_costs_nothing():
     assert psutil.Process().memory_info().rss - before < 64 * 2**20
 
 
-def test_storage_that_cannot_reserve_grows_and_keeps_its_content():
-    """As on a GPU, where memory cannot be reserved for nothing; the meta device stands in for its shape."""
-    meta = native_storage(2, 8, 4, torch.device("meta"), capacity=10)
-    assert meta.num_blocks == 0
-    sizes = []
-    for wanted in (1, 2, 3, 9, 10):
-        meta.ensure(wanted)
-        sizes.append(meta.num_blocks)
-    assert sizes == [1, 2, 4, 9, 10]
-    grown = native_storage(2, 8, 4, torch.device("cpu"), capacity=2)
-    grown.pages[0][1], grown.pages[1][1], grown.capacity = 5.0, 6.0, 8
-    grown.ensure(4)
-    assert grown.num_blocks == 4 and (grown.pages[0][1] == 5).all() and (grown.pages[1][1] == 6).all()
-
-
 class Boom(Exception):
     pass
 

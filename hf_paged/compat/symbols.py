@@ -111,6 +111,7 @@ _ATTRIBUTES = {
         "ops.mkldnn._reorder_linear_weight",
     ],
     "torch.nn.modules.module": ["_has_any_global_hook"],
+    "torch.utils._device": ["DeviceContext"],
     "torch.overrides": ["_get_current_function_mode_stack"],
     "torch.utils._python_dispatch": ["_get_current_dispatch_mode_stack", "is_traceable_wrapper_subclass"],
     "torch.utils._pytree": ["tree_map_only"],
@@ -127,6 +128,7 @@ _WORDS = {
     ("torch.nn", "Module.register_forward_hook"): ["_forward_hooks"],
     ("torch.nn", "Module.register_forward_pre_hook"): ["_forward_pre_hooks"],
     ("torch._dynamo.eval_frame", "_TorchDynamoContext.__init__"): ["callback"],
+    ("accelerate.hooks", "add_hook_to_module"): ["_hf_hook"],
     ("torch._dynamo.eval_frame", "_create_delayed_compile_callback"): ["_torchdynamo_orig_backend"],
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import overrides
 from torch.nn.modules import module as modules
-from torch.utils import _python_dispatch, _pytree
+from torch.utils import _device, _python_dispatch, _pytree
 
 # Tensors
 
@@ -67,6 +67,19 @@ def draws_random_numbers(operation: Any, args: tuple, kwargs: Mapping[str, Any])
     return bool(args[place] if place < len(args) else kwargs.get("dropout_p", 0.0))
 
 
+_TO_HOST = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+def returns_to_host(operation: Any, args: tuple) -> bool:
+    """Tell whether the host learns from an operator what tensors hold: a number, or a size that depends on it.
+
+    Its tags are public. Indexing has the tag always, and such a size where it selects by a mask.
+    """
+    if operation is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return any(tag in operation.tags for tag in _TO_HOST)
+
+
 # Modules
 
 module_parts: Callable[[Mapping[str, Any]], tuple[dict, ...]] = operator.itemgetter(
@@ -105,6 +118,9 @@ The documentation says how to enter a mode, and gives no view of those that are 
 
 dispatch_modes = _python_dispatch._get_current_dispatch_mode_stack
 """The dispatch modes that this thread is in: ``torch.utils._python_dispatch._get_current_dispatch_mode_stack``."""
+
+DeviceMode = _device.DeviceContext
+"""The function mode of ``torch.set_default_device`` and of ``with torch.device(...)``: ``torch.utils._device``."""
 
 # torch.compile
 

@@ -235,6 +235,11 @@ def sliding_window_of(mask_function: Callable) -> int | None:
     return _closure(mask_function)["sliding_window"]
 
 
+def is_hooked_by_accelerate(module: torch.nn.Module) -> bool:
+    """Tell whether accelerate runs a hook around the forward of a module: ``Module._hf_hook``, its mark."""
+    return "_hf_hook" in vars(module)
+
+
 def _is_made_by(function: Callable, qualname: str) -> bool:
     if isinstance(function, functools.partial):
         return False

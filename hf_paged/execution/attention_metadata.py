@@ -1,6 +1,6 @@
 """AttentionMetadata: how the kernels find the rows of one forward in the pages of one KV cache group."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,9 +15,11 @@ class AttentionMetadata:
     Attributes
     ----------
     slot_mapping : torch.Tensor
-        ``[num_written]`` int64: slots of the tokens to store, in their order. Empty where a forward only reads.
+        ``[num_written]`` int64: slots of the tokens to store, in their order. Empty where a forward only reads. -1: the
+        token pads a captured step and is not stored.
     block_tables : torch.Tensor
-        ``[num_rows, max_blocks]`` int64: the blocks of each row, zeros behind the last.
+        ``[num_rows, max_blocks]`` int64: the blocks of each row, zeros behind the last. Those of a packed step are
+        columns of a wider matrix. A row that pads a captured step holds any ids.
     context_lens : torch.Tensor
         ``[num_rows]`` int64: tokens of each row that its blocks hold, those of this forward included.
     cu_seqlens_q : torch.Tensor
@@ -34,3 +36,16 @@ class AttentionMetadata:
     cu_seqlens_q: torch.Tensor
     window: int | None
     query_index: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> "AttentionMetadata":
+        """The same with its tensors on `device`: itself if they are there."""
+        if self.slot_mapping.device == device:
+            return self
+        return replace(
+            self,
+            slot_mapping=self.slot_mapping.to(device),
+            block_tables=self.block_tables.to(device),
+            context_lens=self.context_lens.to(device),
+            cu_seqlens_q=self.cu_seqlens_q.to(device),
+            query_index=None if self.query_index is None else self.query_index.to(device),
+        )

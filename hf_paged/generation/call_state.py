@@ -8,7 +8,9 @@ from queue import Empty, SimpleQueue
 import torch
 
 from hf_paged.errors import OutOfBlocksError
+from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation.generate_call import Choice, GenerateCall
+from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, SchedulerOutput
 
@@ -114,12 +116,18 @@ class Drive:
         When it was planned, in seconds.
     must_check : bool
         Whether to look first if the model is still as the calls found it when they came.
+    unread : Unread or None
+        The step before, if its tokens are still to be read. A step without chunks only reads them.
+    others_draw : bool
+        Whether calls sample in their own threads meanwhile.
     """
 
     planned: SchedulerOutput
     states: dict[Request, CallState]
     began: float
     must_check: bool
+    unread: "Unread | None"
+    others_draw: bool
 
 
 Order = Finish | Raise | Sleep | Sample | Drive
@@ -146,6 +154,30 @@ class Delivery:
     choice: Choice | None = None
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A step whose tokens are chosen, and not known to the host yet.
+
+    Attributes
+    ----------
+    pending : PendingTokens
+    rows : list of (CallState, list of Request)
+        For whom they were chosen, in their order.
+    """
+
+    pending: PendingTokens
+    rows: list[tuple[CallState, list[Request]]]
+
+    def choices(self, numbers: list[int]) -> list[tuple[CallState, list[Request], Choice]]:
+        """Part the tokens that were read among the calls, which work with numbers alone."""
+        found, end = [], 0
+        for state, requests in self.rows:
+            begin, end = end, end + len(requests)
+            part = numbers[begin:end]
+            found.append((state, requests, Choice(NextTokens(torch.tensor(part)), part)))
+        return found
+
+
 @dataclass
 class StepReport:
     """How a step went.
@@ -155,18 +187,28 @@ class StepReport:
     began : float
         When it was planned, in seconds.
     chunks : list of Chunk
-        Those that have run.
+        Those that have run. Chunks that ran ahead, and failed, are in none of the lists: their rows run them again
+        when their tokens are known. What is wrong past the end of a row is no error.
+    lost : list of Chunk
+        Such chunks that have not run because their blocks could not be made ready.
     errors : list of (CallState, Exception)
         Calls that cannot go on.
     is_same_model : bool
         Whether the model is the one that the prefix cache serves.
+    tokens_before : list of int
+        Tokens of the unread step that the order named.
+    unread : Unread or None
+        What was chosen, if it is not read yet; then there are no deliveries.
     """
 
     began: float
     chunks: list[Chunk] = field(default_factory=list)
+    lost: list[Chunk] = field(default_factory=list)
     deliveries: list[Delivery] = field(default_factory=list)
     errors: list[tuple[CallState, Exception]] = field(default_factory=list)
     is_same_model: bool = True
+    tokens_before: list[int] = field(default_factory=list)
+    unread: Unread | None = None
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,22 @@ driver is a forward between two atomic sections (`atomic.py`):
    that run nothing but what transformers brings, so that their threads sleep until they are done;
 3. in a section, with the next plan: the step is noted, these calls accept their tokens.
 
+Where the device is asynchronous, steps run one ahead: the tokens of a step stay unread, the next one is planned and
+launched with them on the device, and only then the driver waits for them. So a turn is: plan N + 1; launch it, read
+the tokens of N; note that N + 1 runs, accept the tokens of N. A row that has ended with its token of N has one chunk
+too many in N + 1: that is dropped, and counts as never stored. A step is left unread if all calls that get tokens from
+it can do without them (`GenerateCall.can_run_ahead`); else it is read at once, and the turn is as above.
+
 Any other call chooses, streams and checks its criteria in its own thread and hands the tokens back. One that is slow
 to do so misses steps; the others go on.
 
 Nothing but sections changes the state of the engine, so an interrupt of the driver at any place costs its own call
-only: the step under way is as if it had not begun. No thread outlives its call, but for the one that runs sections.
+only: the step under way is as if it had not begun, and the unread one before it is read by the next driver. No thread
+outlives its call, but for the one that runs sections.
 
 An error belongs to the call whose work raises it, in whichever thread. To tell it from what a signal handler raises
 in the driver's thread, the work is done once more: an error that does not come again is no call's, and reaches the
-caller whose thread it is.
+caller whose thread it is. A fault of the device is everybody's whose rows are in the step, and nothing is done again.
 """
 
 import functools
@@ -32,7 +39,10 @@ from transformers import PreTrainedModel
 
 from hf_paged.atomic import Undo, atomically, is_in_section
 from hf_paged.errors import UnsupportedError
-from hf_paged.execution.model_runner import make_runner
+from hf_paged.execution.attempt import attempt
+from hf_paged.execution.captured_steps import CapturedRunner
+from hf_paged.execution.model_runner import make_runner, register_runner
+from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation.cache_handoff import hand_over
 from hf_paged.generation.call_state import (
     CallState,
@@ -46,53 +56,28 @@ from hf_paged.generation.call_state import (
     SampleReport,
     Sleep,
     StepReport,
+    Unread,
 )
 from hf_paged.generation.generate_call import Choice, GenerateCall, read_choices
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.memory.reservation import entered, is_inside
+from hf_paged.memory.sizing import step_tokens
 from hf_paged.memory.stall_detector import StallDetector
 from hf_paged.models.fingerprint import Identity, identify
+from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.sampling.sampler import sample_together
 from hf_paged.scheduling.cache_salt import current_salt
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, Scheduler, SchedulerOutput
+from hf_paged_kernels.faults import is_device_fault, is_out_of_memory
 
 Result = TypeVar("Result")
 _IDLE_SECONDS = 0.005  # Until a driver without work looks for some again.
 _SAMPLING_GRACE = 0.25  # Share of a step's time that the next step waits for calls that still sample from it.
 
-
-def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """Call a function, and once more if it raises: its result, or its error.
-
-    Raises
-    ------
-    Exception
-        An error that does not come again. It is not the function's: a signal handler, such as a time limit, raised
-        it in this thread.
-    """
-    try:
-        return function(), None
-    except Exception as error:
-        first = error
-    try:
-        result = function()
-        if not _is_of_memory(first):
-            raise first
-    except Exception as error:
-        if error is first:
-            raise
-        return None, error
-    finally:
-        del first  # Its traceback holds this frame: no cycle.
-    return result, None
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Tell whether an error may go away by itself: there was no memory, and now there is."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+register_runner(CapturedRunner)
 
 
 class Engine:
@@ -114,7 +99,8 @@ class Engine:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.specs = list(pool.groups)
-        self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget, pool.prefix_counts)
+        tokens = step_tokens(pool.config, self.specs[0].device)
+        self.scheduler = Scheduler(list(pool.groups.values()), tokens, pool.prefix_counts)
         self.runner = make_runner(pool)
         self._stall_detector = StallDetector(pool)
         self._identity: Identity | None = None  # Of the model that the prefix cache serves, while rows run.
@@ -122,6 +108,7 @@ class Engine:
         self._state_of: dict[Request, CallState] = {}  # Of every row that is in.
         self._driver: CallState | None = None
         self._under_way: SchedulerOutput | None = None  # The step that the driver runs.
+        self._unread: Unread | None = None  # The step before it, if its tokens are not known yet.
         self._leaving: list[CallState] = []  # Calls that have ended while their rows are in that step.
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took, in seconds.
         pool.caches.add(self)
@@ -136,6 +123,11 @@ class Engine:
     def is_running(self) -> bool:
         """Tell whether rows of calls are under way."""
         return bool(self._state_of)
+
+    @property
+    def captured_buckets(self) -> tuple[int, ...]:
+        """Sizes in rows of the decode steps that are captured now."""
+        return self.runner.captured_buckets
 
     @property
     def _is_driven(self) -> bool:
@@ -189,16 +181,19 @@ class Engine:
         identity = self._identity
         if not self.is_running:
             self.runner.begin()
-        if config.prefix_cache and (identity is None or not identity.is_found_again()):
+        is_needed = config.prefix_cache or self.runner.needs_identity
+        if is_needed and (identity is None or not identity.is_found_again()):
             identity = identify(model, config.cache_salt, self.specs)
+        has_prefixes = config.prefix_cache and identity is not None
 
         def enter() -> None:
             if identity is not None:
-                self.scheduler.prefix.use(identity.digest)
                 self._identity, self._must_check = identity, True
+                if has_prefixes:
+                    self.scheduler.prefix.use(identity.digest)
             for request in call.requests:
                 # Tokens that a row brings along may have been stored in any way.
-                request.salt = salt if identity is not None and request.num_stored == 0 else None
+                request.salt = salt if has_prefixes and request.num_stored == 0 else None
                 self._state_of[request] = state
             for request in call.distinct_requests:
                 self.scheduler.add(request)
@@ -241,6 +236,8 @@ class Engine:
     def _run_step(self, model: PreTrainedModel, driver: CallState, order: Drive) -> StepReport:
         """Run the chunks of all calls. What one of them raises is its own; what none of them raises is the driver's."""
         report = StepReport(order.began)
+        if order.unread is not None:
+            order.unread.pending.precede()
         chunks = self._make_ready(order, report)
         is_same_model = not order.must_check or self._is_same_model()
         for part, logits in self._forward_all(model, driver, order, chunks, report):
@@ -248,7 +245,9 @@ class Engine:
             report.deliveries += self._deliveries(order, part, logits)
         report.chunks.sort(key=lambda chunk: chunk.request.order)
         self._choose_for([delivery for delivery in report.deliveries if delivery.state.call.is_quick], report)
+        self._leave_failed_out(order, report)
         report.is_same_model = is_same_model and self._is_same_model()
+        self._read_tokens(order, report)
         return report
 
     def _is_same_model(self) -> bool:
@@ -257,19 +256,20 @@ class Engine:
         return identity is None or not self.scheduler.prefix.is_in_use or identity.holds()
 
     def _make_ready(self, order: Drive, report: StepReport) -> list[Chunk]:
-        """Make the step's blocks ready. Returns its chunks, without those of calls whose blocks are not."""
+        """Make the step's blocks ready. Returns its chunks, without those whose blocks are not, and their calls'."""
         lost: dict[Chunk, Exception] = {}
         for number, copies in enumerate(order.planned.copies):
-            _, error = _attempt(functools.partial(self.runner.make_ready, number, copies))
+            _, error = attempt(functools.partial(self.runner.make_ready, number, copies))
             if error is not None:
-                ready, destinations = self.runner.num_ready(number), {destination for _, destination in copies}
+                destinations = {destination for _, destination in copies}
                 for chunk in order.planned.chunks:
-                    blocks = chunk.request.tables[number].blocks
-                    if not destinations.isdisjoint(blocks) or max(blocks, default=0) >= ready:
+                    if not destinations.isdisjoint(chunk.request.tables[number].blocks):
                         lost[chunk] = error
-        report.errors += [(order.states[chunk.request], error) for chunk, error in lost.items()]
+        report.lost = [chunk for chunk in lost if chunk.is_ahead]
+        report.errors += [(order.states[chunk.request], error) for chunk, error in lost.items() if not chunk.is_ahead]
         failed = {state for state, _ in report.errors}
-        return [chunk for chunk in order.planned.chunks if order.states[chunk.request] not in failed]
+        whole = [chunk for chunk in order.planned.chunks if chunk not in lost]
+        return [chunk for chunk in whole if order.states[chunk.request] not in failed]
 
     def _forward_all(
         self, model: PreTrainedModel, driver: CallState, order: Drive, chunks: list[Chunk], report: StepReport
@@ -278,30 +278,34 @@ class Engine:
         if not chunks:
             return []
         try:
-            return [(chunks, self._forward(model, chunks))]
+            return [(chunks, self._forward(model, order, chunks))]
         except Exception as error:
             first = error
         try:
             parts: dict[CallState, list[Chunk]] = {}
             for chunk in chunks:
                 parts.setdefault(order.states[chunk.request], []).append(chunk)
-            if list(parts) == [driver]:
+            if list(parts) == [driver] and not _is_ahead(chunks):
                 raise first
-            done, failed = [], []
+            if is_device_fault(first):
+                report.errors += [(state, first) for state in parts]
+                return []
+            done = []
             for state, part in parts.items():
                 try:
-                    done.append((part, self._forward(model, part)))
+                    done.append((part, self._forward(model, order, part)))
                 except Exception as error:
-                    failed.append((state, error))
-            if not failed and not _is_of_memory(first):
+                    if not _is_ahead(part):
+                        report.errors.append((state, error))
+            if len(done) == len(parts) and not is_out_of_memory(first):
                 raise first  # It is no call's: a signal handler raised it, in this thread.
-            report.errors += failed
             return done
         finally:
             del first  # Its traceback holds this frame: no cycle.
 
-    def _forward(self, model: PreTrainedModel, chunks: list[Chunk]) -> torch.Tensor:
-        logits = self.runner.run(model, chunks)
+    def _forward(self, model: PreTrainedModel, order: Drive, chunks: list[Chunk]) -> torch.Tensor:
+        pending = None if order.unread is None else order.unread.pending
+        logits = self.runner.run(model, chunks, pending, self._identity, others_draw=order.others_draw)
         self.pool.page_reads += sum(len(group.layers) for group in self.runner.groups)
         return logits
 
@@ -323,7 +327,7 @@ class Engine:
 
     @staticmethod
     def _choose_for(deliveries: list[Delivery], report: StepReport) -> None:
-        """Choose tokens for quick calls, those that choose alike together, and read those of all of them at once."""
+        """Choose tokens for quick calls, those that choose alike together."""
         samplers = [delivery.state.call.sampler for delivery in deliveries]
         noises = [functools.partial(delivery.state.call.noise, delivery.requests) for delivery in deliveries]
         chosen = sample_together(samplers, [delivery.logits for delivery in deliveries], noises)
@@ -337,12 +341,45 @@ class Engine:
             else:
                 delivery.choice = Choice(tokens)
         for error, failed in failed_together.values():
+            if is_device_fault(error):
+                report.errors += [(delivery.state, error) for delivery in failed]
+                continue
             are_right = [_choose_alone(delivery, report) for delivery in failed]
-            if all(are_right) and not _is_of_memory(error):
+            if all(are_right) and not is_out_of_memory(error):
                 raise error  # It is no call's: a signal handler raised it, in this thread.
         for delivery in alone:
             _choose_alone(delivery, report)
-        _read_choices(deliveries)
+
+    @staticmethod
+    def _leave_failed_out(order: Drive, report: StepReport) -> None:
+        """Take calls whose tokens could not be chosen out of the step. One with rows ahead tries again without."""
+        failed = {state for state, _ in report.errors}
+        tries_again = failed & {order.states[chunk.request] for chunk in report.chunks if chunk.is_ahead}
+        report.deliveries = [delivery for delivery in report.deliveries if delivery.state not in failed]
+        report.chunks = [chunk for chunk in report.chunks if order.states[chunk.request] not in tries_again]
+        report.errors = [(state, error) for state, error in report.errors if state not in tries_again]
+
+    def _read_tokens(self, order: Drive, report: StepReport) -> None:
+        """Read the tokens of the step before; and those of this one, unless the next can run with them unread."""
+        stays_unread = (
+            self.runner.is_asynchronous
+            and bool(report.deliveries)
+            and all(delivery.state.call.can_run_ahead for delivery in report.deliveries)
+        )
+        if stays_unread:  # The copy to the host begins before the host waits for the one before.
+            report.unread, report.deliveries = self._unread_of(report.deliveries), []
+        if order.unread is not None:
+            report.tokens_before = order.unread.pending.read()
+        _read_choices(report.deliveries)
+
+    def _unread_of(self, deliveries: Sequence[Delivery]) -> Unread:
+        """Start the copy of the chosen tokens to the host."""
+        rows = [(delivery.state, delivery.requests) for delivery in deliveries]
+        choices = [delivery.choice for delivery in deliveries if delivery.choice is not None]
+        with torch.inference_mode(False), torch.no_grad():
+            tokens = NextTokens.joined([choice.tokens for choice in choices], self.specs[0].device)
+            requests = [request for _, some in rows for request in some]
+            return Unread(PendingTokens(tokens.ids, tokens.marked(), requests), rows)
 
     # What happens in sections, under the pool's lock.
 
@@ -405,13 +442,14 @@ class Engine:
         for request, error in planned.failed:
             self._state_of[request].failed.append((request, error))
             self._state_of[request].wake()
-        if not planned.chunks:
+        if not planned.chunks and self._unread is None:
             return None
         self._under_way = planned
         must_check, self._must_check = self._must_check, False
         rows = [row for chunk in planned.chunks for row in (chunk.request, *chunk.request.duplicates)]
         states = {row: self._state_of[row] for row in rows if row in self._state_of}
-        return Drive(planned, states, began, must_check)
+        others_draw = any(state.is_sampling for state in self._state_of.values())
+        return Drive(planned, states, began, must_check, self._unread, others_draw)
 
     def _is_in_step(self, state: CallState) -> bool:
         """Tell whether a row of the call runs in the step under way, which writes to its blocks."""
@@ -419,33 +457,55 @@ class Engine:
         return step is not None and any(self._state_of.get(chunk.request) is state for chunk in step.chunks)
 
     def _finish_step(self, report: StepReport) -> None:
-        """Note that the step under way has run."""
+        """Note that the step under way has run, and first how the one before it ended."""
         planned, self._under_way = self._under_way, None
+        before, self._unread = self._unread, None
         assert planned is not None, "a report of a step that is not under way"
+        for choice in [] if before is None else before.choices(report.tokens_before):
+            self._accept(*choice)
         if not report.is_same_model:
             self.scheduler.prefix.suspend()
+        self.scheduler.abort(SchedulerOutput(report.lost, planned.copies, []))
         self.scheduler.commit(SchedulerOutput(report.chunks, planned.copies, []))
         for state, error in report.errors:
             self._fail(state, error)
+        for chunk in report.chunks:
+            if chunk.request in self._state_of and chunk.samples:
+                self.scheduler.start_duplicates(chunk.request)
         for delivery in report.deliveries:
-            if delivery.state.error is None and delivery.state not in self._leaving:
-                self._deliver(delivery)
+            self._deliver(delivery)
+        if report.unread is not None:
+            self._run_ahead(report.unread)
         self._take_out_leaving()
         self._last_step = (time.monotonic(), time.monotonic() - report.began)
         self._cancel_calls()
 
+    def _run_ahead(self, unread: Unread) -> None:
+        """Leave a step unread: its rows go on without their tokens, but for those that end by their length."""
+        rows = [(state.call, request) for state, some in unread.rows for request in some if request in self._state_of]
+        self._unread = unread if rows else None
+        for call, request in rows:
+            request.runs_ahead = call.may_go_on(request)
+
     def _deliver(self, delivery: Delivery) -> None:
         """Give a call the logits of its rows, or the tokens that were chosen from them."""
         state = delivery.state
-        for request in delivery.requests:
-            self.scheduler.start_duplicates(request)
-        if delivery.choice is None:
+        if delivery.choice is not None:
+            self._accept(state, delivery.requests, delivery.choice)
+        elif state.error is None and state not in self._leaving:
             state.logits.append((delivery.requests, delivery.logits))
             state.is_sampling = True
             state.wake()  # It begins meanwhile.
+
+    def _accept(self, state: CallState, requests: list[Request], choice: Choice) -> None:
+        """Let a call accept the tokens that were chosen for it, but those of rows that have ended a step ago."""
+        places = [place for place, request in enumerate(requests) if request in self._state_of]
+        if state.error is not None or state in self._leaving or not places:
             return
+        if len(places) < len(requests):
+            requests, choice = [requests[place] for place in places], choice.of(places)
         try:
-            self._note(state, state.call.accept(delivery.requests, delivery.choice))
+            self._note(state, state.call.accept(requests, choice))
         except BaseException as error:  # Of its streamer.
             self._fail(state, error)
         if state.call.is_done:
@@ -457,7 +517,7 @@ class Engine:
             if token is None:
                 self._take_out_row(request, state.call)
             else:
-                request.tokens.append(token)
+                request.add_token(token)
 
     def _hand_back(self, state: CallState, report: SampleReport) -> None:
         """Take the tokens that a call has sampled in its own thread."""
@@ -531,6 +591,7 @@ class Engine:
             self.scheduler.remove(request)
         if not self._state_of:
             self._identity = None  # It keeps what it has seen alive, old weights too.
+            self._unread = None
 
     def forget_other_threads(self) -> None:
         """Drop the calls of all threads but this one: in a forked child they are gone."""
@@ -542,10 +603,15 @@ class Engine:
             self._take_out_leaving()
 
 
+def _is_ahead(chunks: Sequence[Chunk]) -> bool:
+    """Tell whether a row runs with a token that is not known: it may have ended, and run what it never would."""
+    return any(chunk.is_ahead for chunk in chunks)
+
+
 def _choose_alone(delivery: Delivery, report: StepReport) -> bool:
     """Choose tokens for one call. Returns whether it could; if not, its error is noted."""
     choose = functools.partial(delivery.state.call.choose, delivery.requests, delivery.logits)
-    delivery.choice, error = _attempt(choose)
+    delivery.choice, error = attempt(choose)
     if error is not None:
         report.errors.append((delivery.state, error))
     return error is None

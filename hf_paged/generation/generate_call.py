@@ -55,6 +55,11 @@ class Choice:
         check(numbers)
         return numbers
 
+    def of(self, places: Sequence[int]) -> "Choice":
+        """The choice of some of the rows, of which neither scores nor logits are kept. Its numbers were read before."""
+        assert self.numbers is not None, "rows that have ended are known when tokens are read"
+        return Choice(self.tokens.of(places), [self.numbers[place] for place in places])
+
 
 def read_choices(choices: Sequence[Choice]) -> list[Choice]:
     """Return choices with their numbers: those of all calls are brought to the host at once."""
@@ -98,6 +103,9 @@ class GenerateCall:
         Whether another call's thread may choose for this one: nothing of the caller's runs, nothing is slow.
     sampler : Sampler or None
         How tokens are chosen together with those of other calls, if they can be.
+    can_run_ahead : bool
+        Whether a row's next token may be chosen while the host does not know its last one: nothing but logits decides,
+        and nothing but numbers says that a row ends.
     logits, scores : tuple of torch.Tensor or None
         ``[1, vocab]`` for each token of a lone row, where the call returns them.
     """
@@ -144,6 +152,8 @@ class GenerateCall:
         self.is_quick = streamer is self._row_streamer and is_cheap
         self.sampler = self._make_sampler()
         self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
+        # The cache's owner may write to the blocks of a row as soon as it has ended.
+        self.can_run_ahead = self.sampler is not None and self._stopping_rules is not None and cache is None
 
     def _make_lockstep(self) -> Lockstep | None:
         """How the criteria are asked about all rows together; None if each row ends by itself."""
@@ -204,6 +214,12 @@ class GenerateCall:
             self.failures.append(error)
         if self._lockstep is not None and not self._lockstep.has_running_rows:
             self._open.clear()  # Nothing comes that would ask about the others, and the call raises.
+
+    def may_go_on(self, request: Request) -> bool:
+        """Tell whether a row whose next token is chosen, but not accepted, may need one more: it is not full then."""
+        assert self._stopping_rules is not None, "asked of calls that run ahead"
+        length = self._width + self._counts[self._row_of[request]] + 1
+        return self._stopping_rules.max_length is None or length < self._stopping_rules.max_length
 
     def by_place(self, requests: Iterable[Request]) -> list[Request]:
         """Some rows in the order in which the batch has them."""

@@ -72,7 +72,7 @@ class BlockPool:
 
     @property
     def high_water(self) -> int:
-        """One past the highest id ever handed out."""
+        """One past the highest id ever handed out: on the CPU the memory of these blocks is taken from the system."""
         return len(self._ref_counts)
 
     def ref_count(self, block: int) -> int:

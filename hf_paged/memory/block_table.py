@@ -19,15 +19,22 @@ class BlockTable:
     ----------
     pool : BlockPool
         Owner of the ids.
+
+    Attributes
+    ----------
+    num_edits : int
+        How often `blocks` changed other than by blocks at its end: who copied it when there were as many lacks
+        those alone.
     """
 
-    __slots__ = ("pool", "blocks", "base", "num_tokens")
+    __slots__ = ("pool", "blocks", "base", "num_tokens", "num_edits")
 
     def __init__(self, pool: BlockPool):
         self.pool = pool
         self.blocks: list[int] = []
         self.base = 0
         self.num_tokens = 0
+        self.num_edits = 0
 
     def fork(self) -> "BlockTable":
         """A second table over the same blocks."""
@@ -41,6 +48,7 @@ class BlockTable:
         assert not self.blocks and self.base + len(blocks) * self.pool.block_size == num_tokens
         self.pool.touch(blocks)
         self.blocks, self.num_tokens = list(blocks), num_tokens
+        self.num_edits += 1
 
     def start_at(self, token: int) -> None:
         """Let an empty table begin with the block that holds `token`; earlier tokens are never stored."""
@@ -53,6 +61,7 @@ class BlockTable:
         keep = _ceil_div(num_tokens - self.base, self.pool.block_size)
         self.pool.free(reversed(self.blocks[keep:]))
         del self.blocks[keep:]
+        self.num_edits += 1
         self.num_tokens = min(self.num_tokens, num_tokens)
 
     def evict_before(self, token: int) -> None:
@@ -62,12 +71,14 @@ class BlockTable:
             self.pool.free(reversed(self.blocks[:count]))
             del self.blocks[:count]
             self.base += count * self.pool.block_size
+            self.num_edits += 1
 
     def release(self) -> None:
         """Free every block; the table is as new."""
         # Deepest first: a cached block is of use only while those before it are there, too.
         self.pool.free(reversed(self.blocks))
         self.blocks, self.base, self.num_tokens = [], 0, 0
+        self.num_edits += 1
 
     def slots(self, start: int, end: int) -> list[int]:
         """Slot (``block * block_size + offset``) of each token in ``start .. end - 1``."""
@@ -126,6 +137,7 @@ def make_writable(
         for index in indices:
             source, table.blocks[index] = table.blocks[index], fresh.pop()
             copies.append((source, table.blocks[index]))
+        table.num_edits += bool(indices)
         table.blocks.extend(fresh.pop() for _ in range(num_missing))
         table.num_tokens = max(table.num_tokens, end)
     return copies

@@ -13,6 +13,7 @@ import torch
 
 from hf_paged.errors import UnsupportedError
 from hf_paged_kernels import ops
+from hf_paged_kernels.torch_sdpa import stored_tokens
 
 Pages = tuple[torch.Tensor, ...]  # Each [num_blocks, num_kv_heads, block_size, size]: those of keys, then of values.
 
@@ -94,11 +95,14 @@ class KVFormat(abc.ABC):
         value: torch.Tensor,  # [num_tokens, num_kv_heads, value_dim]
         slot_mapping: torch.Tensor,  # [num_tokens] int64
     ) -> None:
-        """Store new tokens in their slots. Mutates `pages`, nothing else."""
+        """Store new tokens in their slots; a negative slot is none. Mutates `pages`, nothing else."""
+        if not len(slot_mapping):
+            return
         size = pages[0].shape[2]
-        block, offset = slot_mapping // size, slot_mapping % size
+        tokens, slots, is_stored = stored_tokens(slot_mapping)
+        block, offset = slots // size, slots % size
         for page, part in zip(pages, (*self.encode(key), *self.encode(value))):
-            page[block, :, offset] = part
+            page[block, :, offset] = torch.where(is_stored, part[tokens], page[block, :, offset])
 
     def attend(
         self,

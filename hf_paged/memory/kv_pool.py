@@ -4,13 +4,15 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Protocol
 
 import torch
 from transformers.utils import logging
 
 from hf_paged.atomic import after_fork_in_child
+from hf_paged.compat import devices
 from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
@@ -19,7 +21,7 @@ from hf_paged.memory.eviction import EVICTION_POLICIES
 from hf_paged.memory.kv_format import BlockShape, KVFormat, make_kv_format
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.memory.reservation import Reservation
-from hf_paged.memory.sizing import budget_bytes, physical_memory
+from hf_paged.memory.sizing import WHOLE, available_memory, budget_bytes, is_taken_at_once, physical_memory
 
 logger = logging.get_logger(__name__)
 
@@ -54,24 +56,28 @@ class KVCacheGroup:
     config : PagedConfig
     kv_format : KVFormat
         Of the pages of all layers.
+    budget : int
+        Bytes that the pool may take on the device.
     bytes_per_block : int
-        Bytes of the pool's budget that buy one block.
+        Of these, the bytes that buy one block.
 
     Attributes
     ----------
     budget_blocks : int
         Blocks that the budget holds.
     capacity : int
-        Blocks that the device could hold: a call that cannot wait may exceed the budget rather than fail.
+        Blocks that can be made addressable. On the CPU those that the machine could hold: a call that cannot wait may
+        exceed the budget rather than fail. Elsewhere those of the budget, which are allocated at once.
     blocks : BlockPool
     layers : dict of int to KVStorage
         By cache layer.
     """
 
-    def __init__(self, spec: KVCacheSpec, config: PagedConfig, kv_format: KVFormat, bytes_per_block: int):
+    def __init__(self, spec: KVCacheSpec, config: PagedConfig, kv_format: KVFormat, budget: int, bytes_per_block: int):
         self.spec, self.kv_format = spec, kv_format
-        self.budget_blocks = max(1, budget_bytes(config, spec.device) // bytes_per_block)
-        self.capacity = max(self.budget_blocks, physical_memory(spec.device) // bytes_per_block)
+        self.budget_blocks = self.capacity = max(1, budget // bytes_per_block)
+        if not is_taken_at_once(spec.device):
+            self.capacity = max(self.budget_blocks, physical_memory(spec.device) // bytes_per_block)
         cache_blocks = int(self.budget_blocks * config.prefix_cache_share)
         policy = EVICTION_POLICIES[config.eviction_policy]()
         self.blocks = BlockPool(self.budget_blocks, config.block_size, cache_blocks, policy)
@@ -83,14 +89,37 @@ class KVCacheGroup:
         return self.spec.window
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVStorage:
-        """Storage of layer `index`, made for states ``[batch, num_kv_heads, positions, head_dim]`` if new."""
+        """Storage of layer `index`, made for states ``[batch, num_kv_heads, positions, head_dim]`` if new.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the device has no memory for it.
+        """
         if index not in self.layers:
             shape = block_shape(key, value, self.blocks.block_size)
-            self.layers[index] = KVStorage(self.kv_format, shape, key.device, self.capacity, self.budget_blocks)
+            try:
+                self.layers[index] = KVStorage(self.kv_format, shape, self.spec.device, self.capacity)
+            except torch.OutOfMemoryError as error:
+                raise self._no_memory(self.kv_format.block_bytes(shape)) from error
         return self.layers[index]
+
+    def _no_memory(self, block_bytes: int) -> OutOfBlocksError:
+        """The error of a layer whose blocks, of so many bytes each, find no memory."""
+        wanted, free = self.capacity * block_bytes, available_memory(self.spec.device)
+        return OutOfBlocksError(
+            self.capacity,
+            min(self.capacity, free // block_bytes),
+            0,
+            f"the pool cannot be allocated: {len(self.layers)} layers of a KV cache group have their {self.capacity} "
+            f"blocks on {self.spec.device}, the next one needs {wanted:,} bytes, and {free:,} are free. "
+            "Set a smaller memory_budget with hf_paged.configure, which also gives back what the layers have",
+        )
 
     def allocate_or_grow(self, num_blocks: int, reservations: Sequence[Reservation] = ()) -> list[int]:
         """As `BlockPool.allocate`; where the budget does not hold them the pool grows, with one warning.
+
+        Only on the CPU: elsewhere the addresses of a larger pool would be others, and what is free is the user's.
 
         Parameters
         ----------
@@ -101,7 +130,7 @@ class KVCacheGroup:
         Raises
         ------
         OutOfBlocksError
-            If the memory of the device cannot hold them.
+            If more than `capacity` are needed.
         """
         for reservation in reservations:
             reservation.spend(self, num_blocks)
@@ -120,17 +149,11 @@ class KVCacheGroup:
             self.blocks.grow(extra)
             return self.blocks.allocate(num_blocks)
 
-    def ensure(self) -> None:
-        """Make every block that was ever handed out addressable in every layer. Called under the pool's lock."""
-        for storage in self.layers.values():
-            storage.ensure(self.blocks.high_water)
-
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks in every layer: the copy of copy-on-write. Under the pool's lock."""
         if not copies:
             return
-        source, destination = torch.tensor(copies, device=self.spec.device).unbind(1)
-        self.ensure()
+        source, destination = devices.upload(list(zip(*copies)), self.spec.device).unbind()
         for storage in self.layers.values():
             storage.copy_blocks(source, destination)
 
@@ -149,6 +172,29 @@ class PrefixCounts:
 
     lookups: int = 0
     hit_tokens: int = 0
+
+
+@dataclass
+class CaptureCounts:
+    """How the packed steps of a pool ran so far whose engine captures decode steps.
+
+    Attributes
+    ----------
+    replays : int
+        Steps that replayed a captured one.
+    eager_steps, dropped : Counter of str
+        Steps that ran eagerly, and captured steps that were dropped, by reason.
+    """
+
+    replays: int = 0
+    eager_steps: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "CaptureCounts") -> None:
+        """Count what `other` counts as well."""
+        self.replays += other.replays
+        self.eager_steps.update(other.eager_steps)
+        self.dropped.update(other.dropped)
 
 
 def block_shape(key: torch.Tensor, value: torch.Tensor, block_size: int) -> BlockShape:
@@ -170,6 +216,10 @@ class PackedEngine(Protocol):
     def is_running(self) -> bool:
         """Tell whether rows of calls are under way, which hold blocks."""
 
+    @property
+    def captured_buckets(self) -> tuple[int, ...]:
+        """Sizes in rows of the decode steps that are captured now."""
+
     def forget_other_threads(self) -> None:
         """Drop the calls of all threads but this one: in a forked child they are gone."""
 
@@ -178,8 +228,8 @@ class KVPool:
     """The blocks of one model (of its decoder), shared by every cache of that model.
 
     Owns the storage; caches own the blocks they use and give them back when they die. What changes the pool's
-    state is an atomic section (`atomic.py`) and holds `lock`, which readers hold, too; storage grows only before a
-    step writes to it, under `lock`.
+    state is an atomic section (`atomic.py`) and holds `lock`, which readers hold, too. The storage of a layer is made
+    when its first states come.
 
     Parameters
     ----------
@@ -203,12 +253,14 @@ class KVPool:
     gathers : Counter of str
         Copies out of the pages, by reason.
     prefix_counts : PrefixCounts
+    capture_counts : CaptureCounts
     """
 
     def __init__(self, config: PagedConfig):
         self.config = config
         self.lock = threading.RLock()
         self.groups: dict[KVCacheSpec, KVCacheGroup] = {}
+        self._budgets: dict[torch.device, int] = {}
         self.caches: weakref.WeakSet[BlockOwner] = weakref.WeakSet()
         self.engines: weakref.WeakSet[PackedEngine] = weakref.WeakSet()
         self.reservations: list[Reservation] = []
@@ -217,6 +269,7 @@ class KVPool:
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
         self.prefix_counts = PrefixCounts()
+        self.capture_counts = CaptureCounts()
         _all.add(self)
 
     @property
@@ -224,7 +277,9 @@ class KVPool:
         """Calls that wait for a reservation."""
         return len(self.waiting)
 
-    def group(self, spec: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> KVCacheGroup:
+    def group(
+        self, spec: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int, share: Fraction = WHOLE
+    ) -> KVCacheGroup:
         """The KV cache group of a spec, made if new: sized as if all layers of the model were like the one given.
 
         Parameters
@@ -234,17 +289,39 @@ class KVPool:
             States of one layer, ``[batch, num_kv_heads, positions, head_dim]``.
         num_layers : int
             Layers that the model pages, in all groups: they divide the budget.
+        share : Fraction
+            Of these, the part on the spec's device.
 
         Raises
         ------
         UnsupportedError
             If the KV format does not store such states.
+        OutOfBlocksError
+            If the device has no memory for the budget.
         """
         if spec not in self.groups:
             kv_format = make_kv_format(spec.states_dtype)
-            bytes_per_block = kv_format.block_bytes(block_shape(key, value, self.config.block_size)) * num_layers
-            self.groups[spec] = KVCacheGroup(spec, self.config, kv_format, bytes_per_block)
+            layers_here = max(1, round(num_layers * share))
+            bytes_per_block = kv_format.block_bytes(block_shape(key, value, self.config.block_size)) * layers_here
+            budget = self._budget(spec.device, share, bytes_per_block)
+            self.groups[spec] = KVCacheGroup(spec, self.config, kv_format, budget, bytes_per_block)
         return self.groups[spec]
+
+    def _budget(self, device: torch.device, share: Fraction, bytes_per_block: int) -> int:
+        """Bytes that the pool may take on a device. Asked once: later groups find less free, earlier ones have it."""
+        if device not in self._budgets:
+            budget = budget_bytes(self.config, device, share)
+            if is_taken_at_once(device) and budget > (free := available_memory(device)):
+                raise OutOfBlocksError(
+                    budget // bytes_per_block,
+                    free // bytes_per_block,
+                    0,
+                    f"the pool cannot be allocated: memory_budget is {budget:,} bytes, all of which are allocated at "
+                    f"once, and {free:,} are free on {device}. Set a smaller memory_budget with hf_paged.configure, "
+                    "leave it out for the default, or free memory on the device",
+                )
+            self._budgets[device] = budget
+        return self._budgets[device]
 
     def check_integrity(self) -> None:
         """Check ``free + cached + used == total`` and that the live block tables own what is used.

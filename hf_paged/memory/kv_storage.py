@@ -1,5 +1,6 @@
 """The tensors behind the block ids: the pages of one attention layer, and what is done with them."""
 
+import math
 import mmap
 import sys
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from hf_paged.errors import PagedError
 from hf_paged.memory.kv_format import BlockShape, KVFormat, Pages, Part
+from hf_paged.memory.sizing import is_taken_at_once
 
 _MAP_NORESERVE = 0x4000  # Linux's. Python has no name for it before 3.13.
 
@@ -15,9 +17,9 @@ _MAP_NORESERVE = 0x4000  # Linux's. Python has no name for it before 3.13.
 class KVStorage:
     """Keys and values of one attention layer, in the pages of its KV format.
 
-    On the CPU the whole capacity is reserved once as virtual memory: addresses never move, and a page
-    costs nothing until a token is written to it. Elsewhere the tensors grow by doubling, with a copy, and
-    not past the budget before they must; the owner calls `ensure` between steps only, under its lock.
+    All blocks are addressable from the beginning, and their addresses never move: captured steps rely on it. On the
+    CPU they are reserved as virtual memory, and a page costs nothing until a token is written to it. Elsewhere they
+    are allocated at once.
 
     Parameters
     ----------
@@ -26,43 +28,33 @@ class KVStorage:
     shape : BlockShape
         The states that a block holds.
     device : torch.device
-    capacity : int
-        Blocks that the storage may ever hold.
-    budget : int or None
-        Blocks that it holds at most while no more are asked for; None: `capacity`.
+    num_blocks : int
+        Blocks that the storage holds.
 
     Attributes
     ----------
     pages : tuple of torch.Tensor
-        Each ``[num_blocks, num_kv_heads, block_size, size]``: the parts of keys, then those of values. Replaced when
-        they grow.
+        Each ``[num_blocks, num_kv_heads, block_size, size]``: the parts of keys, then those of values. Never replaced.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If the device has no memory for them.
+    PagedError
+        If the CPU has no address space for them.
     """
 
-    def __init__(
-        self,
-        kv_format: KVFormat,
-        shape: BlockShape,
-        device: torch.device,
-        capacity: int,
-        budget: int | None = None,
-    ):
-        self.kv_format, self.shape, self.device, self.capacity = kv_format, shape, device, capacity
+    def __init__(self, kv_format: KVFormat, shape: BlockShape, device: torch.device, num_blocks: int):
+        self.kv_format, self.shape, self.device, self.num_blocks = kv_format, shape, device, num_blocks
         self.states_dtype = kv_format.states_dtype
-        self.budget = capacity if budget is None else min(budget, capacity)
-        self._parts = kv_format.parts(shape.key_dim) + kv_format.parts(shape.value_dim)
-        num_blocks = capacity if device.type == "cpu" else 0
-        self.pages: Pages = tuple(self._new(num_blocks, part) for part in self._parts)
+        parts = kv_format.parts(shape.key_dim) + kv_format.parts(shape.value_dim)
+        self.pages: Pages = tuple(map(self._allocate, parts))
         # Bound once: a decode step calls the last of them in every layer.
         self._write, self._attend, self._write_and_attend = (
             kv_format.write,
             kv_format.attend,
             kv_format.write_and_attend,
         )
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that are addressable."""
-        return len(self.pages[0])
 
     @property
     def num_kv_heads(self) -> int:
@@ -142,32 +134,15 @@ class KVStorage:
         """Copy blocks ``[num_copies]`` to others: the copy of copy-on-write."""
         self.kv_format.copy_blocks(self.pages, source, destination)
 
-    def ensure(self, num_blocks: int) -> None:
-        """Make blocks ``0 .. num_blocks - 1`` addressable. Replaces all tensors if they must grow, or none.
-
-        Raises
-        ------
-        torch.OutOfMemoryError
-            If the device has no memory for them. The storage is left as it was.
-        """
-        held = self.num_blocks
-        if num_blocks <= held:
-            return
-        size = max(num_blocks, min(2 * held, self.budget))
-        grown = tuple(self._new(size, part) for part in self._parts)
-        for new, old in zip(grown, self.pages, strict=True):
-            new[:held] = old
-        self.pages = grown  # At once: keys and values of different sizes would be read past their end.
-
-    def _new(self, num_blocks: int, part: Part) -> torch.Tensor:
-        shape = self.num_kv_heads, self.shape.block_size, part.size
+    def _allocate(self, part: Part) -> torch.Tensor:
+        shape = self.num_blocks, self.num_kv_heads, self.shape.block_size, part.size
         # A pool made under inference_mode could not be written in place outside it.
         with torch.inference_mode(False):
-            if self.device.type != "cpu" or num_blocks == 0:
-                return torch.empty(num_blocks, *shape, dtype=part.dtype, device=self.device)
-            count = num_blocks * shape[0] * shape[1] * shape[2]
+            if is_taken_at_once(self.device):
+                return torch.empty(shape, dtype=part.dtype, device=self.device)
+            count = math.prod(shape)
             memory = _reserve(count * part.dtype.itemsize)
-            return torch.frombuffer(memory, dtype=part.dtype, count=count).view(num_blocks, *shape)
+            return torch.frombuffer(memory, dtype=part.dtype, count=count).view(shape)
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:

@@ -1,26 +1,58 @@
-"""Sizing: the bytes that a pool may take on a device, and the blocks that a row takes in it."""
+"""Sizing: the bytes that a pool may take on a device, the blocks of a row in it, and the tokens of a step on it."""
+
+from fractions import Fraction
 
 import torch
 from transformers.utils import logging
 
+from hf_paged.compat.devices import own_memory
 from hf_paged.config import PagedConfig, parse_bytes
 from hf_paged.memory.limits import memory_limits
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_SHARE = 0.25  # Of the memory that is available when a pool is made without a memory_budget.
+# Of the memory that is available when a pool is made without a memory_budget. The host's is everybody's. What a device
+# keeps is for activations and logits, which are not measured beforehand, and for the user's own work on it.
+HOST_SHARE, DEVICE_SHARE = 0.25, 0.75
+WHOLE = Fraction(1)
+# Tokens of a step without a token_budget. A GPU must compute for longer than Python takes to launch the step, about
+# 10 ms: a model of a billion parameters would be as long over 2,000 tokens, at the rates that are reported for an H100.
+# Twice that would hold rows that decode up for about 0.1 s in a model of 8 billion. No GPU has measured it.
+DEFAULT_TOKENS_CPU, DEFAULT_TOKENS_GPU = 512, 4096
 
 
-def budget_bytes(config: PagedConfig, device: torch.device) -> int:
-    """The budget of a pool that is made now on `device`, in bytes."""
+def is_taken_at_once(device: torch.device) -> bool:
+    """Tell whether a pool takes its whole budget on `device` when it is made.
+
+    On the CPU it reserves address space, and memory comes with the first write.
+    """
+    return device.type != "cpu"
+
+
+def default_share(device: torch.device) -> float:
+    """The share of the available memory that is the budget of a pool without a memory_budget."""
+    return HOST_SHARE if own_memory(device) is None else DEVICE_SHARE
+
+
+def budget_bytes(config: PagedConfig, device: torch.device, share: Fraction = WHOLE) -> int:
+    """The budget of a pool that is made now on `device`, in bytes.
+
+    Parameters
+    ----------
+    share : Fraction
+        Of the model's layers, those on that device. They have as much of a memory_budget.
+    """
     stated = parse_bytes(config.memory_budget)
-    return int(available_memory(device) * DEFAULT_SHARE) if stated is None else allowed_budget(stated, device)
+    if stated is None:
+        return int(available_memory(device) * default_share(device))
+    return allowed_budget(int(stated * share), device)
 
 
 def allowed_budget(stated: int, device: torch.device) -> int:
     """A budget in bytes, lowered to what can ever be held on `device`, with a warning."""
-    if device.type == "cuda":
-        name, most = f"the memory of {device}", torch.cuda.mem_get_info(device)[1]
+    memory = own_memory(device)
+    if memory is not None:
+        name, most = f"the memory of {device}", memory[1]
     else:
         limits = ((limit.left if limit.counts_addresses else limit.total, limit.name) for limit in memory_limits())
         most, name = min(limits)
@@ -34,9 +66,8 @@ def allowed_budget(stated: int, device: torch.device) -> int:
 
 def available_memory(device: torch.device) -> int:
     """Bytes that a new allocation on `device` could get now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(limit.left for limit in memory_limits())
+    memory = own_memory(device)
+    return min(limit.left for limit in memory_limits()) if memory is None else memory[0]
 
 
 def physical_memory(device: torch.device) -> int:
@@ -44,9 +75,17 @@ def physical_memory(device: torch.device) -> int:
 
     Reserving takes address space alone. Where that is limited, half of what is left stays for everything else.
     """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+    memory = own_memory(device)
+    if memory is not None:
+        return memory[1]
     return min(limit.left // 2 if limit.counts_addresses else limit.total for limit in memory_limits())
+
+
+def step_tokens(config: PagedConfig, device: torch.device) -> int:
+    """The tokens that one packed step may run on `device`."""
+    if config.token_budget is not None:
+        return config.token_budget
+    return DEFAULT_TOKENS_CPU if device.type == "cpu" else DEFAULT_TOKENS_GPU
 
 
 def row_blocks(tokens: int, block_size: int, window: int | None, chunk: int = 1) -> int:

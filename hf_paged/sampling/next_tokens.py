@@ -30,6 +30,22 @@ class NextTokens:
             return [NextTokens(part) for part in parts]
         return [NextTokens(part, is_valid) for part, is_valid in zip(parts, self.is_valid.split(sizes))]
 
+    def of(self, places: Sequence[int]) -> "NextTokens":
+        """The tokens of some of the rows."""
+        some = torch.tensor(places, device=self.ids.device)
+        return NextTokens(self.ids[some], None if self.is_valid is None else self.is_valid[some])
+
+    @classmethod
+    def joined(cls, several: Sequence["NextTokens"], device: torch.device) -> "NextTokens":
+        """Join the tokens of several calls, on one device."""
+        ids = [one.ids.to(device) for one in several]
+        if all(one.is_valid is None for one in several):
+            return cls(torch.cat(ids) if len(ids) > 1 else ids[0])
+        valid = [
+            torch.ones_like(one.ids, dtype=torch.bool) if one.is_valid is None else one.is_valid for one in several
+        ]
+        return cls(torch.cat(ids), torch.cat([part.to(device) for part in valid]))
+
     def marked(self) -> torch.Tensor:
         """Return the tokens ``[rows]``, `NO_TOKEN` where a row had no distribution: both are one copy."""
         return self.ids if self.is_valid is None else torch.where(self.is_valid, self.ids, NO_TOKEN)

@@ -20,6 +20,11 @@ class StoppingRules:
     ----------
     criteria : sequence of StoppingCriteria
         Of the classes in `KINDS`, and of no class derived from one.
+
+    Attributes
+    ----------
+    max_length : int or None
+        Tokens with which every row ends, pads on the left included.
     """
 
     KINDS = frozenset({Cancellation, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria})
@@ -28,6 +33,7 @@ class StoppingRules:
         self._lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
         self._times = [one for one in criteria if type(one) is MaxTimeCriteria]
         self._cancellations = [one for one in criteria if type(one) is Cancellation]
+        self.max_length = min((one.max_length for one in self._lengths), default=None)
         ends = [one.eos_token_id.flatten().tolist() for one in criteria if type(one) is EosTokenCriteria]
         self._end_tokens = {token for tokens in ends for token in tokens}
 

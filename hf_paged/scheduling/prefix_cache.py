@@ -134,8 +134,11 @@ class PrefixCache:
         return request.block_hashes[hit.num_blocks + 1]
 
     def completed_hashes(self, request: Request, start: int, end: int) -> list[bytes]:
-        """Block hashes of the blocks that tokens ``start .. end - 1`` complete; none for a row that is not stored."""
-        first, last = start // self.block_size, end // self.block_size
+        """Block hashes of the blocks that tokens ``start .. end - 1`` complete; none for a row that is not stored.
+
+        None either for a block with a token that is known to the device only.
+        """
+        first, last = start // self.block_size, min(end, len(request.tokens)) // self.block_size
         if first == last or not self._is_anchored(request):
             return []
         self._extend(request, last)
@@ -144,6 +147,8 @@ class PrefixCache:
     def store(self, request: Request, start: int, end: int) -> None:
         """Note that the blocks of tokens ``start .. end - 1`` of a running row are written."""
         first = start // self.block_size
+        if first == end // self.block_size:
+            return
         for index, block_hash in enumerate(self.completed_hashes(request, start, end), first):
             if block_hash not in self._entries:
                 self._entries[block_hash] = _Entry(block_hash, self._tokens(request, index), len(self._pools))

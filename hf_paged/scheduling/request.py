@@ -30,12 +30,15 @@ class Request:
     Attributes
     ----------
     tokens : list of int
-        Prompt and sampled tokens.
+        Prompt and sampled tokens, as far as they are known.
+    runs_ahead : bool
+        The token after `tokens` is chosen, but known to the device only. The row runs with it all the same; if it
+        turns out to be the row's end, what was stored of it counts as never stored.
     num_prompt_tokens : int
     num_stored : int
         Tokens at the front whose keys and values lie in blocks.
     num_sampled : int
-        Length of `tokens` when a next one was last sampled from its logits.
+        `num_tokens` when a next one was last sampled from its logits.
     state : RequestState
     tables : list of BlockTable
         One per pool.
@@ -60,6 +63,7 @@ class Request:
         "num_sampled",
         "num_stored",
         "order",
+        "runs_ahead",
         "salt",
         "state",
         "tables",
@@ -68,6 +72,7 @@ class Request:
 
     def __init__(self, tokens: list[int], pools: list[BlockPool]):
         self.tokens = tokens
+        self.runs_ahead = False
         self.num_prompt_tokens = len(tokens)
         self.num_stored = self.num_sampled = 0
         self.state = RequestState.NEW
@@ -80,21 +85,27 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the row has."""
-        return len(self.tokens)
+        """Tokens that the row has, with the one that only the device knows."""
+        return len(self.tokens) + self.runs_ahead
 
     @property
     def num_pending(self) -> int:
         """Tokens that the next forwards must run."""
-        return len(self.tokens) - self.num_stored
+        return self.num_tokens - self.num_stored
 
     @property
     def is_sampling(self) -> bool:
         """Tell whether the next token is being sampled: until it is there the row runs nothing."""
-        return self.num_sampled == len(self.tokens)
+        return self.num_sampled == self.num_tokens
+
+    def add_token(self, token: int) -> None:
+        """Note the token that was sampled, whether the row has run ahead of it or has waited."""
+        self.tokens.append(token)
+        self.runs_ahead = False
 
     def release(self) -> None:
-        """Free all blocks; nothing is stored any more."""
+        """Free all blocks; nothing is stored any more. A row that ran ahead waits for its token from now on."""
         for table in self.tables:
             table.release()
         self.num_stored = 0
+        self.runs_ahead = False

@@ -3,6 +3,9 @@
 First come, first served. A step mixes decode tokens and chunks of prompts under a token budget. When blocks
 run out, the row that came last is preempted: its blocks are freed, and it runs its tokens again later. A row
 that starts takes what the prefix cache has of it, and runs the rest.
+
+A row may run one token ahead: with a token that only the device knows (`Request.runs_ahead`). As that may be its last
+one, the row takes room that is spare, and costs neither another row its blocks nor itself an error.
 """
 
 import bisect
@@ -10,7 +13,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
@@ -42,8 +45,7 @@ class CacheGroup(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):  # Made for every row of every step: a frozen dataclass takes twice as long.
     """Tokens ``start .. end - 1`` of a row run in this step."""
 
     request: Request
@@ -53,7 +55,17 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Tell whether the row's next token will be sampled from the last of these."""
-        return self.end == len(self.request.tokens)
+        return self.end == self.request.num_tokens
+
+    @property
+    def is_ahead(self) -> bool:
+        """Tell whether the last of these is known to the device only."""
+        return self.end > len(self.request.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """These tokens, with 0 for one that is known to the device only."""
+        return self.request.tokens[self.start : self.end] + [0] * self.is_ahead
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,7 @@ class Scheduler:
         for request in list(self.running):
             if left == 0:
                 break
-            if request.state is RequestState.RUNNING and not request.is_sampling:
+            if request.state is RequestState.RUNNING and not request.is_sampling and self._may_run(request):
                 left -= self._run(request, left, step, may_exceed_budget)
         # What a preempted row gave up is not for those that wait: it was needed just now.
         has_preempted = self.num_preemptions > preemptions
@@ -175,10 +187,13 @@ class Scheduler:
         Parameters
         ----------
         step : SchedulerOutput
-            With those of its chunks that have run.
+            With those of its chunks that have run. A row that has left meanwhile had its end before its chunk: nothing
+            of that counts.
         """
         self._let_go()
         for chunk in step.chunks:
+            if chunk.request.state is RequestState.OUT:
+                continue
             chunk.request.num_stored = chunk.end
             self.prefix.store(chunk.request, chunk.start, chunk.end)
             if chunk.samples:
@@ -211,6 +226,14 @@ class Scheduler:
         if state in self._queues:
             bisect.insort(self._queues[state], request, key=_order)
 
+    def _may_run(self, request: Request) -> bool:
+        """Tell whether a running row need not wait for its token: one ahead, which runs a single one, needs room."""
+        start = request.num_stored
+        return not request.runs_ahead or all(
+            group.blocks.spare_blocks or _is_private(table, start, start + 1)
+            for group, table in zip(self.groups, request.tables)
+        )
+
     def _run(self, request: Request, left: int, step: SchedulerOutput, may_exceed_budget: bool) -> int:
         """Add `left` tokens of a running row to the step at most; returns how many, 0 if the row itself must yield."""
         count = self._chunk_length(request, left)
@@ -230,8 +253,10 @@ class Scheduler:
     def _chunk_length(self, request: Request, left: int) -> int:
         """Tokens of the row's next chunk: fewer than `left` where a windowed group could not hold as many."""
         start, count = request.num_stored, min(request.num_pending, left)
+        if count == 1:
+            return 1
         for group in self.groups:
-            if group.window is not None and count > 1:
+            if group.window is not None:
                 pool = group.blocks
                 first = max(0, start - (group.window - 1)) // pool.block_size
                 count = min(count, (first + pool.total_blocks) * pool.block_size - start)
@@ -359,7 +384,7 @@ class Scheduler:
         `stored`: how many tokens it would find stored, if it does not run.
         """
         group, pool = self.groups[index], self.groups[index].blocks
-        tokens = len(request.tokens) + ahead
+        tokens = request.num_tokens + ahead
         if group.window is None:
             return row_blocks(tokens, pool.block_size, None)
         chunk = min(max(request.num_pending - stored, 1), self.token_budget)
@@ -384,9 +409,12 @@ def _order(request: Request) -> int:
 
 def _is_private(table: BlockTable, start: int, end: int) -> bool:
     """Tell whether the row alone owns blocks for these tokens already, as for most tokens of a decode."""
-    size = table.pool.block_size
-    first, last = (start - table.base) // size, (end - 1 - table.base) // size
     blocks, pool = table.blocks, table.pool
-    return last < len(blocks) and all(
-        not pool.is_shared(block) and not pool.is_kept(block) for block in blocks[first : last + 1]
-    )
+    last = (end - 1 - table.base) // pool.block_size
+    if last >= len(blocks):
+        return False
+    first = (start - table.base) // pool.block_size
+    for block in blocks[first : last + 1]:  # No generator: this runs for every row of every step.
+        if pool.is_shared(block) or pool.is_kept(block):
+            return False
+    return True

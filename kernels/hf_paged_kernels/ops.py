@@ -3,6 +3,10 @@
 Blocks are named by id. A slot is ``block * block_size + offset``. The ops own nothing: the caller owns
 the blocks and guarantees that those written belong to one row only.
 
+A step may be padded to a fixed shape, as a captured graph needs it. A padding row has one query, a context of 0
+tokens and any valid ids in its block table; the slot of its token is -1. Nothing of it is stored, and its result is
+zero.
+
 Each function is a custom op of its name in ``torch.ops.hf_paged``, and `backends` says what serves a call of it.
 """
 
@@ -32,7 +36,10 @@ def write_kv(
     value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
     slot_mapping: torch.Tensor,  # [num_tokens] int64
 ) -> None:
-    """Store new tokens in their slots. Mutates `key_cache` and `value_cache`, nothing else."""
+    """Store new tokens in their slots. Mutates `key_cache` and `value_cache`, nothing else.
+
+    A token whose slot is -1 is not stored.
+    """
     _write_kv(key, value, key_cache, value_cache, slot_mapping)
 
 
@@ -70,7 +77,7 @@ def paged_attention(
     key_cache, value_cache : torch.Tensor
         The pages; key and value head sizes may differ. ``num_heads`` is a multiple of ``num_kv_heads``.
     block_tables : torch.Tensor
-        Blocks of each row in token order. Entries past a row's context are any valid ids.
+        Blocks of each row in token order; rows may lie apart. Entries past a row's context are any valid ids.
     context_lens : torch.Tensor
         Tokens of each row, its queries included; 0 gives zeros.
     cu_seqlens_q : torch.Tensor

@@ -13,8 +13,9 @@ def write_kv(
     """See `ops.write_kv`."""
     block_size = key_cache.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
-        key_cache[slot // block_size, :, slot % block_size] = key[token]
-        value_cache[slot // block_size, :, slot % block_size] = value[token]
+        if slot >= 0:
+            key_cache[slot // block_size, :, slot % block_size] = key[token]
+            value_cache[slot // block_size, :, slot % block_size] = value[token]
 
 
 def copy_blocks(

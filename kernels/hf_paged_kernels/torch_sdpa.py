@@ -18,15 +18,39 @@ def write_kv(
     slot_mapping: torch.Tensor,  # [num_tokens] int64
 ) -> None:
     """See `ops.write_kv`."""
+    if not len(slot_mapping):
+        return
     _, num_kv_heads, block_size, _ = key_cache.shape
+    tokens, slots, is_stored = stored_tokens(slot_mapping)
     heads = torch.arange(0, num_kv_heads * block_size, block_size, device=key_cache.device)
     # Slot numbers count tokens; in memory each block holds them once per head.
-    first = slot_mapping + (slot_mapping // block_size) * ((num_kv_heads - 1) * block_size)
+    first = slots + (slots // block_size) * ((num_kv_heads - 1) * block_size)
     rows = (first[:, None] + heads).flatten()
     # index_copy_ over [slot, head] rows moves whole vectors: 1.5 to 3.6 times faster than advanced indexing.
     for states, cache in ((key, key_cache), (value, value_cache)):
-        head_dim = cache.shape[3]
-        cache.view(-1, head_dim).index_copy_(0, rows, states.reshape(-1, head_dim))
+        vectors = cache.view(-1, cache.shape[3])
+        new = states.index_select(0, tokens).reshape(-1, cache.shape[3])
+        vectors.index_copy_(0, rows, torch.where(is_stored, new, vectors.index_select(0, rows)))
+
+
+def stored_tokens(
+    slot_mapping: torch.Tensor,  # [num_tokens] int64, of at least one token
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Padding, whose slots are negative, taken out of what is to be stored, without a length read on the host.
+
+    Returns
+    -------
+    tokens : torch.Tensor
+        ``[num_tokens]`` int64: which token to store; one that is stored stands in for padding, and is stored again.
+    slots : torch.Tensor
+        ``[num_tokens]`` int64: where.
+    is_stored : torch.Tensor
+        ``[]`` bool: false if all is padding, and every slot has to keep what it holds.
+    """
+    is_token = slot_mapping >= 0
+    numbers = torch.arange(len(slot_mapping), device=slot_mapping.device)
+    tokens = torch.where(is_token, numbers, is_token.to(torch.uint8).argmax())
+    return tokens, slot_mapping.index_select(0, tokens).clamp_min(0), is_token.any()
 
 
 def copy_blocks(

@@ -45,7 +45,8 @@ def test_a_healthy_machine(capsys, monkeypatch):
     assert said["hf_paged"] == hf_paged.__version__ and said["torch"] == torch.__version__
     assert said["transformers"] == f"{transformers.__version__} (tested: >=5.17,<5.25)"
     assert said["block size"] == f"{PagedConfig().block_size} tokens"
-    assert said["memory budget"].startswith("1,000,000,000 bytes (954 MiB): 25%")
+    shares = "25% of what is available now, 75% of it on a GPU"
+    assert said["memory budget"].startswith(f"1,000,000,000 bytes (954 MiB): {shares}")
     # 2 layers; 16 new tokens, all of which come from pages.
     assert "32 page reads, 0 gathers" in said["a tiny llama"]
     assert said["a tiny pipeline"].startswith("its items run together")
@@ -218,6 +219,7 @@ def test_the_defaults_are_those_of_the_environment(capsys, monkeypatch):
     code, out, said = examine(capsys)
     assert code == 0 and said["block size"] == "64 tokens, by HF_PAGED_BLOCK_SIZE"
     assert said["memory budget"] == "1,048,576 bytes (1.00 MiB), by HF_PAGED_MEMORY_BUDGET"
+    assert said["token budget"] == "512 tokens a step, 4,096 on a GPU"
     assert said["cache salt"] == "set, by HF_PAGED_CACHE_SALT" and "secret" not in out
     assert said["prefix share"] == "12.5% of the memory budget" and said["eviction policy"] == "lru"
     assert "32 page reads" in said["a tiny llama"], "the check has a config of its own"

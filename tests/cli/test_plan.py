@@ -196,3 +196,14 @@ def test_the_default_budget_is_what_the_weights_leave():
     plan = planned(build("llama", "paged"))
     assert Memory(plan.weight_bytes + 4000, 10**9, None).budget(plan) == 1000
     assert Memory(plan.weight_bytes - 1, 10**9, None).budget(plan) == 0
+
+
+def test_a_budget_that_is_taken_at_once_must_be_there_and_does_not_grow():
+    """As on a GPU."""
+    plan = planned(build("llama", "paged"))
+    available = plan.weight_bytes + 2 * plan.budget_needed
+    gpu = Memory(available, available, plan.budget_needed, is_taken_at_once=True)
+    assert gpu.fits(plan)
+    assert not replace(gpu, stated=2 * plan.budget_needed + 1).fits(plan)
+    small = replace(gpu, stated=plan.budget_needed - 1)
+    assert not small.can_grow(plan) and replace(small, is_taken_at_once=False).can_grow(plan)

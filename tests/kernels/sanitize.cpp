@@ -84,6 +84,8 @@ bool run(const Case& c, Dtype dtype) {
                           c.block_size,
                           token_words[i],
                           size});
+      const int64_t padding = -1;
+      write_tokens(writes.data(), 2, &padding, 1, in_threads);
       write_tokens(writes.data(), 2, &slot, 1, in_threads);
     }
   const int64_t tokens = starts.back();

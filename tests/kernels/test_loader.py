@@ -105,8 +105,9 @@ def test_ids_out_of_range_are_refused():
     with pytest.raises(RuntimeError, match="cu_seqlens_q"):
         ops.paged_attention(query, keys, values, tables, contexts, starts + 1, 0.3)
     states = torch.zeros(1, 2, 16)
-    with pytest.raises(RuntimeError, match="slot -1 is not below"):
-        ops.write_kv(states, states, keys, values, torch.tensor([-1]))
+    for slot in (-2, 5 * 16):
+        with pytest.raises(RuntimeError, match=f"slot {slot} is neither -1 nor from 0 to 79"):
+            ops.write_kv(states, states, keys, values, torch.tensor([slot]))
     with pytest.raises(RuntimeError, match="destination block 99"):
         ops.copy_blocks(keys, values, torch.tensor([0]), torch.tensor([99]))
 

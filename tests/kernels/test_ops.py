@@ -11,7 +11,10 @@ from support.op_matrix import (
     HEADS,
     IMPLEMENTATIONS,
     OPTIONS,
+    SLOTS,
     assert_accurate,
+    check_padded_step,
+    check_write_kv,
     exact,
     hide_before_window,
     implementation,
@@ -125,6 +128,17 @@ def test_query_strides_do_not_matter(kernels):
         assert_accurate(kernels.paged_attention(strided, *rest, 0.3), exact((query, *rest), 0.3))
 
 
+def test_rows_of_block_tables_may_lie_apart(kernels):
+    """Those of a step lie in a wider matrix. Kernels that would leave the call to torch cost a decode step its time."""
+    for batch in (BATCHES["decode"], BATCHES["mixed"]):
+        (query, keys, values, tables, *rows), _ = make_pages(batch, (4, 2), 16, torch.float32)
+        wide = torch.full((len(tables), tables.shape[1] + 3), -1)
+        wide[:, : tables.shape[1]] = tables
+        strided = wide[:, : tables.shape[1]]
+        expected = kernels.paged_attention(query, keys, values, tables, *rows, 0.3)
+        assert torch.equal(kernels.paged_attention(query, keys, values, strided, *rows, 0.3), expected)
+
+
 def test_the_oracle_is_plain_attention():
     """The reference itself against torch's SDPA on the tokens in order."""
     (query, keys, values, tables, contexts, starts), _ = make_pages([(11, 11)], (4, 2), 4, torch.float64)
@@ -135,16 +149,24 @@ def test_the_oracle_is_plain_attention():
     torch.testing.assert_close(got, expected[0].transpose(0, 1))
 
 
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_write_kv(kernels, dtype):
-    states = [torch.randn(9, 3, dim, dtype=dtype) for dim in (16, 8)]
-    slots = torch.randperm(5 * 4)[:9]
-    written, expected = [], []
-    for target, module in ((written, kernels), (expected, reference)):
-        target.extend(torch.full((5, 3, 4, dim), float("nan"), dtype=dtype) for dim in (16, 8))
-        module.write_kv(*states, *target, slots)
-    for a, b in zip(written, expected):
-        torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True)
+def test_write_kv(kernels, dtype, slots):
+    check_write_kv(kernels, SLOTS[slots], dtype)
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def test_the_oracle_stores_tokens_and_no_padding(slots):
+    states, pages = torch.arange(1.0, 6).view(5, 1, 1)[: len(SLOTS[slots])], torch.zeros(2, 5, 1, 4, 1)
+    reference.write_kv(states, -states, *pages, torch.tensor(SLOTS[slots], dtype=torch.long))
+    held = {slot: float(number) for slot, number in enumerate(pages[0].flatten()) if number}
+    assert held == {slot: number + 1.0 for number, slot in enumerate(SLOTS[slots]) if slot >= 0}
+    assert torch.equal(pages[1], -pages[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_of_a_step(kernels, dtype):
+    check_padded_step(kernels, dtype)
 
 
 def test_write_kv_takes_any_strides(kernels):

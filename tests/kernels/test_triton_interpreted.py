@@ -16,7 +16,18 @@ from hf_paged_kernels import reference
 from hf_paged_kernels.triton import launch_plan
 from hf_paged_kernels.triton.kernels.decode import decode_kernel
 from support.interpreted_kernels import interpreted_launch
-from support.op_matrix import BATCHES, HEADS, OPTIONS, assert_accurate, exact, hide_before_window, make_pages
+from support.op_matrix import (
+    BATCHES,
+    HEADS,
+    OPTIONS,
+    SLOTS,
+    assert_accurate,
+    check_padded_step,
+    check_write_kv,
+    exact,
+    hide_before_window,
+    make_pages,
+)
 
 launch = interpreted_launch()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,8 +39,7 @@ UNEVEN = {"searched": [(5, 0), (9, 2), (3, 0), (7, 1)], "one_row": [(70, 70)], "
 def splits(request, monkeypatch):
     """Contexts in one piece, and cut into splits of a tile or more."""
     if request.param == "split":
-        monkeypatch.setattr(launch_plan, "_MIN_SPLIT_TOKENS", 1)
-        monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 12))
+        monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 12, min_split_tokens=1))
     return request.param
 
 
@@ -81,13 +91,12 @@ def test_long_rows(splits):
 
 def test_many_splits(monkeypatch):
     """More than the reduction adds in one step, of rows that use all of them, most, and one."""
-    monkeypatch.setattr(launch_plan, "_MIN_SPLIT_TOKENS", 1)
-    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 30))
+    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 30, min_split_tokens=1))
     batch = [(1280, 1), (1100, 1), (64, 1)]
     arguments, _ = make_pages(batch, (1, 1), 16, torch.float32, 16, 16)
     heads = launch_plan.Heads(1, 1, 16, 16, 16, 4)
     (plan,) = launch_plan.attention_plans(launch.describe(None), heads, 3, 3, 1280)
-    assert plan.splits == 20
+    assert plan.extra == 57
     assert_accurate(launch.paged_attention(*arguments, 0.3), exact(arguments, 0.3))
     check(batch, (1, 1), dims=(16, 16), **FULL)
 
@@ -111,19 +120,17 @@ def test_strides_do_not_matter():
             assert_accurate(launch.paged_attention(strided, *rest, 0.3), exact((query, *rest), 0.3))
 
 
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_write_kv(dtype):
+def test_write_kv(dtype, slots):
     """Any strides; slots of no token, and everything around, stay as they are."""
-    for transposed in (False, True):
-        states = [torch.randn(9, 3, dim).to(dtype) for dim in (16, 20)]
-        if transposed:
-            states = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in states]
-        slots = torch.randperm(5 * 4)[:9]
-        written, expected = ([torch.full((5, 3, 4, d), float("nan"), dtype=dtype) for d in (16, 20)] for _ in "ab")
-        reference.write_kv(*(x[:7] for x in states), *expected, slots[:7])
-        slots[7:] = -1
-        launch.write_kv(*states, *written, slots)
-        torch.testing.assert_close(written, expected, atol=0, rtol=0, equal_nan=True)
+    for is_transposed in (False, True):
+        check_write_kv(launch, SLOTS[slots], dtype, (16, 20), is_transposed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_of_a_step(dtype):
+    check_padded_step(launch, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,6 +199,40 @@ def test_each_key_and_value_is_read_once(splits):
         assert kv_bytes([(1, 1), (70, 1), (128, 1), (200, 1)], heads) == 1
     assert kv_bytes([(70, 3), (33, 1)], (8, 2)) == 1
     assert kv_bytes([(16, 16)], (8, 2)) == 1
+
+
+def longest_program(batch, heads=(4, 1), **options):
+    """Tiles of tokens that the program with most of them reads, and those of all programs."""
+    arguments, _ = make_pages(batch, heads, 16, torch.float16, 64, 64)
+    with interpreter.counted_traffic() as traffic:
+        got = launch.paged_attention(*arguments, 0.3, **options)
+    assert_accurate(got, exact(arguments, 0.3, **options))
+    heads = launch_plan.Heads(heads[1], heads[0] // heads[1], 64, 64, 16, 2)
+    tile_bytes = launch_plan.decode_plan(launch.describe(None), heads).tile * 64 * 2
+    tiles = [-(-program["key_cache"] // tile_bytes) for program in traffic.by_program.values()]
+    return max(tiles), sum(tiles)
+
+
+RAGGED = {
+    "one_long_row": [(1024, 1), *[(32, 1)] * 15],
+    "two_long_rows": [(900, 1), *[(64, 1)] * 6, (0, 1), (1000, 1)],
+    "even_rows": [(192, 1)] * 16,
+}
+
+
+@pytest.mark.parametrize("batch", RAGGED)
+def test_no_program_reads_much_more_than_its_share(batch, monkeypatch):
+    """Eight programs run at once; a long row among short ones must not leave seven of them idle."""
+    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 4, min_split_tokens=64))
+    longest, total = longest_program(RAGGED[batch])
+    assert longest <= max(-(-total // 8) + 1, 3)
+
+
+def test_tiles_before_a_window_are_not_read(monkeypatch):
+    """Nor planned for: the long row has as few splits as the tokens that its window shows."""
+    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 4, min_split_tokens=64))
+    longest, total = longest_program([(1024, 1), (300, 1), (20, 1)], window=130)
+    assert longest == 2 and total == 3 + 3 + 1
 
 
 def test_each_value_is_written_once():

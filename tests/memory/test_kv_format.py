@@ -240,7 +240,7 @@ def test_kernels_attend_to_decoded_pages_within_float32(format_name):
 
 
 def storage(format_class, dtype=torch.float32):
-    return KVStorage(format_class(dtype), BlockShape(2, 4, 8, 6), torch.device("cpu"), capacity=5)
+    return KVStorage(format_class(dtype), BlockShape(2, 4, 8, 6), torch.device("cpu"), num_blocks=5)
 
 
 @pytest.mark.parametrize("format_class", [NativeFormat, *FORMATS.values()])
@@ -260,6 +260,23 @@ def test_what_is_written_is_gathered_and_copied(format_class):
         wanted[2], wanted[0] = wanted[1], wanted[3]
         blocks = torch.tensor([4, 0, 2, 2, 1, 3])
         assert torch.equal(pages.gather(is_key, blocks), wanted[blocks])
+
+
+@pytest.mark.parametrize("format_class", [NativeFormat, *FORMATS.values()])
+def test_padding_is_not_stored(format_class):
+    """Steps of one shape are padded with tokens of slot -1, some or all of them."""
+    torch.manual_seed(0)
+    padded, plain = storage(format_class), storage(format_class)
+    states = torch.randn(3, 2, 8), torch.randn(3, 2, 6)
+    for pages in (padded, plain):
+        for page in pages.pages:
+            page.zero_()
+        pages.write(*states, torch.tensor([7, 4, 18]))
+    new = torch.randn(3, 2, 8), torch.randn(3, 2, 6)
+    padded.write(*new, torch.tensor([-1, 5, -1]))
+    plain.write(*(state[1:2] for state in new), torch.tensor([5]))
+    padded.write(*new, torch.tensor([-1, -1, -1]))
+    assert all(torch.equal(a, b) for a, b in zip(padded.pages, plain.pages, strict=True))
 
 
 @pytest.mark.parametrize("format_class, num_bytes", [(NativeFormat, 4), (HalfPages, 2)])

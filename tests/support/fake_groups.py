@@ -25,8 +25,9 @@ class WatchedPool(BlockPool):
 class FakeGroup:
     """Blocks of 4 tokens, as a rule; past the budget the pool grows up to `capacity` as `KVCacheGroup` does."""
 
-    def __init__(self, num_blocks, window=None, capacity=0, block_size=4, policy=None):
+    def __init__(self, num_blocks, window=None, capacity=0, block_size=4, policy=None, layer=0):
         self.blocks, self.window = WatchedPool(num_blocks, block_size, policy=policy), window
+        self.layers = {layer: None}
         self.capacity = max(num_blocks, capacity)
 
     def allocate_or_grow(self, num_blocks):

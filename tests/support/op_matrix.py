@@ -34,7 +34,16 @@ BATCHES = {
     "chunk": [(37, 5), (5, 5), (20, 5)],
     "mixed": [(1, 1), (40, 9), (0, 0), (17, 17), (31, 1)],
     "empty_row": [(0, 1), (9, 1), (0, 3), (2, 4)],
+    "padded": [(17, 1), (0, 1), (33, 1), (0, 1)],  # A decode step of two rows, padded to four.
+    "all_padding": [(0, 1), (0, 1)],
     "no_rows": [],
+}
+SLOTS = {
+    "stored": [7, 2, 19, 0, 12],
+    "padded": [7, -1, 19, 0, -1],
+    "padding_first": [-1, 3, 0],
+    "all_padding": [-1, -1, -1],
+    "none": [],
 }
 HEADS = [(4, 4), (8, 2), (5, 1), (9, 3)]
 OPTIONS = [{}, {"window": 7}, {"softcap": 0.5}, {"sinks": True}, {"window": 5, "softcap": 2.0, "sinks": True}]
@@ -78,6 +87,34 @@ def op_arguments() -> dict[str, tuple]:
         "paged_attention": (query, keys, values, *rows, 0.3, 7, 2.0, sinks),
         "write_and_attend": (query, *states, keys.clone(), values.clone(), slots, *rows, 0.3),
     }
+
+
+def check_write_kv(kernels, slots: list[int], dtype: torch.dtype, dims=(16, 8), is_transposed: bool = False) -> None:
+    """Store tokens in pages of NaN, of five blocks of four slots, and find what the reference leaves there."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(len(slots), 3, dim, generator=generator).to(dtype) for dim in dims]
+    if is_transposed:
+        states = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in states]
+    written, expected = ([torch.full((5, 3, 4, dim), float("nan"), dtype=dtype) for dim in dims] for _ in range(2))
+    for module, caches in ((kernels, written), (reference, expected)):
+        module.write_kv(*states, *caches, torch.tensor(slots, dtype=torch.long))
+    torch.testing.assert_close(written, expected, atol=0, rtol=0, equal_nan=True)
+
+
+def check_padded_step(kernels, dtype: torch.dtype) -> None:
+    """A decode step of two rows padded to four: padding stores nothing and gives zeros, the rest is as without it."""
+    arguments, _ = make_pages(BATCHES["padded"], (4, 2), 16, dtype, 32, 24)
+    query, keys, values, tables, contexts, starts = arguments
+    new = [torch.randn(4, 2, dim, generator=torch.Generator().manual_seed(1)).to(dtype) for dim in (32, 24)]
+    slots = torch.tensor([int(tables[0, 1]) * 16, -1, int(tables[2, 2]) * 16, -1])
+    expected_caches = [cache.clone() for cache in (keys, values)]
+    for row in (0, 2):
+        reference.write_kv(*(x[row : row + 1] for x in new), *expected_caches, slots[row : row + 1])
+    expected = exact((query, *expected_caches, tables, contexts, starts), 0.3)
+    got = kernels.write_and_attend(query, *new, keys, values, slots, tables, contexts, starts, 0.3)
+    assert_accurate(got, expected)
+    assert not got[[1, 3]].any() and got[[0, 2]].any()
+    torch.testing.assert_close([keys, values], expected_caches, atol=0, rtol=0, equal_nan=True)
 
 
 def hide_before_window(arguments, window: int) -> None:

@@ -26,7 +26,6 @@ def poison_new_slots() -> None:
             blocks = allocate(num_blocks)
             with torch.no_grad():
                 for storage in self.layers.values():
-                    storage.ensure(self.blocks.high_water)
                     for page in storage.pages:
                         page[torch.tensor(blocks, dtype=torch.long)] = poison(page.dtype)
             return blocks
@@ -37,7 +36,6 @@ def poison_new_slots() -> None:
         is_new = index not in self.layers
         storage = layer(self, index, key, value)
         if is_new:
-            storage.ensure(self.blocks.high_water)
             for page in storage.pages:
                 page[: self.blocks.high_water] = poison(page.dtype)
         return storage

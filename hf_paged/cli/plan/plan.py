@@ -7,7 +7,7 @@ import torch
 
 from hf_paged.cli.plan.footprint import Footprint, GroupFootprint, LayerStates
 from hf_paged.memory.kv_format import BlockShape, make_kv_format
-from hf_paged.memory.sizing import DEFAULT_SHARE, row_blocks
+from hf_paged.memory.sizing import HOST_SHARE, row_blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MIB = 2**20
@@ -108,11 +108,17 @@ class Memory:
         Bytes there are at all.
     stated : int or None
         The memory_budget that was asked for, in bytes; None: the default share of what is available.
+    share : float
+        The default share.
+    is_taken_at_once : bool
+        Whether the pool takes its budget when it is made, as on a GPU, and cannot exceed it.
     """
 
     available: int
     physical: int
     stated: int | None
+    share: float = HOST_SHARE
+    is_taken_at_once: bool = False
 
     def left(self, plan: Plan) -> int:
         """Bytes left once the weights are loaded."""
@@ -120,15 +126,20 @@ class Memory:
 
     def budget(self, plan: Plan) -> int:
         """The budget of a pool that is made when the first token arrives, after the weights."""
-        return self.stated if self.stated is not None else int(self.left(plan) * DEFAULT_SHARE)
+        return self.stated if self.stated is not None else int(self.left(plan) * self.share)
+
+    def holds_budget(self, plan: Plan) -> bool:
+        """Tell whether a pool that takes its budget at once can be made."""
+        return not self.is_taken_at_once or self.budget(plan) <= self.left(plan)
 
     def can_grow(self, plan: Plan) -> bool:
         """Tell whether a pool too small for the plan grows to it: its storage reserves what the machine has."""
-        return plan.fits(max(self.budget(plan), self.physical)) and plan.kv_bytes <= self.left(plan)
+        most = self.budget(plan) if self.is_taken_at_once else max(self.budget(plan), self.physical)
+        return plan.fits(most) and plan.kv_bytes <= self.left(plan)
 
     def fits(self, plan: Plan) -> bool:
         """Tell whether the pool holds the plan without growing, and the machine holds the pool."""
-        return plan.fits(self.budget(plan)) and plan.kv_bytes <= self.left(plan)
+        return plan.fits(self.budget(plan)) and plan.kv_bytes <= self.left(plan) and self.holds_budget(plan)
 
 
 @dataclass(frozen=True)

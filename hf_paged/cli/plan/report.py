@@ -8,7 +8,14 @@ from transformers import PreTrainedConfig
 from hf_paged.cli.plan.footprint import Footprint, footprint, read_config
 from hf_paged.cli.plan.plan import BLOCK_SIZES, Memory, Plan, remedies
 from hf_paged.config import PagedConfig, parse_bytes
-from hf_paged.memory.sizing import DEFAULT_SHARE, allowed_budget, available_memory, physical_memory
+from hf_paged.memory.sizing import (
+    allowed_budget,
+    available_memory,
+    default_share,
+    is_taken_at_once,
+    physical_memory,
+    step_tokens,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,22 +44,25 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
         if number < 1:
             raise ValueError(f"{name} must be at least 1; got {number}")
     model_config = read_config(model)
-    chosen = DTYPES[dtype] if dtype else _own_dtype(model_config)
+    chosen = DTYPES[dtype] if dtype else own_dtype(model_config)
     plan = Plan(footprint(model_config, chosen), batch, context, config.block_size, chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = parse_bytes(config.memory_budget)
     budget = None if stated is None else allowed_budget(stated, device)
-    memory = Memory(available_memory(device), physical_memory(device), budget)
+    memory = Memory(
+        available_memory(device), physical_memory(device), budget, default_share(device), is_taken_at_once(device)
+    )
     _print_model(plan.footprint)
     _print_groups(plan)
     _print_sizes(plan)
     _print_memory(plan, memory, device)
+    _print_steps(config, device)
     _print_assumptions(plan)
     if getattr(model_config, "quantization_config", None):
         print("The weights are counted without their quantisation; with it they leave more for the KV.")
 
 
-def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+def own_dtype(config: PreTrainedConfig) -> torch.dtype:
     """The dtype in which ``from_pretrained`` loads a model of this config."""
     dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -122,7 +132,7 @@ def _print_memory(plan: Plan, memory: Memory, device: torch.device) -> None:
     weights, left, budget = plan.weight_bytes, memory.left(plan), memory.budget(plan)
     print(f"\nMemory of this machine ({device.type})")
     print(f"  available     {size(memory.available)}, {size(weights)} of it for the weights in {_name(plan.dtype)}")
-    how = "as asked for" if memory.stated is not None else f"the default, {DEFAULT_SHARE:.0%} of what the weights leave"
+    how = "as asked for" if memory.stated is not None else f"the default, {memory.share:.0%} of what the weights leave"
     print(f"  KV budget     {size(budget)} ({how})")
     needed = f"{size(plan.kv_bytes)} of KV"
     if plan.budget_needed > plan.kv_bytes:
@@ -133,6 +143,8 @@ def _print_memory(plan: Plan, memory: Memory, device: torch.device) -> None:
         return
     if not left:
         print("  It does not fit: the weights alone take all that is available.")
+    elif not memory.holds_budget(plan):
+        print("  It does not fit: the budget is allocated at once, and is larger than the memory that is left.")
     elif plan.kv_bytes > left:
         print("  It does not fit: the KV is larger than the memory that is left.")
     elif memory.can_grow(plan):
@@ -143,6 +155,11 @@ def _print_memory(plan: Plan, memory: Memory, device: torch.device) -> None:
     for remedy in remedies(plan, memory):
         verdict = "fits" if remedy.fits else "not enough"
         print(f"    {remedy.change:<32} {size(remedy.plan.kv_bytes):>10}  {verdict}")
+
+
+def _print_steps(config: PagedConfig, device: torch.device) -> None:
+    how = f"the default for {device.type}" if config.token_budget is None else "as asked for"
+    print(f"\nToken budget: a packed step runs {step_tokens(config, device):,} tokens at most ({how}).")
 
 
 def _print_assumptions(plan: Plan) -> None:

@@ -20,7 +20,9 @@ from hf_paged.compat.transformers import (
     has_own_forward,
     replace_forwards,
 )
+from hf_paged.execution.home_stream import catch_up
 from hf_paged.models import registry
+from hf_paged.models.placement import devices_of
 from hf_paged.models.registry import CallCounts
 from hf_paged.reasons import Reason, Why, count_and_log
 from hf_paged.sampling.cancellation import Cancellation
@@ -62,6 +64,7 @@ def iterate(
     if why is not None:
         count_and_log(counts.pipelines_in_turn, why, "a pipeline's items run one after another")
         return original(pipe, inputs, num_workers, batch_size, *params)
+    catch_up(*devices_of(pipe.model, pipe.device))  # Items run in threads of their own.
     wakeup = threading.Condition()
     is_sized = isinstance(inputs, Sized)
     read = None if is_sized or num_workers else ReadInThread(inputs, wakeup)

@@ -26,7 +26,9 @@ from hf_paged.cache.layers import page_layers
 from hf_paged.compat import transformers as upstream
 from hf_paged.compat.requirements import check_transformers, transformers_version
 from hf_paged.errors import PagedError
+from hf_paged.execution import captured_steps
 from hf_paged.models import forward_context, registration, registry
+from hf_paged.reasons import Reason
 from hf_paged.sampling.row_streamer import RowStreamer, by_rows
 from hf_paged_integrations.pipelines.text_generation import iterate
 from hf_paged_integrations.transformers import version_gate
@@ -79,6 +81,7 @@ def disable() -> None:
     """
     with _lock:
         registration.turn(on=False)
+        captured_steps.drop_all(Reason.DISABLED)
         upstream.unregister_attention(NAME)
         for function in upstream.WRAPPED_FUNCTIONS:
             original = getattr(function.current(), _WRAPPED, None)

@@ -36,6 +36,12 @@ bool is_contiguous_int64(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Long && tensor.is_contiguous();
 }
 
+// Rows may lie apart: those of an engine's steps lie in a wider matrix.
+bool has_dense_int64_rows(const Tensor& tensor) {
+  return is_contiguous_int64(tensor) ||
+         (tensor.scalar_type() == ScalarType::Long && tensor.dim() == 2 && tensor.stride(1) == 1);
+}
+
 std::optional<Dtype> native_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -52,6 +58,12 @@ std::optional<Dtype> native_dtype(const Tensor& tensor) {
 void check_ids(const int64_t* ids, int64_t count, int64_t limit, const char* what) {
   for (int64_t i = 0; i < count; ++i)
     STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < limit, what, " ", ids[i], " is not below ", limit);
+}
+
+// A slot of -1 is that of padding.
+void check_slots(const int64_t* slots, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(slots[i] >= -1 && slots[i] < limit, "slot ", slots[i], " is neither -1 nor from 0 to ", limit - 1);
 }
 
 // Runs the op's implementation in torch on the same arguments.
@@ -96,7 +108,7 @@ void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Te
   check_caches(key_cache, value_cache);
   const int64_t num_tokens = slot_mapping.numel();
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
-  check_ids(slots, num_tokens, key_cache.size(0) * key_cache.size(2), "slot");
+  check_slots(slots, num_tokens, key_cache.size(0) * key_cache.size(2));
   const hf_paged::Write writes[] = {write_of(key, key_cache, num_tokens), write_of(value, value_cache, num_tokens)};
   hf_paged::write_tokens(writes, 2, slots, num_tokens, parallel);
 }
@@ -131,7 +143,7 @@ bool can_attend(const Tensor& query, const Tensor& key_cache, const Tensor& valu
                 const Tensor& context_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& sinks) {
   return native_dtype(query) && key_cache.scalar_type() == query.scalar_type() &&
          value_cache.scalar_type() == query.scalar_type() && key_cache.is_contiguous() && value_cache.is_contiguous() &&
-         key_cache.size(3) <= kMaxHeadDim && value_cache.size(3) <= kMaxHeadDim && is_contiguous_int64(block_tables) &&
+         key_cache.size(3) <= kMaxHeadDim && value_cache.size(3) <= kMaxHeadDim && has_dense_int64_rows(block_tables) &&
          is_contiguous_int64(context_lens) && is_contiguous_int64(cu_seqlens_q) &&
          (!sinks || (sinks->is_contiguous() && native_dtype(*sinks)));
 }
@@ -155,14 +167,14 @@ hf_paged::Pages pages_of(const Tensor& cache) {
   return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), int(cache.size(3))};
 }
 
-void check_rows(const Attention& a, int64_t num_tokens, int64_t num_blocks) {
+void check_rows(const Attention& a, int64_t max_blocks, int64_t num_tokens, int64_t num_blocks) {
   STD_TORCH_CHECK(a.cu_seqlens_q[0] == 0 && a.cu_seqlens_q[a.num_rows] == num_tokens,
                   "cu_seqlens_q must count from 0 to the ", num_tokens, " query tokens");
   for (int64_t row = 0; row < a.num_rows; ++row) {
     STD_TORCH_CHECK(a.cu_seqlens_q[row] <= a.cu_seqlens_q[row + 1], "cu_seqlens_q falls after row ", row);
     const int64_t blocks = (a.context_lens[row] + a.block_size - 1) / a.block_size;
-    STD_TORCH_CHECK(blocks <= a.table_stride, "row ", row, " has ", a.context_lens[row],
-                    " tokens, its block table holds ", a.table_stride, " blocks");
+    STD_TORCH_CHECK(blocks <= max_blocks, "row ", row, " has ", a.context_lens[row],
+                    " tokens, its block table holds ", max_blocks, " blocks");
     check_ids(a.block_tables + row * a.table_stride, blocks, num_blocks, "block");
   }
 }
@@ -198,7 +210,7 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tenso
                             pages_of(key_cache),
                             pages_of(value_cache),
                             block_tables.const_data_ptr<int64_t>(),
-                            block_tables.size(1),
+                            block_tables.stride(0),
                             context_lens.const_data_ptr<int64_t>(),
                             cu_seqlens_q.const_data_ptr<int64_t>(),
                             num_rows,
@@ -209,7 +221,7 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tenso
                             window.value_or(INT64_MAX),
                             float(softcap.value_or(0)),
                             sinks ? sink_scores.data() : nullptr};
-  check_rows(attention, num_tokens, key_cache.size(0));
+  check_rows(attention, block_tables.size(1), num_tokens, key_cache.size(0));
   hf_paged::attend(attention, hf_paged::work_in_use()[int(attention.dtype)], int(torch::stable::get_num_threads()),
                    parallel);
   return out;

@@ -39,6 +39,7 @@ void write_tokens(const Write* writes, int count, const int64_t* slots, int64_t 
   for (int i = 0; i < count; ++i)
     bytes += num_tokens * writes[i].num_kv_heads * writes[i].head_dim * writes[i].element_size;
   share(num_tokens, bytes, parallel, [&](int64_t token) {
+    if (slots[token] < 0) return;
     for (int i = 0; i < count; ++i) write_token(writes[i], token, slots[token]);
   });
 }

@@ -14,6 +14,7 @@ struct Write {
   int64_t num_kv_heads, block_size, head_dim, element_size;
 };
 
+// A token whose slot is negative is not written: a step may be padded to a fixed shape.
 void write_tokens(const Write* writes, int count, const int64_t* slots, int64_t num_tokens, Parallel parallel);
 
 struct Copy {
