@@ -278,11 +278,13 @@ def checkpointing_takes_the_cache() -> bool:
     """
 
     class Layer(modeling_layers.GradientCheckpointingLayer):
+        gradient_checkpointing = True
+
         def forward(self, **kwargs):
             return kwargs[CACHE_ARGUMENT]
 
     layer, cache = Layer().train(), object()
-    layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, lambda function: function()
+    layer._gradient_checkpointing_func = lambda function: function()  # type: ignore[assignment]  # It is no submodule.
     logger, was_disabled = modeling_layers.logger, modeling_layers.logger.disabled
     logger.disabled = True  # It says that caching is incompatible with checkpointing.
     try:
