@@ -29,8 +29,8 @@ def force(monkeypatch) -> Seen:
     """Let engines run one ahead until the test ends."""
     seen, init, read, put_into = Seen(), PendingTokens.__init__, PendingTokens.read, PendingTokens.put_into
 
-    def watched_init(self, tokens, requests):
-        init(self, tokens, requests)
+    def watched_init(self, tokens, *arguments):
+        init(self, tokens, *arguments)
         seen.events.append(("choose", len(tokens)))
 
     def watched_read(self):
