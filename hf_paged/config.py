@@ -49,9 +49,10 @@ class PagedConfig:
         limits; a budget larger than these allow is lowered to what they do, with a warning. Memory is touched block
         by block as tokens arrive there, so an unused budget costs nothing. On a GPU three quarters; the pool takes
         its budget at once, and keeps to it.
-    token_budget : int
+    token_budget : int or None
         Tokens that one packed step of `generate` runs, prompts and new tokens of all rows together. Larger
-        steps use the processor better and hold up rows that are further on for longer.
+        steps use the processor better and hold up rows that are further on for longer. ``None``: 512 on CPUs, 4,096
+        on GPUs.
     prefix_cache : bool
         Let packed rows find again what earlier rows stored for the same first tokens. Blocks of finished rows
         then stay cached until other rows need them, or the model's weights change.
@@ -80,7 +81,7 @@ class PagedConfig:
 
     block_size: int = 16
     memory_budget: int | str | None = None
-    token_budget: int = 512
+    token_budget: int | None = None
     prefix_cache: bool = True
     prefix_cache_share: float = 0.125
     prepack_weights: bool = False
@@ -96,7 +97,7 @@ class PagedConfig:
             raise ValueError(f"block_size must be at most {_LARGEST_BLOCK}; got {size!r}: try 16, 32 or 64")
         parse_bytes(self.memory_budget)
         tokens = self.token_budget
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
             raise ValueError(f"token_budget must be a positive number of tokens; got {tokens!r}: try 512")
         for switch in ("prefix_cache", "prepack_weights"):
             if not isinstance(getattr(self, switch), bool):
@@ -138,14 +139,14 @@ class PagedConfig:
         return cls(**stated)
 
 
-def _read(variable: str, text: str, default: object) -> Any:
-    """The value of a variable in the type of its field's default; the text itself where it has no such value."""
+def _read(variable: str, text: str, default: Any) -> Any:
+    """The value of a variable in the type of its field's default, a number where that is None; else the text itself."""
     if isinstance(default, bool):
         return is_on(variable, default)
-    if not isinstance(default, int | float):
+    if isinstance(default, str):
         return text
     try:
-        return type(default)(text)
+        return int(text) if default is None else type(default)(text)
     except ValueError:
         return text
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_paged.memory.kv_pool import CaptureCounts, KVCacheSpec, KVPool
+from hf_paged.memory.sizing import step_tokens
 from hf_paged.models import registry
 
 
@@ -23,6 +24,8 @@ class Stats:
         Filled slots of the used blocks; a slot that several rows share counts once.
     waste : float
         Share of the used slots that hold no token: ``1 - tokens_stored / (used_blocks * block_size)``.
+    token_budget : int
+        Tokens that one packed step runs at most.
     page_reads : int
         Attention calls that read keys and values through block tables.
     gathers : dict of str to int
@@ -63,6 +66,7 @@ class Stats:
     block_size: int
     tokens_stored: int
     waste: float
+    token_budget: int
     page_reads: int
     gathers: dict[str, int]
     packed_calls: int
@@ -115,7 +119,8 @@ def stats(model: torch.nn.Module) -> Stats:
         fallbacks.update(counts.fallbacks)
         together += counts.pipelines_together
         in_turn.update(counts.pipelines_in_turn)
-    block_size = pools[0].config.block_size if pools else registry.config_of(model).block_size
+    config = pools[0].config if pools else registry.config_of(model)
+    block_size = config.block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
     return Stats(
         total_blocks=total,
@@ -125,6 +130,7 @@ def stats(model: torch.nn.Module) -> Stats:
         block_size=block_size,
         tokens_stored=tokens,
         waste=waste,
+        token_budget=step_tokens(config, _device_of(model, pools)),
         page_reads=reads,
         gathers=dict(gathers),
         packed_calls=packed,
@@ -140,6 +146,12 @@ def stats(model: torch.nn.Module) -> Stats:
         dropped_captures=dict(captures.dropped),
         implementation=registry.implementation_of(model),
     )
+
+
+def _device_of(model: torch.nn.Module, pools: list[KVPool]) -> torch.device:
+    """Where the pools are; before the first token, where they would be made."""
+    parameters = (parameter.device for parameter in model.parameters())
+    return next((spec.device for pool in pools for spec in pool.groups), next(parameters, torch.device("cpu")))
 
 
 def _tokens_stored(pool: KVPool, spec: KVCacheSpec) -> int:

@@ -73,7 +73,10 @@ class Reason(enum.Enum):
     )
     OTHER_FORWARD = "synced_gpus or a compile_config is set, or the model is an assistant", _OWN_LOOP
     STREAMED_ROWS = "one streamer takes several rows", "use hf_paged.BatchTextIteratorStreamer"
-    DEVICE_NOISE = "rows are sampled on a device whose random numbers are not drawn row by row", "use do_sample=False"
+    DEVICE_NOISE = (
+        "torch was seeded, and the random numbers of the device cannot be drawn again",
+        "do not seed torch, or use do_sample=False",
+    )
     RETURNED_ROWS = (
         "the cache or the scores of several or padded rows are returned",
         "call generate once per row, or leave return_dict_in_generate and the cache out",
@@ -87,7 +90,6 @@ class Reason(enum.Enum):
     RECORDED_PAST = "the cache records its past", "do not call cache.activate_past_recording()"
     # Models that no packed step serves.
     NO_POOL = "the model has no pool of its own, or several", _OWN_LOOP
-    SEVERAL_DEVICES = "the model's layers are on several devices", "put all layers on one device if they fit"
     FULL_POOL = (
         "the pool has no room to try a packed step",
         "drop caches that are not needed, or raise memory_budget with hf_paged.configure",

@@ -7,6 +7,7 @@ from hf_paged.attention.dense_attention import dense_attention
 from hf_paged.cache.cross_attention import StoredStates, stored_metadata
 from hf_paged.cache.lazy_tensors import LazyTensor, PagedMask, PagedStates
 from hf_paged.execution.attention_metadata import AttentionMetadata
+from hf_paged.execution.home_stream import on_home_stream
 from hf_paged.execution.packed_cache import PACKED_FORWARD, NotPackableError, PackedForward, is_packed_mask
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.memory.kv_storage import KVStorage
@@ -172,6 +173,12 @@ def _says_all_in_arguments() -> bool:
 
 def _read_pages(call: AttentionCall, pool: KVPool, storage: KVStorage, metadata: AttentionMetadata) -> torch.Tensor:
     """Attend over pages. Returns ``[batch, queries, num_heads, value_dim]``, zeros for queries that are padding."""
+    pool.page_reads += 1
+    with on_home_stream(storage.device) as lend:
+        return lend(_attend_through_pages(call, storage, metadata))
+
+
+def _attend_through_pages(call: AttentionCall, storage: KVStorage, metadata: AttentionMetadata) -> torch.Tensor:
     batch, num_heads, queries, head_dim = call.query.shape
     tokens = call.query.transpose(1, 2).reshape(batch * queries, num_heads, head_dim)
     if metadata.query_index is not None:
@@ -186,7 +193,6 @@ def _read_pages(call: AttentionCall, pool: KVPool, storage: KVStorage, metadata:
         call.options.get("softcap"),
         call.sinks,
     )
-    pool.page_reads += 1
     if metadata.query_index is not None:
         packed, out = out, out.new_zeros(batch * queries, num_heads, out.shape[-1])
         out.index_copy_(0, metadata.query_index, packed)

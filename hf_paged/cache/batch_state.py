@@ -17,9 +17,12 @@ from hf_paged.cache.append_step import AppendStep
 from hf_paged.cache.duplicate_rows import have_equal_states
 from hf_paged.cache.padding import Padding
 from hf_paged.execution.attention_metadata import AttentionMetadata
+from hf_paged.execution.home_stream import on_home_stream
 from hf_paged.memory.block_table import BlockTable, make_writable
 from hf_paged.memory.kv_pool import KVCacheGroup, KVCacheSpec, KVPool
 from hf_paged.memory.reservation import Reservation, keeping, of_this_thread
+from hf_paged.models import forward_context
+from hf_paged.models.placement import share_of_layers
 
 
 class DeferredStates(NamedTuple):
@@ -235,7 +238,7 @@ class BatchState:
         """Let every block hold what its row has stored, before it is read, written or shared."""
         for rows in groups:
             if rows.has_pending_copies:
-                with self.pool.lock, torch.no_grad():
+                with on_home_stream(rows.group.spec.device), self.pool.lock, torch.no_grad():
                     rows.copy_shared_blocks()
                 self._change_tables(rows.free_copy_sources)
 
@@ -291,7 +294,7 @@ class BatchState:
         if duplicate_of is not None and not all(have_equal_states(duplicate_of, states) for states in (key, value)):
             step = self._separate_duplicates(rows, step)
         self._finish_copies(rows)
-        with self.pool.lock, torch.no_grad():
+        with on_home_stream(key.device), self.pool.lock, torch.no_grad():
             storage = rows.group.layer(layer, key, value)
             step.write(storage, key, value)
             rows.lengths[layer] = end
@@ -305,8 +308,10 @@ class BatchState:
             )
         spec = KVCacheSpec(window, key.dtype, key.device)
         if spec not in self.groups:
+            call = forward_context.current_forward()
+            share = 1.0 if spec in self.pool.groups or call is None else share_of_layers(call.model, spec.device)
             with self.pool.lock:
-                group = self.pool.group(spec, key, value, self.num_layers)
+                group = self.pool.group(spec, key, value, self.num_layers, share)
             self.groups[spec] = GroupRows(group, self.batch_size)
         return self.groups[spec]
 
@@ -438,6 +443,10 @@ class BatchState:
         """
         rows = self.group_rows(layer)
         self._finish_copies(rows)
+        with on_home_stream(rows.group.spec.device) as lend:
+            return lend(self._gather(rows, layer, is_key, start, end))
+
+    def _gather(self, rows: GroupRows, layer: int, is_key: bool, start: int, end: int) -> torch.Tensor:
         storage = rows.group.layers[layer]
         dense = storage.new_states(is_key, self.batch_size, end - start)
         first, last = (self.padding.tokens_before(at, self.batch_size) for at in (start, end))

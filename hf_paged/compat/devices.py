@@ -3,7 +3,10 @@
 These modules offer much the same, and none of it is promised of all: what is used here is found by name.
 """
 
+import contextlib
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -34,3 +37,28 @@ def own_memory(device: torch.device) -> tuple[int, int] | None:
     if hasattr(module, "get_per_process_memory_fraction"):
         total = int(total * module.get_per_process_memory_fraction(device))
     return max(0, min(free, total - allocated)), total
+
+
+def streams(device: torch.device) -> tuple[Any, Any] | None:
+    """The stream that this thread has chosen on a device, and the device's default stream.
+
+    None where all work has one order: on the CPU, and on devices without a default stream.
+    """
+    module = None if device.type == "cpu" else module_of(device)
+    if module is None or not hasattr(module, "default_stream"):
+        return None
+    return module.current_stream(device), module.default_stream(device)
+
+
+@contextlib.contextmanager
+def entered(stream: Any, device: torch.device) -> Iterator[None]:
+    """Queue this thread's work for `device` on a stream. Which device is the current one stays."""
+    module: Any = module_of(device)
+    current = module.current_device()
+    with module.stream(stream), module.device(current):  # The first makes the stream's device the current one.
+        yield
+
+
+def keep_for(tensor: torch.Tensor, stream: Any) -> None:
+    """Have the memory of a tensor given to no other one before what is queued on `stream` by then has run."""
+    tensor.record_stream(stream)

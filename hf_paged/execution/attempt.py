@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
+from hf_paged_kernels.faults import is_device_fault, is_out_of_memory
 
 Result = TypeVar("Result")
 
 
 def attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """Call a function, and once more if it raises: its result, or its error.
+    """Call a function, and once more if it raises anything but a fault of the device: its result, or its error.
 
     Raises
     ------
@@ -20,10 +20,12 @@ def attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | 
     try:
         return function(), None
     except Exception as error:
+        if is_device_fault(error):
+            return None, error
         first = error
     try:
         result = function()
-        if not is_of_memory(first):
+        if not is_out_of_memory(first):
             raise first
     except Exception as error:
         if error is first:
@@ -32,8 +34,3 @@ def attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | 
     finally:
         del first  # Its traceback holds this frame: no cycle.
     return result, None
-
-
-def is_of_memory(error: Exception) -> bool:
-    """Tell whether an error may go away by itself: there was no memory, and now there is."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)

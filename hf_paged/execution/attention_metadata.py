@@ -1,6 +1,6 @@
 """AttentionMetadata: how the kernels find the rows of one forward in the pages of one KV cache group."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,3 +36,16 @@ class AttentionMetadata:
     cu_seqlens_q: torch.Tensor
     window: int | None
     query_index: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> "AttentionMetadata":
+        """The same with its tensors on `device`: itself if they are there."""
+        if self.slot_mapping.device == device:
+            return self
+        return replace(
+            self,
+            slot_mapping=self.slot_mapping.to(device),
+            block_tables=self.block_tables.to(device),
+            context_lens=self.context_lens.to(device),
+            cu_seqlens_q=self.cu_seqlens_q.to(device),
+            query_index=None if self.query_index is None else self.query_index.to(device),
+        )

@@ -11,7 +11,7 @@ from hf_paged.execution.packed_cache import PACKED_FORWARD, NotPackableError, Pa
 from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.execution.prepacked_linear import PrepackedLinears
 from hf_paged.execution.step_buffers import StepBuffers
-from hf_paged.execution.step_inputs import StepInputs, prepare_inputs
+from hf_paged.execution.step_inputs import StepInputs, on_devices_of_layers, prepare_inputs
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.reasons import Reason
 from hf_paged.scheduling.scheduler import Chunk
@@ -43,6 +43,7 @@ class ModelRunner:
         step needs more room than any before, for tokens, rows or blocks of a row; then all move for good, and
         `buffers.room` differs. Shapes are the step's own. A subclass that captures steps makes buffers of its own, as
         small as its largest step, and pads steps to a `StepSize`: see `prepare_inputs`.
+        Of a model on several devices this holds for those on the first: a runner that captures does not serve it.
         The tensors of a `KVStorage` never move, on no device: they are allocated once, at the budget, before a runner
         is made. A pool that is released or made anew has another engine, and so another runner. The user may replace
         or move the model's weights between any two steps.
@@ -76,7 +77,10 @@ class ModelRunner:
     ----------
     groups : list of KVCacheGroup
         In the order of the requests' tables.
+    is_on_several_devices : bool
+        Whether layers lie on several devices, one after the other. What they read a step by is copied to each then.
     buffers : StepBuffers
+        On the device of the first layer.
     linears : PrepackedLinears or None
         The copies of the model's weights that steps multiply with, if the pool's config wants them.
     """
@@ -84,6 +88,7 @@ class ModelRunner:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.groups = list(pool.groups.values())
+        self.is_on_several_devices = len({group.spec.device for group in self.groups}) > 1
         self.buffers = StepBuffers(self.groups[0].spec.device)
         self.linears = PrepackedLinears() if pool.config.prepack_weights else None
 
@@ -180,7 +185,8 @@ class ModelRunner:
 
     def prepare(self, chunks: Sequence[Chunk]) -> StepInputs:
         """Fill `buffers` with a step. The step before was launched: its inputs are overwritten behind it."""
-        return prepare_inputs(chunks, self.groups, self.buffers)
+        inputs = prepare_inputs(chunks, self.groups, self.buffers)
+        return on_devices_of_layers(inputs, chunks) if self.is_on_several_devices else inputs
 
     def execute(self, model: torch.nn.Module, inputs: StepInputs) -> torch.Tensor:
         """Compute the logits of a prepared step, ``[num_samples, vocab]``. Here: with one eager forward."""
@@ -200,7 +206,7 @@ class ModelRunner:
         )
         if not forward.has_attended:
             raise NotPackableError(Reason.OWN_ATTENTION)
-        return output.logits[0]
+        return output.logits[0].to(self.buffers.device)  # Hooks of accelerate have brought them there before.
 
 
 _kinds: list[type[ModelRunner]] = [ModelRunner]

@@ -16,20 +16,20 @@ class PendingTokens:
     Parameters
     ----------
     tokens : torch.Tensor
-        ``[rows]`` int64
+        ``[rows]`` int64, all of them in the vocabulary: a step runs with them.
+    to_read : torch.Tensor
+        ``[rows]`` int64: what the host is to know of them; it may mark those that are no tokens.
     requests : sequence of Request
         Whose next tokens they are.
     """
 
-    def __init__(self, tokens: torch.Tensor, requests: Sequence[Request]):
+    def __init__(self, tokens: torch.Tensor, to_read: torch.Tensor, requests: Sequence[Request]):
         self._tokens, self._index_of = tokens, {request: index for index, request in enumerate(requests)}
-        self._event: torch.Event | None = None
-        self._on_host = tokens
+        self._on_host, self._event = to_read, None
         if tokens.device.type != "cpu":
-            self._on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._on_host.copy_(tokens, non_blocking=True)
-            self._event = torch.Event(device=tokens.device)
-            self._event.record(torch.accelerator.current_stream(tokens.device))
+            self._on_host = torch.empty(to_read.shape, dtype=to_read.dtype, pin_memory=True)
+            self._on_host.copy_(to_read, non_blocking=True)
+            self._event = torch.accelerator.current_stream(tokens.device).record_event()
 
     @property
     def device(self) -> torch.device:

@@ -119,9 +119,9 @@ class StepBuffers:
     """The tensors of the steps of one engine, in one arena: every step has its tensors at the same addresses.
 
     A step's tensors are good until the next step is prepared: `begin`, `show_tables`, `upload`. On the CPU the arena
-    that is filled is the one that is used. Elsewhere there are two arenas on the host, in pinned memory for a CUDA
-    device, which take turns: one can be filled while the other is still being copied. On the device there is one, and
-    the copy takes its turn in the current stream, behind the step that reads what was there before.
+    that is filled is the one that is used. Elsewhere there are two arenas on the host, which take turns: one can be
+    filled while the other is still being copied. On the device there is one, and the copy takes its turn in the current
+    stream, behind the step that reads what was there before.
 
     Parameters
     ----------
@@ -211,26 +211,31 @@ class _Arena:
 
 
 class _HostArena:
-    """An arena in the host's memory, and the last copy of it to the device."""
+    """An arena in the host's memory, and the last copy of it to the device.
+
+    For an accelerator it is pinned: only then does a copy not hold the host up.
+    """
 
     def __init__(self, layout: StepLayout, device: torch.device):
-        is_pinned = device.type == "cuda"
+        self.device = device
+        accelerator = torch.accelerator.current_accelerator()
+        is_pinned = accelerator is not None and accelerator.type == device.type
         self.memory = torch.zeros(layout.num_elements, dtype=torch.long, pin_memory=is_pinned)
         array = self.memory.numpy()
         self.arrays = {name: array[place] for name, place in layout.places.items()}
         tables = array[layout.tables :].reshape(layout.room.num_rows, layout.table_stride)
         self.tables = HostTables([tables[:, columns] for columns in layout.columns])
-        self._copied = torch.cuda.Event() if is_pinned else None
+        self._copied = torch.Event(device) if is_pinned else None
         self._is_recorded = True  # Whether the event tells of the last copy: an interrupt may come before it does.
 
     def copy_to(self, memory: torch.Tensor, num_elements: int) -> None:
         """Copy the first elements to the device, in the order of the current stream."""
-        if self._copied is None:  # Only from pinned memory is a copy safe that is not waited for.
+        if self._copied is None:
             memory[:num_elements].copy_(self.memory[:num_elements])
             return
         self._is_recorded = False
         memory[:num_elements].copy_(self.memory[:num_elements], non_blocking=True)
-        self._copied.record()
+        self._copied.record(torch.accelerator.current_stream(self.device))
         self._is_recorded = True
 
     def wait(self) -> None:
@@ -240,4 +245,4 @@ class _HostArena:
         if self._is_recorded:
             self._copied.synchronize()
         else:
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize(self.device)

@@ -1,7 +1,8 @@
 """StepInputs: the tokens of one packed step as tensors, and where its layers write and read."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,15 +24,16 @@ class StepInputs:
     ----------
     input_ids, position_ids : torch.Tensor
         ``[1, num_tokens]`` int64; positions count within each row.
-    sample_index : torch.Tensor
-        ``[num_samples]`` int64: the tokens whose logits are wanted.
+    sample_index : torch.Tensor or list of int
+        ``[num_samples]`` int64: the tokens whose logits are wanted. A list where layers are on several devices: hooks
+        bring tensors to the first of them, and what the last layer returns cannot be indexed by those.
     layers : dict of int to (KVStorage, AttentionMetadata)
         By cache layer. Layers of one KV cache group share their metadata.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    sample_index: torch.Tensor
+    sample_index: torch.Tensor | list[int]
     layers: dict[int, tuple[KVStorage, AttentionMetadata]]
 
 
@@ -128,3 +130,17 @@ def _as_tensors(buffers: StepBuffers, groups: Sequence[KVCacheGroup], size: Step
         buffers.tensor("sample_index", num_samples),
         layers,
     )
+
+
+def on_devices_of_layers(inputs: StepInputs, chunks: Sequence[Chunk]) -> StepInputs:
+    """The step of these chunks for layers that are on several devices: each finds its metadata on its own."""
+    moved: dict[tuple[int, torch.device], AttentionMetadata] = {}
+    layers = {}
+    for index, (storage, metadata) in inputs.layers.items():
+        key = id(metadata), storage.device
+        if key not in moved:
+            moved[key] = metadata.on(storage.device)
+        layers[index] = (storage, moved[key])
+    ends = itertools.accumulate(chunk.end - chunk.start for chunk in chunks)
+    samples = [end - 1 for chunk, end in zip(chunks, ends) if chunk.samples]
+    return replace(inputs, layers=layers, sample_index=samples)

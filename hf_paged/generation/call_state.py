@@ -10,6 +10,7 @@ import torch
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation.generate_call import Choice, GenerateCall
+from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, SchedulerOutput
 
@@ -167,12 +168,14 @@ class Unread:
     pending: PendingTokens
     rows: list[tuple[CallState, list[Request]]]
 
-    def choices(self, tokens: list[int]) -> list[tuple[CallState, list[Request], Choice]]:
-        """Part the tokens that were read among the calls."""
-        left = iter(tokens)
-        return [
-            (state, requests, Choice(torch.tensor([next(left) for _ in requests]))) for state, requests in self.rows
-        ]
+    def choices(self, numbers: list[int]) -> list[tuple[CallState, list[Request], Choice]]:
+        """Part the tokens that were read among the calls, which work with numbers alone."""
+        found, end = [], 0
+        for state, requests in self.rows:
+            begin, end = end, end + len(requests)
+            part = numbers[begin:end]
+            found.append((state, requests, Choice(NextTokens(torch.tensor(part)), part)))
+        return found
 
 
 @dataclass

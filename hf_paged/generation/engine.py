@@ -25,7 +25,7 @@ outlives its call, but for the one that runs sections.
 
 An error belongs to the call whose work raises it, in whichever thread. To tell it from what a signal handler raises
 in the driver's thread, the work is done once more: an error that does not come again is no call's, and reaches the
-caller whose thread it is.
+caller whose thread it is. A fault of the device is everybody's whose rows are in the step, and nothing is done again.
 """
 
 import functools
@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 
 from hf_paged.atomic import Undo, atomically, is_in_section
 from hf_paged.errors import UnsupportedError
-from hf_paged.execution.attempt import attempt, is_of_memory
+from hf_paged.execution.attempt import attempt
 from hf_paged.execution.captured_steps import CapturedRunner
 from hf_paged.execution.model_runner import make_runner, register_runner
 from hf_paged.execution.pending_tokens import PendingTokens
@@ -58,17 +58,20 @@ from hf_paged.generation.call_state import (
     StepReport,
     Unread,
 )
-from hf_paged.generation.generate_call import Choice, GenerateCall
+from hf_paged.generation.generate_call import Choice, GenerateCall, read_choices
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.memory.reservation import entered, is_inside
+from hf_paged.memory.sizing import step_tokens
 from hf_paged.memory.stall_detector import StallDetector
 from hf_paged.models.fingerprint import Identity, identify
+from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.sampling.sampler import sample_together
 from hf_paged.scheduling.cache_salt import current_salt
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, Scheduler, SchedulerOutput
+from hf_paged_kernels.faults import is_device_fault, is_out_of_memory
 
 Result = TypeVar("Result")
 _IDLE_SECONDS = 0.005  # Until a driver without work looks for some again.
@@ -96,7 +99,8 @@ class Engine:
     def __init__(self, pool: KVPool):
         self.pool = pool
         self.specs = list(pool.groups)
-        self.scheduler = Scheduler(list(pool.groups.values()), pool.config.token_budget, pool.prefix_counts)
+        tokens = step_tokens(pool.config, self.specs[0].device)
+        self.scheduler = Scheduler(list(pool.groups.values()), tokens, pool.prefix_counts)
         self.runner = make_runner(pool)
         self._stall_detector = StallDetector(pool)
         self._identity: Identity | None = None  # Of the model that the prefix cache serves, while rows run.
@@ -283,6 +287,9 @@ class Engine:
                 parts.setdefault(order.states[chunk.request], []).append(chunk)
             if list(parts) == [driver] and not _is_ahead(chunks):
                 raise first
+            if is_device_fault(first):
+                report.errors += [(state, first) for state in parts]
+                return []
             done = []
             for state, part in parts.items():
                 try:
@@ -290,7 +297,7 @@ class Engine:
                 except Exception as error:
                     if not _is_ahead(part):
                         report.errors.append((state, error))
-            if len(done) == len(parts) and not is_of_memory(first):
+            if len(done) == len(parts) and not is_out_of_memory(first):
                 raise first  # It is no call's: a signal handler raised it, in this thread.
             return done
         finally:
@@ -298,7 +305,7 @@ class Engine:
 
     def _forward(self, model: PreTrainedModel, order: Drive, chunks: list[Chunk]) -> torch.Tensor:
         pending = None if order.unread is None else order.unread.pending
-        logits = self.runner.run(model, chunks, pending, self._identity, others_draw=order.others_draw)
+        logits = self.runner.run(model, chunks, pending, self._identity, order.others_draw)
         self.pool.page_reads += sum(len(group.layers) for group in self.runner.groups)
         return logits
 
@@ -322,7 +329,8 @@ class Engine:
     def _choose_for(deliveries: list[Delivery], report: StepReport) -> None:
         """Choose tokens for quick calls, those that choose alike together."""
         samplers = [delivery.state.call.sampler for delivery in deliveries]
-        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries])
+        noises = [functools.partial(delivery.state.call.noise, delivery.requests) for delivery in deliveries]
+        chosen = sample_together(samplers, [delivery.logits for delivery in deliveries], noises)
         alone: list[Delivery] = []
         failed_together: dict[int, tuple[Exception, list[Delivery]]] = {}  # By the error's identity.
         for delivery, tokens in zip(deliveries, chosen):
@@ -333,8 +341,11 @@ class Engine:
             else:
                 delivery.choice = Choice(tokens)
         for error, failed in failed_together.values():
+            if is_device_fault(error):
+                report.errors += [(delivery.state, error) for delivery in failed]
+                continue
             are_right = [_choose_alone(delivery, report) for delivery in failed]
-            if all(are_right) and not is_of_memory(error):
+            if all(are_right) and not is_out_of_memory(error):
                 raise error  # It is no call's: a signal handler raised it, in this thread.
         for delivery in alone:
             _choose_alone(delivery, report)
@@ -350,25 +361,25 @@ class Engine:
 
     def _read_tokens(self, order: Drive, report: StepReport) -> None:
         """Read the tokens of the step before; and those of this one, unless the next can run with them unread."""
-        chosen = [delivery for delivery in report.deliveries if delivery.state.call.can_run_ahead]
-        unread = self._unread_of(chosen) if chosen else None
+        stays_unread = (
+            self.runner.is_asynchronous
+            and bool(report.deliveries)
+            and all(delivery.state.call.can_run_ahead for delivery in report.deliveries)
+        )
+        if stays_unread:  # The copy to the host begins before the host waits for the one before.
+            report.unread, report.deliveries = self._unread_of(report.deliveries), []
         if order.unread is not None:
             report.tokens_before = order.unread.pending.read()
-        if unread is None:
-            return
-        if self.runner.is_asynchronous and len(chosen) == len(report.deliveries):
-            report.deliveries, report.unread = [], unread
-            return
-        for delivery, (_, _, choice) in zip(chosen, unread.choices(unread.pending.read())):
-            delivery.choice = choice
+        _read_choices(report.deliveries)
 
-    def _unread_of(self, chosen: Sequence[Delivery]) -> Unread:
+    def _unread_of(self, deliveries: Sequence[Delivery]) -> Unread:
         """Start the copy of the chosen tokens to the host."""
-        rows = [(delivery.state, delivery.requests) for delivery in chosen]
-        parts = [delivery.choice.tokens for delivery in chosen if delivery.choice is not None]
+        rows = [(delivery.state, delivery.requests) for delivery in deliveries]
+        choices = [delivery.choice for delivery in deliveries if delivery.choice is not None]
         with torch.inference_mode(False), torch.no_grad():
-            tokens = torch.cat([part.to(self.specs[0].device) for part in parts])
-            return Unread(PendingTokens(tokens, [request for _, requests in rows for request in requests]), rows)
+            tokens = NextTokens.joined([choice.tokens for choice in choices], self.specs[0].device)
+            requests = [request for _, some in rows for request in some]
+            return Unread(PendingTokens(tokens.ids, tokens.marked(), requests), rows)
 
     # What happens in sections, under the pool's lock.
 
@@ -492,7 +503,7 @@ class Engine:
         if state.error is not None or state in self._leaving or not places:
             return
         if len(places) < len(requests):
-            requests, choice = [requests[place] for place in places], Choice(choice.tokens[places])
+            requests, choice = [requests[place] for place in places], choice.of(places)
         try:
             self._note(state, state.call.accept(requests, choice))
         except BaseException as error:  # Of its streamer.
@@ -604,3 +615,11 @@ def _choose_alone(delivery: Delivery, report: StepReport) -> bool:
     if error is not None:
         report.errors.append((delivery.state, error))
     return error is None
+
+
+def _read_choices(deliveries: list[Delivery]) -> None:
+    """Bring the chosen tokens of all calls to the host at once."""
+    chosen = [delivery for delivery in deliveries if delivery.choice is not None]
+    choices = [delivery.choice for delivery in chosen if delivery.choice is not None]
+    for delivery, choice in zip(chosen, read_choices(choices)):
+        delivery.choice = choice

@@ -1,8 +1,8 @@
 """GenerateCall: one call of ``generate`` as its caller sees it: rows in, logits to tokens, tokens out."""
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import LogitsProcessorList
@@ -10,12 +10,15 @@ from transformers import LogitsProcessorList
 from hf_paged.cache.duplicate_rows import first_equal_rows
 from hf_paged.compat.transformers import pad_token
 from hf_paged.errors import OutOfBlocksError
+from hf_paged.generation.call_tokens import CallTokens
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.sampling import categorical
 from hf_paged.sampling.cancellation import Cancellation
 from hf_paged.sampling.lockstep import Lockstep
+from hf_paged.sampling.next_tokens import NextTokens, check, read
 from hf_paged.sampling.processors import apply_token_free, processor_of_row, shared_properties
-from hf_paged.sampling.rng_replay import ReplayedNoise, is_replaying
+from hf_paged.sampling.rng_replay import Draws, ReplayedNoise, draws_of, is_replaying
+from hf_paged.sampling.row_picker import RowPicker
 from hf_paged.sampling.row_streamer import RowStreamer
 from hf_paged.sampling.sampler import Sampler
 from hf_paged.sampling.stopping import StoppingRules
@@ -28,15 +31,40 @@ class Choice:
 
     Attributes
     ----------
-    tokens : torch.Tensor
-        ``[rows]`` int64
+    tokens : NextTokens
+    numbers : list of int or None
+        The tokens on the host, as `next_tokens.read` returns them; None: they were not read yet.
     scores, logits : torch.Tensor or None
-        ``[rows, vocab]`` float32; None where the call has no use for them.
+        ``[rows, vocab]``; None where the call has no use for them.
     """
 
-    tokens: torch.Tensor
+    tokens: NextTokens
+    numbers: list[int] | None = None
     scores: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+
+    def read(self) -> list[int]:
+        """Return the tokens as numbers; waits for the device if they were not read yet.
+
+        Raises
+        ------
+        RuntimeError
+            If the scores of a row were no distribution to sample from.
+        """
+        (numbers,) = read([self.tokens]) if self.numbers is None else (self.numbers,)
+        check(numbers)
+        return numbers
+
+    def of(self, places: Sequence[int]) -> "Choice":
+        """The choice of some of the rows, of which neither scores nor logits are kept. Its numbers were read before."""
+        assert self.numbers is not None, "rows that have ended are known when tokens are read"
+        return Choice(self.tokens.of(places), [self.numbers[place] for place in places])
+
+
+def read_choices(choices: Sequence[Choice]) -> list[Choice]:
+    """Return choices with their numbers: those of all calls are brought to the host at once."""
+    found = read([choice.tokens for choice in choices])
+    return [replace(choice, numbers=numbers) for choice, numbers in zip(choices, found)]
 
 
 class GenerateCall:
@@ -77,7 +105,7 @@ class GenerateCall:
         How tokens are chosen together with those of other calls, if they can be.
     can_run_ahead : bool
         Whether a row's next token may be chosen while the host does not know its last one: nothing but logits decides,
-        and nothing but numbers says that a row ends. Such a call keeps its tokens in the host's memory.
+        and nothing but numbers says that a row ends.
     logits, scores : tuple of torch.Tensor or None
         ``[1, vocab]`` for each token of a lone row, where the call returns them.
     """
@@ -97,7 +125,9 @@ class GenerateCall:
         self.logits: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_logits else None
         self.scores: tuple[torch.Tensor, ...] | None = () if returns and generation_config.output_scores else None
         self._replayed_noise: ReplayedNoise | None = None
-        self._is_replaying = is_replaying()
+        device = input_ids.device
+        self._is_replaying = bool(self._do_sample) and is_replaying() and draws_of(device) is not Draws.UNKNOWN
+        self._picker = RowPicker(device)
         prompts = (
             input_ids.tolist()
             if valid is None
@@ -106,10 +136,13 @@ class GenerateCall:
         self.requests = [Request(tokens, pools) for tokens in prompts]
         self._row_of = {request: row for row, request in enumerate(self.requests)}
         self.distinct_requests = self._join_duplicates(first_equal_rows(input_ids, valid))
-        batch, self._width = input_ids.shape
-        self._counts = [0] * batch  # Tokens generated, by row.
-        self._open = set(range(batch))
+        self._width = input_ids.shape[1]
+        self._open = set(range(len(input_ids)))
         self._lockstep = self._make_lockstep()
+        are_judged = self._lockstep is not None or self._stopping_rules is None
+        are_read = are_judged or not self._of_processors.token_free
+        room = (generation_config.max_length or 0) - self._width
+        self._tokens = CallTokens(self.input_ids, self._pad, room, are_read)
         self._row_processors: dict[int, LogitsProcessorList] = {}  # Of rows whose processors keep state.
         self._has_chosen = False
         self.failures: list[OutOfBlocksError] = []
@@ -121,10 +154,6 @@ class GenerateCall:
         self._cancellations = [criterion for criterion in criteria if isinstance(criterion, Cancellation)]
         # The cache's owner may write to the blocks of a row as soon as it has ended.
         self.can_run_ahead = self.sampler is not None and self._stopping_rules is not None and cache is None
-        room = max(64, min(1024, (generation_config.max_length or 0) - self._width))
-        with torch.inference_mode(False):  # Another thread may write to it.
-            self._ids = self.input_ids.to("cpu" if self.can_run_ahead else self.input_ids.device)
-            self._ids = torch.cat([self._ids, self._pads(room)], dim=1)
 
     def _make_lockstep(self) -> Lockstep | None:
         """How the criteria are asked about all rows together; None if each row ends by itself."""
@@ -138,9 +167,9 @@ class GenerateCall:
     def _make_sampler(self) -> Sampler | None:
         """How the driver may choose tokens for this call, together with others; None if only it itself can."""
         is_plain = self._of_processors.token_free and self.logits is None and self.scores is None
-        if not (self.is_quick and is_plain) or (self._do_sample and self._is_replaying):
+        if not (self.is_quick and is_plain):
             return None
-        return Sampler.of(self._processors, self._do_sample, self.input_ids.device)
+        return Sampler.of(self._processors, self._do_sample, self.input_ids.device, self._is_replaying)
 
     def _join_duplicates(self, duplicate_of: list[int] | None) -> list[Request]:
         """Note rows as duplicates of the first row with the same prompt. Returns these first rows."""
@@ -153,8 +182,10 @@ class GenerateCall:
                 self.requests[first].duplicates.append(request)
         return distinct
 
-    def _pads(self, count: int) -> torch.Tensor:
-        return self._ids.new_full((len(self._ids), count), self._pad)
+    @property
+    def _counts(self) -> list[int]:
+        """Tokens generated, by row."""
+        return self._tokens.counts
 
     @property
     def is_done(self) -> bool:
@@ -211,16 +242,20 @@ class GenerateCall:
                 return self._choose(rows, logits)
             # Rows that were ahead have ended meanwhile: nothing is called for them, and no random number is theirs.
             places = [place for place, row in enumerate(rows) if row in self._open]
-            tokens = self.input_ids.new_full((len(rows),), self._pad)
-            if places:
-                tokens[places] = self._choose([rows[place] for place in places], logits[places]).tokens
-            return Choice(tokens)
+            if not places:
+                return Choice(NextTokens(self.input_ids.new_full((len(rows),), self._pad)))
+            chosen = self._choose([rows[place] for place in places], self._picker.take(logits, places)).tokens
+            # Of the other rows nothing is noted: the first token serves as well as any.
+            index = {place: number for number, place in enumerate(places)}
+            back = [index.get(place, 0) for place in range(len(rows))]
+            is_valid = None if chosen.is_valid is None else self._picker.take(chosen.is_valid, back)
+            return Choice(NextTokens(self._picker.take(chosen.ids, back), is_valid))
 
     def _choose(self, rows: list[int], logits: torch.Tensor) -> Choice:
         logits = logits.to(device=self.input_ids.device, dtype=torch.float32, copy=True)
         scores = self._process(rows, logits)
-        tokens = self._sample(rows, scores) if self._do_sample else categorical.argmax(scores)
-        return Choice(tokens, scores, logits)
+        tokens = self._sample(rows, scores) if self._do_sample else NextTokens(categorical.argmax(scores))
+        return Choice(tokens, None, scores, logits)
 
     def accept(self, requests: list[Request], choice: Choice) -> list[tuple[Request, int | None]]:
         """Note the next tokens of some rows: tell the streamer, judge which rows end.
@@ -235,7 +270,7 @@ class GenerateCall:
         list of (Request, token)
             None for a row that is finished.
         """
-        rows, tokens = [self._row_of[request] for request in requests], choice.tokens
+        rows, numbers = [self._row_of[request] for request in requests], choice.read()
         if self.logits is not None:
             assert choice.logits is not None, "a call that returns logits makes every choice with them"
             self.logits += (choice.logits,)
@@ -244,21 +279,24 @@ class GenerateCall:
             self.scores += (choice.scores,)
         with torch.inference_mode(False), torch.no_grad():
             if self._lockstep is not None:
-                chosen, finished = self._accept_in_lockstep(rows, tokens)
+                chosen, finished = self._accept_in_lockstep(rows, choice.tokens.ids, numbers)
             else:
-                self._append(rows, tokens)
-                chosen = tokens.tolist()
-                finished = self._finished(rows, chosen)
+                chosen = numbers
+                self._tokens.append(rows, choice.tokens.ids, numbers)
+                finished = self._finished(rows, numbers)
                 self._open -= {row for row, is_over in zip(rows, finished) if is_over}
             if self.streamer is not self._row_streamer:
-                self.streamer.put(tokens.cpu())  # After the criteria, as dense does: one that raises comes first.
+                # After the criteria, as dense does: one that raises comes first.
+                self.streamer.put(torch.tensor(numbers))
         if self._row_streamer is not None and self._lockstep is None:
             self._row_streamer.tell(rows, chosen, [row for row, over in zip(rows, finished) if over])
         if self._replayed_noise is not None and self._open:
             self._replayed_noise.forget_before(min(self._counts[row] for row in self._open))
         return [(request, None if over else token) for request, token, over in zip(requests, chosen, finished)]
 
-    def _accept_in_lockstep(self, rows: list[int], tokens: torch.Tensor) -> tuple[list[int], list[bool]]:
+    def _accept_in_lockstep(
+        self, rows: list[int], tokens: torch.Tensor, numbers: list[int]
+    ) -> tuple[list[int], list[bool]]:
         """Note tokens, and ask the criteria about all that every row has: the tokens, and which rows need no more.
 
         A criterion may have written to the tokens: then the model goes on with what it wrote.
@@ -268,16 +306,17 @@ class GenerateCall:
         places = [place for place, row in enumerate(rows) if row in self._open]  # Others were ahead, and have ended.
         taken = [rows[place] for place in places]
         if taken:
-            self._append(taken, tokens[places])
+            taken_numbers = [numbers[place] for place in places]
+            self._tokens.append(taken, self._picker.take(tokens, places), taken_numbers)
             lengths = [self._width + self._counts[row] for row in taken]
-            lockstep.stop(taken, tokens[places].tolist(), lengths)
+            lockstep.stop(taken, taken_numbers, lengths)
         for count, told, ended in lockstep.judge(self._counts, self._are_over):
             if self._row_streamer is not None:
-                newest = self._ids[told, self._width + count - 1].tolist()
+                newest = self._tokens.ids[told, self._width + count - 1].tolist()
                 self._row_streamer.tell(told, newest, ended)
             if lockstep.writes_pads and ended:
-                self._ids[ended, self._width + count :] = self._pad
-        newest = self._ids[rows, [self._width + self._counts[row] - 1 for row in rows]].tolist()
+                self._tokens.ids[ended, self._width + count :] = self._pad
+        newest = self._tokens.ids[rows, [self._width + self._counts[row] - 1 for row in rows]].tolist()
         return newest, [not lockstep.runs(row) for row in rows]
 
     def _are_over(self, count: int) -> list[bool]:
@@ -290,17 +329,32 @@ class GenerateCall:
     def _ask(self, hooks, count: int, scores) -> torch.Tensor:
         """Call processors or criteria about the whole batch as dense does, with tokens that they may write to."""
         columns = slice(0, self._width + count)
-        ids = self._ids[:, columns].to(torch.long if count else self._ids_type, copy=True)
+        ids = self._tokens.ids[:, columns].to(torch.long if count else self._ids_type, copy=True)
         result = hooks(ids, scores)
-        self._ids[:, columns] = ids
+        self._tokens.ids[:, columns] = ids
         return result
 
-    def _by_count(self, rows: list[int]) -> dict[int, list[int]]:
-        """Indices into `rows`, by the number of tokens that the rows have generated."""
-        indices: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            indices.setdefault(self._counts[row], []).append(index)
-        return indices
+    def _for_each(self, counts: list[int], compute: Callable[[int, list[int]], torch.Tensor]) -> torch.Tensor:
+        """Compute a value of each of some rows, those that have generated as many tokens at once.
+
+        Parameters
+        ----------
+        counts : list of int
+            Tokens that each row has generated.
+        compute : callable
+            Of a number of tokens, and of the places in `counts` of the rows with so many: ``[len(places), ...]``.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[len(counts), ...]``
+        """
+        groups = _places_of(counts)
+        parts = [compute(count, groups[count]) for count in sorted(groups)]
+        if len(parts) == 1:
+            return parts[0]
+        order = [place for count in sorted(groups) for place in groups[count]]
+        return self._picker.take(torch.cat(parts), sorted(range(len(order)), key=order.__getitem__))
 
     def _process(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
         if not self._processors:
@@ -309,16 +363,18 @@ class GenerateCall:
             return apply_token_free(self._processors, logits)
         if len(self.input_ids) == 1 and not self._of_processors.row_wise:
             return self._ask(self._processors, self._counts[0], logits)
-        scores = torch.empty_like(logits)
         if not self._of_processors.row_wise:
-            for index, row in enumerate(rows):
-                ids = self._ids[row : row + 1, : self._width + self._counts[row]].clone()
-                scores[index] = self._processors_of_row(row)(ids, logits[index : index + 1])[0]
-            return scores
-        for count, indices in self._by_count(rows).items():
-            chosen = [rows[index] for index in indices]
-            scores[indices] = self._processors_of(chosen)(self._ids[chosen, : self._width + count], logits[indices])
-        return scores
+            parts = [
+                self._processors_of_row(row)(self._tokens.of_rows([row], self._counts[row]), logits[place : place + 1])
+                for place, row in enumerate(rows)
+            ]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+        def process(count: int, places: list[int]) -> torch.Tensor:
+            some = [rows[place] for place in places]
+            return self._processors_of(some)(self._tokens.of_rows(some, count), self._picker.take(logits, places))
+
+        return self._for_each([self._counts[row] for row in rows], process)
 
     def _processors_of(self, rows: list[int]):
         """The processors as they treat a few rows: one of them holds a number for each row of the batch."""
@@ -338,27 +394,37 @@ class GenerateCall:
             self._row_processors[row] = LogitsProcessorList(processor_of_row(one, row) for one in parts)
         return self._row_processors[row]
 
-    def _sample(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
+    def _sample(self, rows: list[int], scores: torch.Tensor) -> NextTokens:
         probabilities = scores.softmax(dim=-1)
         if not self._is_replaying:
             return categorical.sample(probabilities)
-        if not bool((probabilities.max() < float("inf")) & (probabilities.min() >= 0)):
-            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        if self._replayed_noise is None:
-            self._replayed_noise = ReplayedNoise(len(self.input_ids), scores.shape[1], scores.dtype)
-        tokens = scores.new_empty(len(rows), dtype=torch.long)
-        for count, indices in self._by_count(rows).items():
-            noise = self._replayed_noise.rows(count, [rows[index] for index in indices])
-            tokens[indices] = categorical.argmax(probabilities[indices] / noise)
-        return tokens
+        return categorical.sample_with(probabilities, self.noise([self.requests[row] for row in rows], probabilities))
 
-    def _append(self, rows: list[int], tokens: torch.Tensor) -> None:
-        at = [self._width + self._counts[row] for row in rows]
-        if max(at) >= self._ids.shape[1]:
-            self._ids = torch.cat([self._ids, self._pads(self._ids.shape[1])], dim=1)
-        self._ids[rows, at] = tokens
-        for row in rows:
-            self._counts[row] += 1
+    def noise(self, requests: list[Request], probabilities: torch.Tensor) -> torch.Tensor:
+        """Draw the noise that dense would draw for the next token of some rows.
+
+        Parameters
+        ----------
+        requests : list of Request
+            In the order of the batch.
+        probabilities : torch.Tensor
+            ``[len(requests), vocab]``, not looked at.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[len(requests), vocab]``, of the same dtype and device.
+        """
+        self._has_chosen = True
+        if self._replayed_noise is None:
+            batch, vocab = len(self.input_ids), probabilities.shape[1]
+            self._replayed_noise = ReplayedNoise(batch, vocab, probabilities.dtype, probabilities.device)
+        noise = self._replayed_noise
+
+        def draw(count: int, places: list[int]) -> torch.Tensor:
+            return noise.rows(count, [self._row_of[requests[place]] for place in places])
+
+        return self._for_each([request.num_tokens - request.num_prompt_tokens for request in requests], draw)
 
     def _finished(self, rows: list[int], tokens: list[int]) -> list[bool]:
         if self._stopping_rules is not None:
@@ -372,9 +438,9 @@ class GenerateCall:
     def _judged(self, rows: list[int]) -> list[bool]:
         """Which rows end, as the criteria say of rows with as many tokens each."""
         finished = [False] * len(rows)
-        for count, indices in self._by_count(rows).items():
+        for count, indices in _places_of([self._counts[row] for row in rows]).items():
             chosen = [rows[index] for index in indices]
-            over = self._criteria(self._ids[chosen, : self._width + count], self.scores)
+            over = self._criteria(self._tokens.of_rows(chosen, count), self.scores)
             for index, is_over in zip(indices, over.tolist()):
                 finished[index] = is_over
         return finished
@@ -393,9 +459,17 @@ class GenerateCall:
             self._replayed_noise.close(longest)
         if self.streamer is not None and not (self.failures and self._row_streamer):
             self.streamer.end()  # One that knows rows is told of the error instead.
-        sequences = self._ids[:, : self._width + longest].to(self.input_ids.device, copy=True)
+        sequences = self._tokens.rectangle(longest)
         if self.failures:
             error = max(self.failures, key=lambda error: error.needed)
             error.sequences = sequences
             raise error
         return sequences
+
+
+def _places_of(counts: Sequence[int]) -> dict[int, list[int]]:
+    """Return the places of each number."""
+    places: dict[int, list[int]] = {}
+    for place, count in enumerate(counts):
+        places.setdefault(count, []).append(place)
+    return places

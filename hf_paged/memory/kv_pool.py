@@ -275,7 +275,9 @@ class KVPool:
         """Calls that wait for a reservation."""
         return len(self.waiting)
 
-    def group(self, spec: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int) -> KVCacheGroup:
+    def group(
+        self, spec: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int, share: float = 1.0
+    ) -> KVCacheGroup:
         """The KV cache group of a spec, made if new: sized as if all layers of the model were like the one given.
 
         Parameters
@@ -285,6 +287,8 @@ class KVPool:
             States of one layer, ``[batch, num_kv_heads, positions, head_dim]``.
         num_layers : int
             Layers that the model pages, in all groups: they divide the budget.
+        share : float
+            Of these, the part on the spec's device.
 
         Raises
         ------
@@ -295,15 +299,16 @@ class KVPool:
         """
         if spec not in self.groups:
             kv_format = make_kv_format(spec.states_dtype)
-            bytes_per_block = kv_format.block_bytes(block_shape(key, value, self.config.block_size)) * num_layers
-            budget = self._budget(spec.device, bytes_per_block)
+            layers_here = max(1, round(num_layers * share))
+            bytes_per_block = kv_format.block_bytes(block_shape(key, value, self.config.block_size)) * layers_here
+            budget = self._budget(spec.device, share, bytes_per_block)
             self.groups[spec] = KVCacheGroup(spec, self.config, kv_format, budget, bytes_per_block)
         return self.groups[spec]
 
-    def _budget(self, device: torch.device, bytes_per_block: int) -> int:
+    def _budget(self, device: torch.device, share: float, bytes_per_block: int) -> int:
         """Bytes that the pool may take on a device. Asked once: later groups find less free, earlier ones have it."""
         if device not in self._budgets:
-            budget = budget_bytes(self.config, device)
+            budget = budget_bytes(self.config, device, share)
             if is_taken_at_once(device) and budget > (free := available_memory(device)):
                 raise OutOfBlocksError(
                     budget // bytes_per_block,

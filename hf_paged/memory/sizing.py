@@ -1,4 +1,4 @@
-"""Sizing: the bytes that a pool may take on a device, and the blocks that a row takes in it."""
+"""Sizing: the bytes that a pool may take on a device, the blocks of a row in it, and the tokens of a step on it."""
 
 import torch
 from transformers.utils import logging
@@ -12,6 +12,10 @@ logger = logging.get_logger(__name__)
 # Of the memory that is available when a pool is made without a memory_budget. The host's is everybody's. What a device
 # keeps is for activations and logits, which are not measured beforehand, and for the user's own work on it.
 HOST_SHARE, DEVICE_SHARE = 0.25, 0.75
+# Tokens of a step without a token_budget. A GPU must compute for longer than Python takes to launch the step, about
+# 10 ms: a model of a billion parameters would be as long over 2,000 tokens, at the rates that are reported for an H100.
+# Twice that would hold rows that decode up for about 0.1 s in a model of 8 billion. No GPU has measured it.
+DEFAULT_TOKENS_CPU, DEFAULT_TOKENS_GPU = 512, 4096
 
 
 def is_taken_at_once(device: torch.device) -> bool:
@@ -27,12 +31,18 @@ def default_share(device: torch.device) -> float:
     return HOST_SHARE if own_memory(device) is None else DEVICE_SHARE
 
 
-def budget_bytes(config: PagedConfig, device: torch.device) -> int:
-    """The budget of a pool that is made now on `device`, in bytes."""
+def budget_bytes(config: PagedConfig, device: torch.device, share: float = 1.0) -> int:
+    """The budget of a pool that is made now on `device`, in bytes.
+
+    Parameters
+    ----------
+    share : float
+        Of the model's layers, those on that device. They have as much of a memory_budget.
+    """
     stated = parse_bytes(config.memory_budget)
     if stated is None:
         return int(available_memory(device) * default_share(device))
-    return allowed_budget(stated, device)
+    return allowed_budget(int(stated * share), device)
 
 
 def allowed_budget(stated: int, device: torch.device) -> int:
@@ -66,6 +76,13 @@ def physical_memory(device: torch.device) -> int:
     if memory is not None:
         return memory[1]
     return min(limit.left // 2 if limit.counts_addresses else limit.total for limit in memory_limits())
+
+
+def step_tokens(config: PagedConfig, device: torch.device) -> int:
+    """The tokens that one packed step may run on `device`."""
+    if config.token_budget is not None:
+        return config.token_budget
+    return DEFAULT_TOKENS_CPU if device.type == "cpu" else DEFAULT_TOKENS_GPU
 
 
 def row_blocks(tokens: int, block_size: int, window: int | None, chunk: int = 1) -> int:

@@ -1,13 +1,12 @@
 """A fingerprint of what a model computes: its weights and adapters. Changed weights make stored states stale."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers.utils import logging
 
-from hf_paged.execution.content_sample import sample
+from hf_paged.execution.content_sample import ContentSamples
 from hf_paged.models.inspection import Inspection, UnseenError
 from hf_paged.models.snapshot import Snapshot, is_disturbed
 
@@ -29,11 +28,11 @@ class Identity:
     digest: bytes
     _snapshot: Snapshot
     _described: bytes  # A digest of the description, which knows nothing of the content of tensors.
-    _contents: list[torch.Tensor]
+    _samples: ContentSamples
 
     def is_found_again(self) -> bool:
         """Tell whether another inspection would find the same, the content of tensors included. Costs less than one."""
-        return self.holds() and _digest(self._described, self._contents) == self.digest
+        return self.holds() and _digest(self._described, self._samples) == self.digest
 
     def holds(self) -> bool:
         """Tell whether the model is still what it was. Costs a fraction of an inspection; meant for every step.
@@ -71,8 +70,8 @@ def identify(model: torch.nn.Module, *besides: object) -> Identity | None:
         logger.info_once(f"hf_paged: the prefix cache serves no call on this model: {error} takes part in its forward")
         return None
     described = hashlib.sha256("\n".join([repr(besides), *inspection.description]).encode()).digest()
-    contents = inspection.contents
-    return Identity(_digest(described, contents), inspection.snapshot, described, contents)
+    samples = ContentSamples(inspection.contents)
+    return Identity(_digest(described, samples), inspection.snapshot, described, samples)
 
 
 def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
@@ -81,17 +80,5 @@ def fingerprint(model: torch.nn.Module, *besides: object) -> bytes | None:
     return None if identity is None else identity.digest
 
 
-def _digest(described: bytes, contents: list[torch.Tensor]) -> bytes:
-    digest = hashlib.sha256(described)
-    for content in _bytes_of(map(sample, contents)):
-        digest.update(content)
-    return digest.digest()
-
-
-def _bytes_of(samples: Iterator[torch.Tensor]) -> Iterator[bytes]:
-    """The bytes of all samples, with one copy for each dtype and device."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for one in samples:
-        kinds.setdefault((one.dtype, one.device), []).append(one)
-    for parts in kinds.values():
-        yield torch.cat(parts).cpu().view(torch.uint8).numpy().tobytes()
+def _digest(described: bytes, samples: ContentSamples) -> bytes:
+    return hashlib.sha256(described + samples.read()).digest()

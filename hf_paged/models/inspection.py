@@ -204,7 +204,7 @@ class Inspection:
         self.contents.append(content)
         self.snapshot.add_tensor(tensor, content)
         version = 0 if tensor.is_inference() else version_of(tensor)
-        return tensor.data_ptr(), version, tensor.dtype, tensor.shape
+        return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
 
     def _describe_function(self, function: types.FunctionType):
         name = _home(function)

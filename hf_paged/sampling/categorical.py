@@ -1,11 +1,14 @@
-"""Argmax and sampling over the vocabulary in two levels: first a part of it, then a token of that part.
+"""Argmax and sampling over the vocabulary.
 
-On a CPU torch's ``argmax`` and ``cumsum`` over a long last dimension take several times as long as maxima and sums of
-short parts do.
+On a CPU they have two levels, first a part of the vocabulary, then a token of that part: torch's ``argmax`` and
+``cumsum`` over a long last dimension take several times as long as maxima and sums of short parts do. On other devices
+what counts is the number of operators, and that none of them waits for the device.
 """
 
 import torch
 from torch.nn import functional
+
+from hf_paged.sampling.next_tokens import NextTokens
 
 _PART_SIZES = (256, 128, 64)  # Tokens of a part: the first that divides the vocabulary.
 
@@ -23,41 +26,50 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         ``[rows]`` int64
     """
+    if scores.device.type != "cpu":
+        return scores.argmax(-1)
     parts = _in_parts(scores, float("-inf"))
     part = parts.amax(-1).argmax(-1, keepdim=True)  # [rows, 1]
     return (part * parts.shape[2] + _part_of(parts, part).argmax(-1, keepdim=True)).squeeze(1)
 
 
-def sample(probabilities: torch.Tensor) -> torch.Tensor:
+def sample(probabilities: torch.Tensor) -> NextTokens:
     """Sample one token a row. A token without probability is never sampled.
 
-    Takes one of torch's random numbers a row.
+    Takes one of torch's random numbers a row on a CPU, one a token of the vocabulary on other devices.
 
     Parameters
     ----------
     probabilities : torch.Tensor
-        ``[rows, vocab]``; a row need not add up to one.
-
-    Returns
-    -------
-    torch.Tensor
-        ``[rows]`` int64
-
-    Raises
-    ------
-    RuntimeError
-        If a row is no distribution.
+        ``[rows, vocab]``; a row need not add up to one. A row that is no distribution is told of by the result.
     """
+    if probabilities.device.type != "cpu":
+        return sample_with(probabilities, torch.empty_like(probabilities).exponential_(1))
     parts = _in_parts(probabilities, 0.0)
     sums = parts.sum(-1, dtype=torch.float64).cumsum(-1)  # [rows, parts]
     totals = sums[:, -1:]  # [rows, 1]
-    if not bool((totals.isfinite() & (totals > 0)).all()):  # Dense raises this with these words.
-        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-    number = torch.rand(totals.shape, dtype=torch.float64, device=totals.device) * totals  # [rows, 1]
+    is_valid = (totals > 0) & (totals < float("inf"))  # [rows, 1]; a NaN is neither.
+    number = torch.rand(totals.shape, dtype=torch.float64) * totals  # [rows, 1]
     part = _first_above(sums, number)
     before = functional.pad(sums, (1, 0)).gather(1, part)
     within = _first_above(_part_of(parts, part).double().cumsum(-1), number - before)
-    return (part * parts.shape[2] + within).squeeze(1)
+    tokens = part * parts.shape[2] + within  # [rows, 1]
+    return NextTokens(tokens.clamp_(max=probabilities.shape[1] - 1).squeeze(1), is_valid.squeeze(1))
+
+
+def sample_with(probabilities: torch.Tensor, noise: torch.Tensor) -> NextTokens:
+    """Sample one token a row with given random numbers, as ``torch.multinomial`` does with those that it draws.
+
+    Parameters
+    ----------
+    probabilities : torch.Tensor
+        ``[rows, vocab]``, the result of a softmax: a row is a distribution, or all NaN. Overwritten.
+    noise : torch.Tensor
+        ``[rows, vocab]``, exponential with mean 1, and of the same dtype.
+    """
+    ratios = probabilities.div_(noise)
+    tokens = argmax(ratios)  # [rows]; a NaN counts as the largest.
+    return NextTokens(tokens, ratios.gather(1, tokens[:, None]).squeeze(1) > 0)
 
 
 def _in_parts(values: torch.Tensor, fill: float) -> torch.Tensor:
@@ -77,7 +89,8 @@ def _part_of(parts: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 def _first_above(sums: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """Find where running sums first exceed a number of their row.
 
-    By rounding the number may be the last sum itself, which nothing exceeds: then it counts as a little less.
+    By rounding the number may be the last sum itself, which nothing exceeds: then it counts as a little less. Of what
+    is no number, and never exceeded, the place is the last.
 
     Parameters
     ----------
@@ -92,4 +105,5 @@ def _first_above(sums: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         ``[rows, 1]`` int64
     """
     last = sums[:, -1:]
-    return torch.searchsorted(sums, number.minimum(torch.nextafter(last, torch.zeros_like(last))), right=True)
+    least = number.minimum(torch.nextafter(last, torch.zeros_like(last)))
+    return torch.searchsorted(sums, least, right=True).clamp_(max=sums.shape[1] - 1)

@@ -34,6 +34,7 @@ class Request:
     runs_ahead : bool
         The token after `tokens` is chosen, but known to the device only. The row runs with it all the same; if it
         turns out to be the row's end, what was stored of it counts as never stored.
+    num_prompt_tokens : int
     num_stored : int
         Tokens at the front whose keys and values lie in blocks.
     num_sampled : int
@@ -58,6 +59,7 @@ class Request:
         "block_hashes",
         "duplicates",
         "num_preemptions",
+        "num_prompt_tokens",
         "num_sampled",
         "num_stored",
         "order",
@@ -71,6 +73,7 @@ class Request:
     def __init__(self, tokens: list[int], pools: list[BlockPool]):
         self.tokens = tokens
         self.runs_ahead = False
+        self.num_prompt_tokens = len(tokens)
         self.num_stored = self.num_sampled = 0
         self.state = RequestState.NEW
         self.tables = [BlockTable(pool) for pool in pools]

@@ -219,6 +219,7 @@ def test_the_defaults_are_those_of_the_environment(capsys, monkeypatch):
     code, out, said = examine(capsys)
     assert code == 0 and said["block size"] == "64 tokens, by HF_PAGED_BLOCK_SIZE"
     assert said["memory budget"] == "1,048,576 bytes (1.00 MiB), by HF_PAGED_MEMORY_BUDGET"
+    assert said["token budget"] == "512 tokens a step, 4,096 on a GPU"
     assert said["cache salt"] == "set, by HF_PAGED_CACHE_SALT" and "secret" not in out
     assert said["prefix share"] == "12.5% of the memory budget" and said["eviction policy"] == "lru"
     assert "32 page reads" in said["a tiny llama"], "the check has a config of its own"

@@ -452,3 +452,32 @@ def test_logits_belong_to_the_caller():
     wanted, got = (model.generate(**zoo.prompts([9]), **options).logits for model in models)
     assert replays(models[1])
     torch.testing.assert_close(torch.stack(got), torch.stack(wanted))
+
+
+# A device that is not the CPU.
+
+
+def test_steps_that_are_captured_on_a_device(fake_device, monkeypatch):
+    """Rows run ahead of their tokens there: a replay takes them on the device, and waits for nothing."""
+    dense, paged = capturing()
+    inputs = zoo.prompts(RAGGED)
+    expected = dense.generate(**inputs, **LENGTHS)
+    paged = paged.to(fake_device.device)
+    moved = {name: tensor.to(fake_device.device) for name, tensor in inputs.items()}
+    traffics, replay = [], captured_steps.CapturedRunner._replay
+
+    def watched(self, step, *arguments):
+        with fake_device.watch() as traffic:
+            logits = replay(self, step, *arguments)
+        if step.num_replays > 2:  # Not the one that is compared with the model.
+            traffics.append(traffic)
+        return logits
+
+    monkeypatch.setattr(captured_steps.CapturedRunner, "_replay", watched)
+    for _ in range(2):
+        assert torch.equal(paged.generate(**moved, **LENGTHS).cpu(), expected)
+    assert replays(paged) and not unusual(paged)
+    assert runner_of(paged).is_asynchronous
+    assert traffics and not any(traffic.downloads or traffic.waits for traffic in traffics)
+    # The step, and once in a while which of the tokens on the device belong to which rows.
+    assert {traffic.uploads for traffic in traffics} == {1, 2}

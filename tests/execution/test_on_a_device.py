@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hf_paged
+from hf_paged.models import registry
 from support import packing
 
 
@@ -51,4 +52,16 @@ def test_rows_run_packed_on_a_device(fake_device):
     assert found.device == fake_device.device
     assert torch.equal(found.cpu(), expected)
     stats = hf_paged.stats(paged)
+    assert stats.token_budget == 16
     assert stats.packed_calls == 1 and stats.page_reads and not stats.gathers and not stats.fallbacks
+
+
+def test_a_step_on_a_device_runs_more_tokens(fake_device):
+    _, model = packing.pair()
+    model = copy.deepcopy(model)
+    hf_paged.configure(model, hf_paged.PagedConfig(memory_budget=24 * packing.BLOCK))
+    assert hf_paged.stats(model).token_budget == 512
+    model.to(fake_device.device)
+    assert hf_paged.stats(model).token_budget == 4096
+    model.generate(torch.ones(1, 9, dtype=torch.long, device=fake_device.device), **packing.LENGTHS)
+    assert hf_paged.stats(model).token_budget == registry.engine_of(model).scheduler.token_budget == 4096

@@ -123,3 +123,62 @@ def test_an_interrupt_at_any_line_spoils_no_later_step():
             assert_describes(prepare_inputs(chunks, rows.groups, buffers), chunks, rows.groups)
             rows.finish()
     assert countdown > 100
+
+
+def test_one_copy_that_nothing_waits_for_brings_a_step_to_a_device(fake_device):
+    rows, buffers = Decoding(), StepBuffers(fake_device.device)
+    for length in (9, 3, 8, 5, 7):
+        rows.arrive(range(length))
+    for step in range(8):
+        chunks = rows.next_chunks()
+        with fake_device.watch() as traffic:
+            inputs = prepare_inputs(chunks, rows.groups, buffers)
+        assert all(tensor.device == fake_device.device for tensor in tensors_of(inputs))
+        assert_describes(inputs, chunks, rows.groups)
+        rows.finish()
+        if step > 0:  # The first step allocates, and finds that its block tables need more room.
+            assert (traffic.uploads, traffic.downloads, traffic.waits) == (1, 0, 0)
+
+
+def test_memory_that_is_being_copied_is_not_written(fake_device, monkeypatch):
+    """Events that have not happened are waited for, and two steps are prepared before the first one must have."""
+    log = []
+
+    class Event(torch.Event):
+        def record(self, stream):
+            log.append(("copied", id(self)))
+
+        def synchronize(self):
+            log.append(("waited", id(self)))
+
+    monkeypatch.setattr(torch, "Event", Event)
+    rows, buffers = Decoding(), StepBuffers(fake_device.device, StepSize(64, 16, (16, 16)))
+    rows.arrive(range(9))
+    for _ in range(4):
+        prepare_inputs(rows.next_chunks(), rows.groups, buffers)
+        rows.finish()
+    first, second = [event for what, event in log if what == "copied"][:2]
+    assert first != second
+    assert log == [(what, event) for event in (first, second) * 2 for what in ("waited", "copied")]
+
+
+def test_a_copy_that_an_interrupt_left_unrecorded_is_waited_for(fake_device, monkeypatch):
+    rows = Decoding()
+    rows.arrive(range(9))
+    chunks = rows.next_chunks()
+
+    class Stuck(torch.Event):
+        def record(self, stream):
+            raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "Event", Stuck)
+        buffers = StepBuffers(fake_device.device, StepSize(64, 16, (16, 16)))
+    with contextlib.suppress(Interrupt):
+        prepare_inputs(chunks, rows.groups, buffers)
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
+    for _ in range(2):
+        with contextlib.suppress(Interrupt):
+            prepare_inputs(chunks, rows.groups, buffers)
+    assert waits == [fake_device.device]

@@ -150,11 +150,11 @@ def test_an_exit_in_the_drivers_thread_is_no_others(error, monkeypatch):
     wanted = [dense.generate(**inputs, **options) for inputs in prompts]
     raised, real = [], sampler.Sampler.choose
 
-    def choose(self, logits):
+    def choose(self, logits, noise):
         if len(logits) == 2 and not raised:
             raised.append(threading.get_ident())
             raise error
-        return real(self, logits)
+        return real(self, logits, noise)
 
     monkeypatch.setattr(sampler.Sampler, "choose", choose)
     idents: list = [None, None]

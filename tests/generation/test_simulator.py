@@ -1,8 +1,10 @@
 """Runs under faults end with whole pools and right tokens; and what would not handle a fault is found."""
 
+import contextlib
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +35,8 @@ def test_a_fault_costs_the_calls_that_it_hits_and_nothing_else(first):
     for seed in range(first, first + PART):
         run = check(seed)
         fired[run.plan.fault] += run.fired is not None
-    missing = {"allocation", "forward", "refused", "interrupt", "weights"} - {kind for kind in fired if fired[kind]}
+    wanted = {"allocation", "device", "forward", "refused", "interrupt", "weights"}
+    missing = wanted - {kind for kind in fired if fired[kind]}
     assert not missing, f"never injected: {missing}"
 
 
@@ -59,6 +62,13 @@ def tell_only(self, state, error):
     state.wake()
 
 
+def go_on_without_copies(self, order, report):
+    for number, copies in enumerate(order.planned.copies):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.runner.make_ready(number, copies)
+    return order.planned.chunks
+
+
 MUTATIONS = {
     "an interrupt cuts sections in two": (
         "interrupt",
@@ -72,6 +82,10 @@ MUTATIONS = {
     "an aborted step's rows keep blocks that were not copied": (
         "interrupted copy",
         [(Scheduler, "abort", lambda self, step: self._let_go())],
+    ),
+    "a step goes on without the copies that a device refused": (
+        "device",
+        [(engine.Engine, "_make_ready", go_on_without_copies)],
     ),
     "criteria are asked ahead of the slowest row": (
         "none",

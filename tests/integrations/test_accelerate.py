@@ -1,6 +1,7 @@
 """Models that accelerate has placed: device maps, weights that are elsewhere between forwards, moved inputs."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import hf_paged
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.models import registry
 from support import zoo
-from support.packing import compare
+from support.packing import LENGTHS, compare
 from support.parity import PageReads, assert_generates_equal
 
 CPU = torch.device("cpu")
@@ -113,20 +114,66 @@ def test_a_pool_for_each_device():
     assert len(pool.groups) == 2
 
 
-def test_layers_on_several_devices_run_the_loop_of_transformers():
-    """No second device here: the pool is told of a layer on one when its first layer is stored."""
-    dense, paged = zoo.pair("llama")[0], zoo.build("llama", "paged")
+def on_two_devices(name, fake_device, where=lambda index, count: index >= count // 2):
+    """A model whose layers are on one device or the other, as `where` says, as accelerate places it."""
+    model, places = copy.deepcopy(zoo.pair(name)[1]), (fake_device.device, fake_device.second)
+    count = len(model.model.layers)
+    of_layer = {f"model.layers.{index}": places[where(index, count)] for index in range(count)}
+    ends = {"model.embed_tokens": places[0], "model.rotary_emb": places[0]}
+    ends |= dict.fromkeys(["model.norm", "lm_head"], of_layer[f"model.layers.{count - 1}"])
+    config = hf_paged.PagedConfig(block_size=4, memory_budget="256KiB", token_budget=16, prefix_cache_share=1.0)
+    hf_paged.configure(model, config)
+    return dispatch_model(model, {**ends, **of_layer}, main_device=places[0], force_hooks=True)
 
-    def elsewhere(model, args, output):
-        states = torch.zeros(1, 2, 3, 16, device="meta")
-        pool = registry.pool_of(model)
-        pool.group(KVCacheSpec(None, states.dtype, states.device), states, states, num_layers=2)
 
-    handle = paged.model.register_forward_hook(elsewhere)
-    assert_generates_equal((dense, paged), zoo.prompts([9, 4]))
-    handle.remove()
+def moved(inputs, device):
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral"])
+def test_layers_on_several_devices_run_packed(name, fake_device):
+    dense, paged = zoo.pair(name)[0], on_two_devices(name, fake_device)
+    inputs = zoo.prompts([13, 4, 30, 9, 21, 1])
+    for _ in range(2):  # The second time from the prefix cache, on both devices.
+        found = paged.generate(**moved(inputs, fake_device.device), **LENGTHS)
+        assert torch.equal(found.cpu(), dense.generate(**inputs, **LENGTHS))
     stats = hf_paged.stats(paged)
-    assert stats.fallbacks == {"the model's layers are on several devices": 1} and stats.packed_calls == 0
+    assert stats.packed_calls == 2 and not stats.fallbacks and not stats.gathers and stats.prefix_hit_tokens
+    (pool,) = registry.pools_under(paged)
+    for spec, group in pool.groups.items():
+        assert all(page.device == spec.device for storage in group.layers.values() for page in storage.pages)
+    assert {spec.device for spec in pool.groups} == {fake_device.device, fake_device.second}
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_layers_on_several_devices_in_the_loop_of_transformers(options, fake_device):
+    dense, paged = zoo.pair("llama")[0], on_two_devices("llama", fake_device)
+    inputs = zoo.prompts([11] if "prompt_lookup_num_tokens" in options else [9, 4])
+    found = paged.generate(**moved(inputs, fake_device.device), **LENGTHS, **options)
+    assert torch.equal(found.cpu(), dense.generate(**inputs, **LENGTHS, **options))
+    assert hf_paged.stats(paged).page_reads and not hf_paged.stats(paged).gathers
+
+
+def test_devices_share_a_budget_by_their_layers(fake_device):
+    """The first has one layer, the second has the others: each holds as many blocks."""
+    paged = on_two_devices("gemma3_text", fake_device, lambda index, count: index > 0)
+    paged.generate(**moved(zoo.prompts([9]), fake_device.device), **LENGTHS)
+    (pool,) = registry.pools_under(paged)
+    held = {}
+    for spec, group in pool.groups.items():
+        size = sum(page.nbytes for storage in group.layers.values() for page in storage.pages)
+        held[spec.device] = held.get(spec.device, 0) + size
+    count = len(paged.model.layers)
+    assert 0.9 * 2**18 < sum(held.values()) <= 2**18
+    assert held[fake_device.device] == pytest.approx(sum(held.values()) / count, rel=0.1)
+
+
+def test_a_row_on_several_devices_needs_blocks_on_each(fake_device):
+    paged = on_two_devices("llama", fake_device)
+    hf_paged.configure(paged, hf_paged.PagedConfig(block_size=4, memory_budget="4KiB"))
+    with pytest.raises(hf_paged.OutOfBlocksError):
+        paged.generate(**moved(zoo.prompts([40]), fake_device.device), **LENGTHS)
+    assert hf_paged.stats(paged).used_blocks == 0
 
 
 @pytest.mark.parametrize("place", ["around generate", "inside forward"])

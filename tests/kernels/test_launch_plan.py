@@ -17,8 +17,8 @@ H100 = Device("sm90", 132)
 LLAMA = Heads(num_kv_heads=8, group=4, key_dim=128, value_dim=128, block_size=16, itemsize=2)
 
 
-def plans(num_tokens, num_rows, max_context=4096, heads=LLAMA, device=H100):
-    return launch_plan.attention_plans(device, heads, num_tokens, num_rows, max_context)
+def plans(num_tokens, num_rows, max_context=4096, heads=LLAMA, device=H100, window=None):
+    return launch_plan.attention_plans(device, heads, num_tokens, num_rows, max_context, window)
 
 
 def test_decode_has_a_program_per_query_and_no_more():
@@ -45,12 +45,26 @@ def test_large_groups_are_served_by_one_kernel():
     assert plan.kernel == "prefill" and plan.min_q == 0 and launch_plan.head_tiles(heads, plan) == 2
 
 
+def programs_at_once(plan, heads=LLAMA, device=H100):
+    """Programs of one tile of heads that the device runs at once."""
+    return device.processors * plan.resident // launch_plan.head_tiles(heads, plan)
+
+
 def test_splits_fill_the_device_and_no_more():
-    (lone,) = plans(1, 1, 65536)
-    programs = lone.tiles * launch_plan.head_tiles(LLAMA, lone) * lone.splits
-    assert H100.processors < programs <= H100.processors * lone.resident
-    assert plans(1, 1, 128)[0].splits == 1  # Too short to be worth it.
-    assert plans(1024, 1024, 65536)[0].splits == 1  # Rows alone fill the device.
+    for rows in (1, 5, 16):
+        (plan,) = plans(rows, rows, 65536)
+        assert plan.tiles + plan.extra == programs_at_once(plan)
+    for rows in (33, 1024):  # Rows fill the device, and one that is much longer than the others is shared out still.
+        (plan,) = plans(rows, rows, 65536)
+        assert plan.extra == min(rows - 1, programs_at_once(plan))
+    assert plans(1, 1, 256)[0].extra == plans(64, 64, 256)[0].extra == 0  # Too short to be worth it.
+
+
+def test_a_short_window_has_no_splits():
+    """Tiles before the window are not visited, so there is nothing to share out."""
+    assert not any(plan.extra for plan in plans(64, 64, 65536, window=128))
+    assert not any(plan.extra for plan in plans(63 + 1985, 64, 65536, window=128))
+    assert plans(64, 64, 65536, window=4096)[0].extra == plans(64, 64, 65536)[0].extra
 
 
 def test_tiles_are_enough_for_any_batch():
@@ -73,7 +87,7 @@ def test_plans_hold_their_invariants(arch, itemsize):
         for plan in plans(40, 7, heads=heads, device=Device(arch, 100)):
             assert plan.heads * plan.block_q <= plan.block_m
             assert launch_plan.head_tiles(heads, plan) * plan.heads >= 2 * group
-            assert plan.tile % max(plan.parts, 1) == 0 and plan.splits >= 1
+            assert plan.tile % max(plan.parts, 1) == 0 and plan.extra >= 0
 
 
 @pytest.fixture
@@ -86,6 +100,22 @@ def test_without_a_gpu_there_is_one_warning_and_torch(fresh):
     with pytest.warns(UserWarning, match="Triton kernels are not available"):
         assert dispatch.load() is None
     assert dispatch.load() is None and not dispatch.state().available and dispatch.state().reason
+
+
+def test_a_driver_that_has_failed_is_not_left_to_torch(fresh, monkeypatch, recwarn):
+    """It is torch's driver as well. Next time it is asked again."""
+
+    def fails():
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    active = SimpleNamespace(get_current_target=fails)
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=active))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            dispatch.find("copy_blocks", tuple(caches()))
+    assert not recwarn.list
+    state = dispatch.state()
+    assert not state.available and "the device or its driver has failed: Triton Error" in state.reason
 
 
 @pytest.mark.parametrize("word", ["0", "false", "Off"])

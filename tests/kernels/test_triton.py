@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
+import random
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from hf_paged.cli import main
 from hf_paged_evals.triton import command, compile, disassembly, loops
@@ -12,6 +16,9 @@ from hf_paged_evals.triton.cases import Case, few_cases
 from hf_paged_evals.triton.measure import judge, measure
 from hf_paged_evals.triton.targets import TARGETS
 from hf_paged_evals.triton.thresholds import THRESHOLDS
+from hf_paged_kernels.triton.ahead import AttentionLayer, compile_layers, gpu_target, layer_calls
+from hf_paged_kernels.triton.kernel_calls import attention_calls, copy_call, write_call
+from hf_paged_kernels.triton.launch_plan import Device
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +52,81 @@ def test_narrow_loads_are_seen():
     shifted = keys.new_empty(keys.numel() + 1)[1:].view(keys.shape)
     code = compile.compile_call(dataclasses.replace(call, arguments=(query, shifted, *rest)), TARGETS["sm80"])
     assert disassembly.wide_share(code.hot_loop()) < 1
+
+
+LAYERS = {
+    "llama": AttentionLayer(32, 8, 128, 128, 16, torch.bfloat16),
+    "window": AttentionLayer(16, 8, 64, 64, 16, torch.float16, window=512, has_softcap=True, sinks=torch.bfloat16),
+    "short_window": AttentionLayer(8, 8, 64, 64, 16, torch.float16, window=128),
+    "large_group": AttentionLayer(40, 1, 80, 64, 32, torch.float32),
+}
+
+
+def step_calls(target, layer, rows, width, heads_first, offset):
+    """The launches of a step of rows of so many queries each, whose inputs begin anywhere in a buffer."""
+    dims = (layer.key_dim, layer.value_dim)
+    caches = [torch.empty(2, layer.num_kv_heads, layer.block_size, dim, dtype=layer.dtype) for dim in dims]
+    buffer = torch.zeros(len(rows) * (width + 2) + 2 * sum(rows) + 8, dtype=torch.long)[offset:]
+    tables = buffer[: len(rows) * width].view(len(rows), width)
+    lens, starts, slots = buffer[: len(rows)], buffer[1 : len(rows) + 2], buffer[1 : sum(rows) + 1]
+
+    def states(heads, dim):
+        shape = (heads, sum(rows)) if heads_first else (sum(rows), heads)
+        made = torch.empty(*shape, dim, dtype=layer.dtype)
+        return made.transpose(0, 1) if heads_first else made
+
+    query, key, value = (
+        states(heads, dim) for heads, dim in zip([layer.num_heads, *[layer.num_kv_heads] * 2], (dims[0], *dims))
+    )
+    options = {"window": layer.window}
+    if layer.has_softcap:
+        options["softcap"] = 20.0
+    if layer.sinks is not None:
+        options["sinks"] = torch.empty(layer.num_heads, dtype=layer.sinks)
+    out = query.new_empty(*query.shape[:2], layer.value_dim)
+    blocks = slots[: len(slots) // 2 + 1]
+    return [
+        write_call(key, value, *caches, slots),
+        copy_call(*caches, blocks, blocks),
+        *attention_calls(target.device, out, query, *caches, tables, lens, starts, 0.1, **options),
+    ]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_steps_ask_for_no_kernel_that_is_not_compiled_ahead(layer):
+    """Any number of rows, queries and blocks, and inputs at any address: the kernels are these few."""
+    target, chance = TARGETS["sm90"], random.Random(layer)
+    ahead = compile.specialisations(layer_calls(target.device, LAYERS[layer]), target)
+    asked = set()
+    for _ in range(60):
+        num_rows = chance.choice([1, 2, 7, 16, 33, 64])
+        rows = [chance.choice([1, 1, chance.choice([2, 16, 40])]) for _ in range(num_rows)]
+        if chance.random() < 0.5:
+            rows = [1] * num_rows
+        width = chance.choice([1, 5, 16, 300])
+        asked |= compile.specialisations(
+            step_calls(target, LAYERS[layer], rows, width, chance.random() < 0.5, chance.randrange(3)), target
+        )
+    assert asked == ahead
+    assert len(ahead) == {"llama": 11, "window": 11, "short_window": 5, "large_group": 5}[layer]
+
+
+def test_kernels_are_compiled_ahead_by_several_processes():
+    """Into the cache on disk, where a process that launches finds them; what does not compile is named."""
+    layer = LAYERS["large_group"]
+    compiled, failures = compile_layers([layer, layer], TARGETS["sm90"].device, num_processes=2)
+    assert (compiled, failures) == (5, [])
+    cached = set(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
+    assert {path.stem for path in cached} >= {"copy_kernel", "write_kernel", "prefill_kernel", "reduce_kernel"}
+    for call in layer_calls(TARGETS["sm90"].device, layer):
+        compile.compile_call(call, TARGETS["sm90"])
+    assert set(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")) == cached
+
+
+@pytest.mark.parametrize("arch", ["sm75", "gfx803", "tpu"])
+def test_nothing_is_compiled_for_what_the_kernels_do_not_serve(arch):
+    with pytest.raises(ValueError, match=f"no kernels for {arch}"):
+        gpu_target(Device(arch, 100))
 
 
 @pytest.mark.parametrize("number", range(len(THRESHOLDS)))

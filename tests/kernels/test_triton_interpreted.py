@@ -39,8 +39,7 @@ UNEVEN = {"searched": [(5, 0), (9, 2), (3, 0), (7, 1)], "one_row": [(70, 70)], "
 def splits(request, monkeypatch):
     """Contexts in one piece, and cut into splits of a tile or more."""
     if request.param == "split":
-        monkeypatch.setattr(launch_plan, "_MIN_SPLIT_TOKENS", 1)
-        monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 12))
+        monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 12, min_split_tokens=1))
     return request.param
 
 
@@ -92,13 +91,12 @@ def test_long_rows(splits):
 
 def test_many_splits(monkeypatch):
     """More than the reduction adds in one step, of rows that use all of them, most, and one."""
-    monkeypatch.setattr(launch_plan, "_MIN_SPLIT_TOKENS", 1)
-    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 30))
+    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 30, min_split_tokens=1))
     batch = [(1280, 1), (1100, 1), (64, 1)]
     arguments, _ = make_pages(batch, (1, 1), 16, torch.float32, 16, 16)
     heads = launch_plan.Heads(1, 1, 16, 16, 16, 4)
     (plan,) = launch_plan.attention_plans(launch.describe(None), heads, 3, 3, 1280)
-    assert plan.splits == 20
+    assert plan.extra == 57
     assert_accurate(launch.paged_attention(*arguments, 0.3), exact(arguments, 0.3))
     check(batch, (1, 1), dims=(16, 16), **FULL)
 
@@ -201,6 +199,40 @@ def test_each_key_and_value_is_read_once(splits):
         assert kv_bytes([(1, 1), (70, 1), (128, 1), (200, 1)], heads) == 1
     assert kv_bytes([(70, 3), (33, 1)], (8, 2)) == 1
     assert kv_bytes([(16, 16)], (8, 2)) == 1
+
+
+def longest_program(batch, heads=(4, 1), **options):
+    """Tiles of tokens that the program with most of them reads, and those of all programs."""
+    arguments, _ = make_pages(batch, heads, 16, torch.float16, 64, 64)
+    with interpreter.counted_traffic() as traffic:
+        got = launch.paged_attention(*arguments, 0.3, **options)
+    assert_accurate(got, exact(arguments, 0.3, **options))
+    heads = launch_plan.Heads(heads[1], heads[0] // heads[1], 64, 64, 16, 2)
+    tile_bytes = launch_plan.decode_plan(launch.describe(None), heads).tile * 64 * 2
+    tiles = [-(-program["key_cache"] // tile_bytes) for program in traffic.by_program.values()]
+    return max(tiles), sum(tiles)
+
+
+RAGGED = {
+    "one_long_row": [(1024, 1), *[(32, 1)] * 15],
+    "two_long_rows": [(900, 1), *[(64, 1)] * 6, (0, 1), (1000, 1)],
+    "even_rows": [(192, 1)] * 16,
+}
+
+
+@pytest.mark.parametrize("batch", RAGGED)
+def test_no_program_reads_much_more_than_its_share(batch, monkeypatch):
+    """Eight programs run at once; a long row among short ones must not leave seven of them idle."""
+    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 4, min_split_tokens=64))
+    longest, total = longest_program(RAGGED[batch])
+    assert longest <= max(-(-total // 8) + 1, 3)
+
+
+def test_tiles_before_a_window_are_not_read(monkeypatch):
+    """Nor planned for: the long row has as few splits as the tokens that its window shows."""
+    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 4, min_split_tokens=64))
+    longest, total = longest_program([(1024, 1), (300, 1), (20, 1)], window=130)
+    assert longest == 2 and total == 3 + 3 + 1
 
 
 def test_each_value_is_written_once():

@@ -1,11 +1,13 @@
-"""Sizing: the one formula for the blocks of a row, against rows that really grow."""
+"""Sizing: the formula for the blocks of a row, against rows that really grow, and the tokens of a step by device."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_paged import PagedConfig
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable, make_writable
-from hf_paged.memory.sizing import row_blocks
+from hf_paged.memory.sizing import row_blocks, step_tokens
 
 
 def run_chunk(table, pool, end, window):
@@ -55,3 +57,9 @@ def test_no_division_into_chunks_needs_more(block_size, window, lengths):
 def test_a_window_one_longer_than_blocks_touches_one_block_less():
     """Block 4: a window of 5 tokens begins in a block's last slot at worst, and ends with the next block."""
     assert [row_blocks(100, 4, window) for window in (4, 5, 6, 8, 9)] == [2, 2, 3, 3, 3]
+
+
+def test_a_step_runs_more_tokens_on_a_gpu_unless_it_is_told():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    assert [step_tokens(PagedConfig(), device) for device in (cpu, gpu)] == [512, 4096]
+    assert [step_tokens(PagedConfig(token_budget=64), device) for device in (cpu, gpu)] == [64, 64]

@@ -85,7 +85,7 @@ def test_tokens_sampled_after_top_k_follow_the_scores():
     torch.manual_seed(1)
     sampler = Sampler.of([TemperatureLogitsWarper(0.7), TopKLogitsWarper(5)], True, torch.device("cpu"))
     logits = torch.randn(1, VOCAB)
-    found = sampler.choose(logits.expand(4000, -1)).bincount(minlength=VOCAB) / 4000
+    found = sampler.choose(logits.expand(4000, -1)).ids.bincount(minlength=VOCAB) / 4000
     expected = TopKLogitsWarper(5)(None, logits / 0.7).softmax(-1)[0]
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
     assert not found[expected == 0].any()

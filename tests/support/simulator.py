@@ -8,7 +8,8 @@ every sleep the seed says which goes on. The model and the clock are fakes. The 
 numbers for each token and reads their mean back through the real kernels; the next token is a hash of the sum, so it
 tells every token that was lost, doubled, or read from somewhere else. Unused slots hold NaN.
 
-One fault is planned in each run: the n-th allocation, copy or forward fails, for once or for good; a copy is
+One fault is planned in each run: the n-th allocation, copy or forward fails, for once or for good; a device has no
+memory for the n-th thing that it does (a layer's copies, a layer's writes, the inputs of a step); a copy is
 interrupted; a prompt that the model refuses; an interrupt before the n-th line of hf_paged's own code in one thread;
 weights that change during the n-th forward, and back during a later one. Each call's rows come again with what they
 got, as a chat does. Some calls bring a criterion that counts its calls and ends all rows at once. Afterwards the pool
@@ -34,6 +35,7 @@ from hf_paged.cache.batch_state import BatchState
 from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
+from hf_paged.execution import model_runner
 from hf_paged.execution.packed_cache import packed_mask
 from hf_paged.generation import engine as engine_module
 from hf_paged.generation.engine import CallState, Engine
@@ -45,7 +47,7 @@ from support.interrupts import Interrupt, InterruptedAt
 VOCAB, END, DIM = 61, 1, 8
 BLOCK_SIZE = 4
 VERBOSE = False
-FAULTS = ("none", "allocation", "copy", "interrupted copy", "forward", "refused", "interrupt", "weights")
+FAULTS = ("none", "allocation", "copy", "interrupted copy", "device", "forward", "refused", "interrupt", "weights")
 
 
 class InjectedError(RuntimeError):
@@ -346,6 +348,8 @@ class Run:
             self.model.weights_at = {plan.at: 1} if plan.for_good else {plan.at: 1, plan.at + plan.victim + 1: 0}
         elif plan.fault == "allocation":
             self._fail(self.group.blocks, "allocate", lambda count: OutOfBlocksError(count, 0, self.plan.blocks))
+        elif plan.fault == "device":
+            self._fail_on_device(patches)
         elif plan.fault == "interrupted copy":
             self.plan.for_good = False
             self._fail(self.group, "copy_blocks", lambda copies: Interrupt())
@@ -364,6 +368,29 @@ class Run:
             return real(*args)
 
         setattr(owner, name, failing)
+
+    def _fail_on_device(self, patches: contextlib.ExitStack) -> None:
+        """Let the device find no memory for what it is asked for at the n-th time, or from it to the third after it.
+
+        Layers before the one that fails have done their part, and those after it have not.
+        """
+        calls, first = [0], self.plan.at * (1 + self.plan.victim) ** 2
+
+        def failing(what, real):
+            def run(*args):
+                calls[0] += 1
+                if first <= calls[0] < first + (4 if self.plan.for_good else 1):
+                    self.fired = f"{what} {calls[0]}"
+                    raise InjectedMemoryError(f"no memory for {what}")
+                return real(*args)
+
+            return run
+
+        for storage in self.group.layers.values():
+            for name in ("copy_blocks", "write", "write_and_attend"):
+                setattr(storage, name, failing(name, getattr(storage, name)))
+        patches.callback(setattr, model_runner, "prepare_inputs", model_runner.prepare_inputs)
+        model_runner.prepare_inputs = failing("the inputs", model_runner.prepare_inputs)
 
     def _call(self, number: int) -> None:
         plan, planned = self.plan, self.plan.calls[number]
@@ -464,6 +491,7 @@ class Run:
         allowed = {
             "allocation": OutOfBlocksError,
             "copy": InjectedMemoryError,
+            "device": InjectedMemoryError,
             "forward": InjectedError,
             "refused": InjectedError,
             "interrupt": Interrupt,

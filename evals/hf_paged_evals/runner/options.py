@@ -70,7 +70,7 @@ class Options:
     kv_dtype: str | None = None
     block_size: int = PagedConfig.block_size
     memory_budget: int | str | None = None
-    token_budget: int = PagedConfig.token_budget
+    token_budget: int | None = PagedConfig.token_budget
     dataset: DatasetChoice | None = None
     extra: dict[str, dict] = field(default_factory=dict)
 

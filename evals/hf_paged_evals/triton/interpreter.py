@@ -5,7 +5,7 @@ on the bit patterns of bfloat16, truncates where it should round, and reads what
 """
 
 import contextlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,10 +21,19 @@ class OutOfBoundsError(Exception):
 
 @dataclass
 class Traffic:
-    """Bytes that kernels moved, by the name of the argument they moved them through."""
+    """Bytes that kernels moved, by the name of the argument they moved them through.
+
+    Attributes
+    ----------
+    loaded, stored : Counter
+        Of all programs.
+    by_program : dict
+        Loaded, by the programs of all grids: their numbers along every axis.
+    """
 
     loaded: Counter = field(default_factory=Counter)
     stored: Counter = field(default_factory=Counter)
+    by_program: defaultdict[tuple[int, ...], Counter] = field(default_factory=lambda: defaultdict(Counter))
 
 
 _traffic: list[Traffic] = []
@@ -105,7 +114,8 @@ def _create_fp_to_fp(self, source, target, rounding):
 def _create_masked_load(self, pointers, mask, other, *hints):  # Of caches, in one argument or in several.
     dtype = pointers.get_element_ty()
     itemsize = max(1, dtype.primitive_bitwidth // 8)
-    _check(pointers.data, mask.data, itemsize, [traffic.loaded for traffic in _traffic])
+    counters = [count for traffic in _traffic for count in (traffic.loaded, traffic.by_program[_program()])]
+    _check(pointers.data, mask.data, itemsize, counters)
     if dtype != tl.bfloat16:
         memory = _plain_np_dtype(dtype)
         default = np.zeros(pointers.data.shape, memory) if other is None else other.data
@@ -115,6 +125,10 @@ def _create_masked_load(self, pointers, mask, other, *hints):  # Of caches, in o
     )
     data = (bits.astype(np.uint32) << 16).view(np.float32)
     return interpreter.TensorHandle(data if other is None else np.where(mask.data, data, other.data), dtype)
+
+
+def _program() -> tuple[int, ...]:
+    return tuple(interpreter.interpreter_builder.grid_idx)
 
 
 def _create_masked_store(self, pointers, value, mask, *hints):

@@ -16,7 +16,7 @@ from hf_paged.compat.requirements import as_requirement, is_tested
 from hf_paged.config import VARIABLES, PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.memory.limits import memory_limits
-from hf_paged.memory.sizing import DEVICE_SHARE, HOST_SHARE, budget_bytes
+from hf_paged.memory.sizing import DEFAULT_TOKENS_GPU, DEVICE_SHARE, HOST_SHARE, budget_bytes, step_tokens
 from hf_paged_integrations import autoload
 from hf_paged_integrations.transformers.hooks import NAME, enable
 from hf_paged_integrations.transformers.self_check import check_paged
@@ -235,10 +235,11 @@ def _defaults() -> list[Line]:
     budget = budget_bytes(config, torch.device("cpu"))
     share = f": {HOST_SHARE:.0%} of what is available now, {DEVICE_SHARE:.0%} of it on a GPU"
     share = share if config.memory_budget is None else ""
+    on_gpus = f", {DEFAULT_TOKENS_GPU:,} on a GPU" if config.token_budget is None else ""
     texts = {
         "block_size": f"{config.block_size} tokens",
         "memory_budget": f"{budget:,} bytes ({size(budget)}){share}",
-        "token_budget": f"{config.token_budget} tokens a step",
+        "token_budget": f"{step_tokens(config, torch.device('cpu')):,} tokens a step{on_gpus}",
         "prefix_cache": "on" if config.prefix_cache else "off",
         "prefix_cache_share": f"{config.prefix_cache_share:.1%} of the memory budget",
         "prepack_weights": "on" if config.prepack_weights else "off",

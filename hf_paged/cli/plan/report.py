@@ -14,6 +14,7 @@ from hf_paged.memory.sizing import (
     default_share,
     is_taken_at_once,
     physical_memory,
+    step_tokens,
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +56,7 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
     _print_groups(plan)
     _print_sizes(plan)
     _print_memory(plan, memory, device)
+    _print_steps(config, device)
     _print_assumptions(plan)
     if getattr(model_config, "quantization_config", None):
         print("The weights are counted without their quantisation; with it they leave more for the KV.")
@@ -153,6 +155,11 @@ def _print_memory(plan: Plan, memory: Memory, device: torch.device) -> None:
     for remedy in remedies(plan, memory):
         verdict = "fits" if remedy.fits else "not enough"
         print(f"    {remedy.change:<32} {size(remedy.plan.kv_bytes):>10}  {verdict}")
+
+
+def _print_steps(config: PagedConfig, device: torch.device) -> None:
+    how = f"the default for {device.type}" if config.token_budget is None else "as asked for"
+    print(f"\nToken budget: a packed step runs {step_tokens(config, device):,} tokens at most ({how}).")
 
 
 def _print_assumptions(plan: Plan) -> None:

@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sized
 
+import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, TextGenerationPipeline
 from transformers.generation import GenerationMode
 
@@ -19,14 +20,16 @@ from hf_paged.compat.transformers import (
     has_own_forward,
     replace_forwards,
 )
+from hf_paged.execution.home_stream import catch_up
 from hf_paged.models import registry
+from hf_paged.models.placement import devices_of
 from hf_paged.models.registry import CallCounts
 from hf_paged.reasons import Reason, Why, count_and_log
 from hf_paged.sampling.cancellation import Cancellation
 from hf_paged.sampling.rng_replay import is_unseeded, no_replay
 from hf_paged_integrations.pipelines.prefetch import Prefetch
 from hf_paged_integrations.pipelines.reader import Reader, ReadInThread
-from hf_paged_integrations.transformers.eligibility import why_not_packable
+from hf_paged_integrations.transformers.eligibility import start_device, why_not_packable
 
 # Prompts that run at the same time. Twice as many are read ahead at most.
 WINDOW = 32
@@ -61,6 +64,7 @@ def iterate(
     if why is not None:
         count_and_log(counts.pipelines_in_turn, why, "a pipeline's items run one after another")
         return original(pipe, inputs, num_workers, batch_size, *params)
+    catch_up(*devices_of(pipe.model, pipe.device))  # Items run in threads of their own.
     wakeup = threading.Condition()
     is_sized = isinstance(inputs, Sized)
     read = None if is_sized or num_workers else ReadInThread(inputs, wakeup)
@@ -171,6 +175,6 @@ def _why_not_this_config(model: PreTrainedModel, config: GenerationConfig) -> Wh
         return Reason.OTHER_MODE.of(mode.value)
     if config.max_time is not None:
         return Reason.TIME_LIMIT
-    if config.do_sample and not is_unseeded():
+    if config.do_sample and not is_unseeded(start_device(model, torch.device("cpu"))):
         return Reason.SEED
     return why_not_packable(model, config)

@@ -13,6 +13,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_paged.errors import PagedError
+from hf_paged.execution.home_stream import on_home_stream
+from hf_paged.models.placement import devices_of
 from hf_paged.sampling.row_streamer import RowStreamer
 
 
@@ -174,7 +176,8 @@ class AsyncEngine:
         """
         if self._is_closed:
             raise EngineClosedError("the engine is shut down and takes no more requests: make a new AsyncEngine")
-        ids = self._as_prompt(input_ids)
+        with on_home_stream(*devices_of(self.model, self.model.device)):  # The request runs in another thread.
+            ids = self._as_prompt(input_ids)
         running = min(len(self._requests), self.max_running)
         if len(self._requests) >= self.max_running + self.max_queue:
             raise QueueFullError(len(self._requests) - running, running)

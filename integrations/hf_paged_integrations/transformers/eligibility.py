@@ -31,6 +31,7 @@ from hf_paged.compat.transformers import (
 )
 from hf_paged.reasons import Reason, Why
 from hf_paged.sampling.processors import is_by_row
+from hf_paged.sampling.rng_replay import Draws, draws_of, is_replaying, is_unseeded
 from hf_paged.sampling.row_streamer import RowStreamer
 
 # Everything `generate` itself adds for a text model; what else is there came from the caller.
@@ -215,7 +216,8 @@ def _why_not_these_options(
         return Reason.OTHER_FORWARD
     if streamed_rows > 1:
         return Reason.STREAMED_ROWS
-    if config.do_sample and device.type != "cpu":
+    # Numbers that nobody expects are drawn in any order.
+    if config.do_sample and draws_of(device) is Draws.UNKNOWN and is_replaying() and not is_unseeded(device):
         return Reason.DEVICE_NOISE
     return None
 

@@ -19,12 +19,14 @@ from hf_paged.models.structure import training_state
 from hf_paged.reasons import Why, count_and_log
 from hf_paged_integrations.transformers import trial
 from hf_paged_integrations.transformers.eligibility import LoopArguments, start_device, why_not_this_call
-from hf_paged_integrations.transformers.upstream_loop import run_upstream_loop
+from hf_paged_integrations.transformers.upstream_loop import at_home, run_upstream_loop
+from hf_paged_kernels.faults import is_device_fault
 
 # What ``GenerationMixin._sample`` returns: the tokens, or them and more.
 Output = torch.Tensor | GenerateDecoderOnlyOutput
 
 
+@at_home
 def scheduled_sample(
     original: Callable[..., Output],
     model: PreTrainedModel,
@@ -115,9 +117,10 @@ def _run_on_engine(model: PreTrainedModel, arguments: LoopArguments, may_retry: 
             ) from error
         registry.forget_engine(model, engine)
         return None if may_retry else error.why
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         # Is the model the one that its engine was made for? It may have been moved, or got layers of another kind.
-        if call.has_begun or not may_retry or not registry.is_outdated(model, engine):
+        is_lost = call.has_begun or not may_retry or is_device_fault(error)
+        if is_lost or not registry.is_outdated(model, engine):
             raise
         registry.renew_pools(model, even_good=True)
         return None

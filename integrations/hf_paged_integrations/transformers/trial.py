@@ -21,6 +21,7 @@ from hf_paged.models.refusal import Refusal
 from hf_paged.reasons import Reason
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Scheduler, SchedulerOutput
+from hf_paged_kernels.faults import is_device_fault, is_out_of_memory
 
 # Of the largest logit: what a row may change by when another is packed beside it.
 _TOLERANCE = 0.05
@@ -73,7 +74,8 @@ def make_engine(model: PreTrainedModel, device: torch.device, may_draw: bool = T
         If the model's config comes from the environment, and a variable has a wrong value.
     Exception
         What a forward raises once and not again: such an error, as of a signal's handler, is the caller's. One that
-        comes again is the model's own, and a reason to refuse it.
+        comes again is the model's own, and a reason to refuse it. A device that fails, or has no memory for a token,
+        says nothing of the model: that error is the caller's as well.
     """
     registry.config_of(model)  # A wrong value of the environment is the user's, and no failure of the model.
     # The stance is the process's: callers hold `registry.trial_lock`.
@@ -83,7 +85,8 @@ def make_engine(model: PreTrainedModel, device: torch.device, may_draw: bool = T
         except _ForwardError as failure:
             first = failure.error
         try:
-            if _fails_again(model, device, type(first)):
+            is_models_own = not is_device_fault(first) and not is_out_of_memory(first)
+            if is_models_own and _fails_again(model, device, type(first)):
                 return Refusal(Reason.FAILING_STEP.of(type(first).__name__))
             raise first
         finally:
@@ -108,10 +111,6 @@ def _try_model(model: PreTrainedModel, device: torch.device) -> Engine | Refusal
         if pool is None:
             # In a call from inside a forward, nothing is stored yet.
             return Refusal(Reason.NO_POOL, is_lasting=forward_context.current_forward() is None)
-        # Hooks of accelerate move what an offloaded model is given to where its layers run: to one device, if to any.
-        begins = device if model.device.type != "meta" else next(iter(pool.groups)).device
-        if any(spec.device != begins for spec in pool.groups):
-            return Refusal(Reason.SEVERAL_DEVICES)
         engine = Engine(pool)
         packed = _run_packed(model, engine, token)
     except NotPackableError as error:

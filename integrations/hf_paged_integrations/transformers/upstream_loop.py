@@ -3,6 +3,7 @@
 Their rows hold their blocks to the end, so these are reserved before the loop begins.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,26 @@ from hf_paged import exit_report
 from hf_paged.cache.duplicate_rows import first_equal_rows
 from hf_paged.cache.layers import PagedLayer
 from hf_paged.compat.transformers import CACHE_ARGUMENT
+from hf_paged.execution.home_stream import on_home_stream
 from hf_paged.memory.kv_pool import KVCacheGroup, KVPool
 from hf_paged.memory.reservation import reserve
 from hf_paged.memory.sizing import row_blocks
 from hf_paged.models import registry
+from hf_paged.models.placement import devices_of
 
 
+def at_home(loop: Callable) -> Callable:
+    """Let a decoding loop ``(original, model, input_ids, ...)`` run on the home streams of its model's devices."""
+
+    @functools.wraps(loop)
+    def run(original: Callable, model: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with on_home_stream(*devices_of(model, input_ids.device)) as lend:
+            return lend(loop(original, model, input_ids, *args, **kwargs))
+
+    return run
+
+
+@at_home
 def run_upstream_loop(
     original: Callable, model: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:

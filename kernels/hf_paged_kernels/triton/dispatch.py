@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from hf_paged_kernels.backends import BackendState
+from hf_paged_kernels.faults import is_device_fault
 from hf_paged_kernels.switches import is_on
 from hf_paged_kernels.triton.launch_plan import MAX_DIM
 
@@ -26,12 +27,21 @@ _failure: str | None = None  # Why they will not run in this process; None: they
 
 def state() -> BackendState:
     """The state of the Triton kernels in this process; loads them."""
-    is_loaded = load() is not None
+    try:
+        is_loaded = load() is not None
+    except Exception as error:
+        return BackendState(False, f"the device or its driver has failed: {error}")
     return BackendState(is_loaded, None if is_loaded else _failure)
 
 
 def load() -> ModuleType | None:
-    """The module `launch`, or None if its kernels cannot be used in this process. A failure is warned about once."""
+    """The module `launch`, or None if its kernels cannot be used in this process. A failure is warned about once.
+
+    Raises
+    ------
+    Exception
+        A fault of the device or of its driver: torch would compute on the same device.
+    """
     global _launch, _failure
     if _launch is not None or _failure is not None:
         return _launch
@@ -50,6 +60,8 @@ def load() -> ModuleType | None:
 
                 _launch = launch
             except Exception as error:  # No Triton, no driver, no compiler for its launcher: it raises what it likes.
+                if is_device_fault(error):
+                    raise
                 _failure = str(error) or type(error).__name__
                 warnings.warn(
                     "hf_paged's Triton kernels are not available, and attention gathers its context instead, "

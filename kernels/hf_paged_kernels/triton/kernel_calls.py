@@ -3,8 +3,9 @@
 Without a GPU the calls that these functions return can still be compiled, interpreted or counted.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,13 +28,18 @@ from hf_paged_kernels.triton.launch_plan import (
 
 _WRITE_ELEMENTS, _COPY_CHUNK = 4096, 4096
 _SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # Options of kernels that only move data.
-_REDUCE = {"SPLITS": 16, "MAX_SPLITS": MAX_SPLITS, **_SMALL}
+_REDUCE = {"SPLITS": 16, **_SMALL}
+_Sizes = tuple[int, ...]  # Of a tensor's dimensions, or its strides.
 
 
 class Kernel(Protocol):
-    """A kernel of Triton: indexed by a grid, it can be called."""
+    """A kernel of Triton: indexed by a grid, it can be called; `warmup` compiles it."""
+
+    __name__: str
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]: ...
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def write_call(
         "NUM_KV_HEADS": num_kv_heads,
         "ROWS": rows,
         **_SMALL,
-        **_pages(key_cache, value_cache),
+        **_pages(key_cache.shape, key_cache.stride(), value_cache.shape, value_cache.stride()),
     }
     arguments = (key, value, key_cache, value_cache, slot_mapping.contiguous(), num_tokens, *strides)
     return KernelCall(write_kernel, (-(-num_tokens * num_kv_heads // rows),), arguments, options)
@@ -113,40 +119,57 @@ def attention_calls(
     sinks: torch.Tensor | None = None,  # [num_heads]
 ) -> list[KernelCall]:
     """The kernel calls of `paged_attention` into `out`, in order; there is at least one query."""
-    num_tokens, num_heads, key_dim = query.shape
-    _, num_kv_heads, block_size, value_dim = value_cache.shape
+    num_tokens, num_rows, max_context = len(query), len(context_lens), block_tables.shape[1] * key_cache.shape[2]
+    plans = attention_plans(device, heads_of(query, value_cache), num_tokens, num_rows, max_context, window)
+    caches, rows = (key_cache, value_cache), (block_tables, context_lens, cu_seqlens_q)
+    return planned_calls(device, plans, out, query, *caches, *rows, scale, window, softcap, sinks)
+
+
+def planned_calls(
+    device: Device,
+    plans: Iterable[AttentionPlan],
+    out: torch.Tensor,  # [num_tokens, num_heads, value_dim], contiguous
+    query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
+    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,  # [num_heads]
+) -> list[KernelCall]:
+    """The kernel calls of these plans."""
+    value_dim, heads = value_cache.shape[3], heads_of(query, value_cache)
     if scale <= 0:  # The kernels take the maximum before they scale.
         query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
     query, block_tables = dense_lanes(query), dense_lanes(block_tables)
     rows = (context_lens.contiguous(), cu_seqlens_q.contiguous())
-    num_rows, max_blocks = block_tables.shape
-    heads = Heads(num_kv_heads, num_heads // num_kv_heads, key_dim, value_dim, block_size, query.element_size())
-    numbers = (num_rows, block_tables.stride(0), query.stride(0), query.stride(1))
+    tensors = (query, key_cache, value_cache, block_tables, *rows, sinks, out)
+    numbers = (len(context_lens), block_tables.stride(0), query.stride(0), query.stride(1))
     factors = (scale * math.log2(math.e), softcap or 0.0, window or 0)
+    pages = (key_cache.shape, key_cache.stride(), value_cache.shape, value_cache.stride())
+    has = (window is not None, softcap is not None, sinks is not None)
     calls = []
-    for plan in attention_plans(device, heads, num_tokens, num_rows, max_blocks * block_size):
-        grid = (plan.tiles, head_tiles(heads, plan), plan.splits)
-        scratch = _scratch(query, plan, grid, value_dim)
-        shared = {
-            "GROUP": heads.group,
-            "MAPPING": plan.mapping,
-            "HEADS": plan.heads,
-            "BLOCK_Q": plan.block_q,
-            "MIN_Q": plan.min_q,
-            "HAS_WINDOW": window is not None,
-            "HAS_SINKS": sinks is not None,
-        }
-        kernel: Kernel = decode_kernel if plan.parts else prefill_kernel
-        options = {**shared, **_pages(key_cache, value_cache), **_compiled_in(plan, device, query.dtype)}
-        options["HAS_SOFTCAP"] = softcap is not None
-        arguments = (query, key_cache, value_cache, block_tables, *rows, sinks, out, *scratch, *numbers, *factors)
-        calls.append(KernelCall(kernel, grid, arguments, options))
-        if plan.splits > 1:
-            lanes = {"VALUE_DIM": value_dim, "VALUE_LANES": padded(value_dim)}
-            to_reduce = (*scratch, *rows, sinks, out, num_rows, window or 0, plan.splits)
-            options = {**shared, **lanes, "TILE": plan.tile, **_REDUCE}
-            calls.append(KernelCall(reduce_kernel, (*grid[:2], plan.heads * plan.block_q), to_reduce, options))
+    for plan in plans:
+        num_head_tiles = head_tiles(heads, plan)
+        kernel, options, reduce_options = _compiled_in(device, plan, heads, query.dtype, pages, has)
+        scratch = _scratch(query, plan, num_head_tiles, value_dim)
+        arguments = (*tensors, *scratch, *numbers, *factors, plan.extra)
+        calls.append(KernelCall(kernel, (plan.extra + plan.tiles, num_head_tiles), arguments, options))
+        if plan.extra:
+            shares = (*scratch, *rows, sinks, out, len(context_lens), window or 0, plan.extra)
+            grid = (plan.extra, num_head_tiles, plan.heads * plan.block_q)
+            calls.append(KernelCall(reduce_kernel, grid, shares, reduce_options))
     return calls
+
+
+def heads_of(query: torch.Tensor, value_cache: torch.Tensor) -> Heads:
+    """The sizes of heads that a call's tensors have."""
+    _, num_heads, key_dim = query.shape
+    _, num_kv_heads, block_size, value_dim = value_cache.shape
+    return Heads(num_kv_heads, num_heads // num_kv_heads, key_dim, value_dim, block_size, query.element_size())
 
 
 def dense_lanes(states: torch.Tensor) -> torch.Tensor:
@@ -154,27 +177,57 @@ def dense_lanes(states: torch.Tensor) -> torch.Tensor:
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
-def _pages(key_cache: torch.Tensor, value_cache: torch.Tensor) -> dict[str, Any]:
+def _pages(key_shape: _Sizes, key_strides: _Sizes, value_shape: _Sizes, value_strides: _Sizes) -> dict[str, Any]:
     """The options that the caches' shapes and strides fix."""
     return {
-        "KEY_DIM": key_cache.shape[3],
-        "VALUE_DIM": value_cache.shape[3],
-        "BLOCK_SIZE": key_cache.shape[2],
-        "KEY_STRIDES": key_cache.stride()[:3],
-        "VALUE_STRIDES": value_cache.stride()[:3],
-        "KEY_LANES": padded(key_cache.shape[3]),
-        "VALUE_LANES": padded(value_cache.shape[3]),
+        "KEY_DIM": key_shape[3],
+        "VALUE_DIM": value_shape[3],
+        "BLOCK_SIZE": key_shape[2],
+        "KEY_STRIDES": key_strides[:3],
+        "VALUE_STRIDES": value_strides[:3],
+        "KEY_LANES": padded(key_shape[3]),
+        "VALUE_LANES": padded(value_shape[3]),
     }
 
 
-def _compiled_in(plan: AttentionPlan, device: Device, dtype: torch.dtype) -> dict[str, Any]:
-    """The options that the plan, the device and the dtype fix."""
-    options: dict[str, Any] = {
+@functools.lru_cache(maxsize=256)  # All layers of a step ask for the same few.
+def _compiled_in(
+    device: Device,
+    plan: AttentionPlan,
+    heads: Heads,
+    dtype: torch.dtype,
+    pages: tuple[_Sizes, _Sizes, _Sizes, _Sizes],
+    has: tuple[bool, bool, bool],
+) -> tuple[Kernel, dict[str, Any], dict[str, Any]]:
+    """The kernel of a plan, and the options of it and of the reduction.
+
+    Parameters
+    ----------
+    pages : tuple
+        Shape and strides of the key cache, then of the value cache.
+    has : tuple of bool
+        Window, softcap, sinks.
+    """
+    shared: dict[str, Any] = {
+        "GROUP": heads.group,
+        "MAPPING": plan.mapping,
+        "HEADS": plan.heads,
+        "BLOCK_Q": plan.block_q,
+        "MIN_Q": plan.min_q,
+        "MIN_TILES": plan.min_tiles,
+        "MAX_SPLITS": MAX_SPLITS,
+        "HAS_WINDOW": has[0],
+        "HAS_SINKS": has[2],
+    }
+    options = {
+        **shared,
+        **_pages(*pages),
+        "HAS_SOFTCAP": has[1],
         "BLOCK_M": plan.block_m,
         # Plain multipliers serve float32: they would hold all queries in registers, so these stay in the cache.
         "RELOAD_QUERIES": dtype == torch.float32 and not device.is_hip,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "IS_SPLIT": plan.splits > 1,
+        "IS_SPLIT": plan.extra > 0,
         "num_warps": plan.warps,
         "num_stages": plan.stages,
         "enable_fp_fusion": True,
@@ -184,16 +237,20 @@ def _compiled_in(plan: AttentionPlan, device: Device, dtype: torch.dtype) -> dic
     else:
         # On sm90 the loop leaves registers over, and is 2% shorter if nothing is found again.
         options.update(TILE=plan.tile, FIND_ROWS_AGAIN=device.arch != "sm90")
-    return options
+    lanes = {"VALUE_DIM": heads.value_dim, "VALUE_LANES": padded(heads.value_dim)}
+    return decode_kernel if plan.parts else prefill_kernel, options, {**shared, **lanes, "TILE": plan.tile, **_REDUCE}
 
 
 def _scratch(
-    query: torch.Tensor, plan: AttentionPlan, grid: tuple[int, int, int], value_dim: int
+    query: torch.Tensor, plan: AttentionPlan, num_head_tiles: int, value_dim: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Room for the shares of splits: their outputs, and the logarithms of their totals. None without splits."""
-    if plan.splits == 1:
+    """Room for the shares of splits: their outputs, and the logarithms of their totals. None without splits.
+
+    A tile of queries has a first split beside its extra ones, so twice the extra ones is enough for all.
+    """
+    if not plan.extra:
         return None, None
-    shape = (math.prod(grid), plan.heads * plan.block_q)
+    shape = (2 * plan.extra * num_head_tiles, plan.heads * plan.block_q)
     return (
         torch.empty(*shape, value_dim, dtype=torch.float32, device=query.device),
         torch.empty(shape, dtype=torch.float32, device=query.device),

@@ -12,7 +12,6 @@ import torch
 BY_TOKEN, BY_ROW, BY_TILE = 0, 1, 2  # How programs find their queries: see rows.py.
 MAX_DIM = 256
 MAX_SPLITS = 128
-_MIN_SPLIT_TOKENS = 256  # A split of fewer tokens costs more in the reduction than it gains.
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,13 @@ class Device:
         ``"sm80"``, ``"gfx942"`` and so on.
     processors : int
         Streaming multiprocessors or compute units.
+    min_split_tokens : int
+        A split of fewer tokens costs more in the reduction than it gains.
     """
 
     arch: str
     processors: int
+    min_split_tokens: int = 256
 
     @property
     def is_hip(self) -> bool:
@@ -86,8 +88,10 @@ class AttentionPlan:
         Programs that fit on a processor at once.
     tiles : int
         Upper bound on the tiles of queries.
-    splits : int
-        Programs that share one context.
+    extra : int
+        Programs beyond one for each tile, among which the device deals out the splits of long contexts.
+    min_tiles : int
+        Tiles of tokens that a split has at least.
     """
 
     kernel: str
@@ -102,7 +106,8 @@ class AttentionPlan:
     stages: int
     resident: int = 1
     tiles: int = 0
-    splits: int = 1
+    extra: int = 0
+    min_tiles: int = 1
 
 
 @functools.cache
@@ -120,37 +125,72 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+@functools.lru_cache(maxsize=256)  # All layers of a step ask for the same few.
 def attention_plans(
-    device: Device, heads: Heads, num_tokens: int, num_rows: int, max_context: int
+    device: Device, heads: Heads, num_tokens: int, num_rows: int, max_context: int, window: int | None = None
 ) -> tuple[AttentionPlan, ...]:
     """The plans that together serve every query of a call once.
 
     Where there are no more queries than rows, each query is served for itself. Else rows of few queries go to
     the decode kernel, and all others to the prefill kernel, whose tiles they share out.
     """
-    decode, prefill = decode_plan(device, heads), prefill_plan(device, heads)
-    if decode is None:
-        plans = [replace(prefill, min_q=0)]
+    single, few, many = _kernel_plans(device, heads)
+    if single is None or few is None:
+        chosen = [many]
     elif num_tokens <= num_rows:
-        plans = [replace(decode, mapping=BY_TOKEN, block_q=1, tiles=num_tokens)]
+        chosen = [single]
     elif num_rows == 1:
-        plans = [decode if num_tokens <= decode.block_q else prefill]
+        chosen = [few if num_tokens <= few.block_q else many]
     else:
-        plans = [decode, prefill]
-    return tuple(_with_grid(plan, device, heads, num_tokens, num_rows, max_context) for plan in plans)
+        chosen = [few, many]
+    plans = [replace(plan, tiles=_query_tiles(plan, num_tokens, num_rows)) for plan in chosen]
+    return tuple(replace(plan, extra=_extra(plan, device, heads, max_context, window)) for plan in plans)
 
 
-def _with_grid(plan: AttentionPlan, device: Device, heads: Heads, num_tokens, num_rows, max_context) -> AttentionPlan:
+def possible_plans(device: Device, heads: Heads, window: int | None = None) -> tuple[AttentionPlan, ...]:
+    """All that `attention_plans` can choose for any step, but for the numbers of programs; `extra` is 0 or 1.
+
+    Returns
+    -------
+    tuple of AttentionPlan
+        Each stands for one compiled kernel, or for two if it has extra programs, whose splits are reduced.
+    """
+    plans = [plan for plan in _kernel_plans(device, heads) if plan is not None]
+    longest = 1 << 31  # Longer than any context; what a window hides is taken off.
+    splits = {plan: _extra(replace(plan, tiles=1), device, heads, longest, window) > 0 for plan in plans}
+    return tuple(replace(plan, extra=extra) for plan in plans for extra in range(2) if splits[plan] or not extra)
+
+
+def _kernel_plans(device: Device, heads: Heads) -> tuple[AttentionPlan | None, AttentionPlan | None, AttentionPlan]:
+    """The plans for single queries, for rows of few and for rows of many; the last for all if the others are None."""
+    few, many = decode_plan(device, heads), prefill_plan(device, heads)
+    many = replace(many, min_tiles=max(1, device.min_split_tokens // many.tile))
+    if few is None:
+        return None, None, replace(many, min_q=0)
+    few = replace(few, min_tiles=max(1, device.min_split_tokens // few.tile))
+    return replace(few, mapping=BY_TOKEN, block_q=1), few, many
+
+
+def _query_tiles(plan: AttentionPlan, num_tokens: int, num_rows: int) -> int:
     if plan.mapping == BY_ROW:
-        tiles = num_rows
-    elif plan.mapping == BY_TOKEN:
-        tiles = num_tokens
-    else:
-        tiles = (num_tokens + num_rows * (plan.block_q - 1)) // plan.block_q
-    programs = tiles * head_tiles(heads, plan)
-    room = device.processors * plan.resident // max(programs, 1)
-    worth = max_context // max(_MIN_SPLIT_TOKENS, plan.tile)
-    return replace(plan, tiles=tiles, splits=max(1, min(room, worth, MAX_SPLITS)))
+        return num_rows
+    if plan.mapping == BY_TOKEN:
+        return num_tokens
+    return (num_tokens + num_rows * (plan.block_q - 1)) // plan.block_q
+
+
+def _extra(plan: AttentionPlan, device: Device, heads: Heads, max_context: int, window: int | None) -> int:
+    """Extra programs of a tile of heads: those that fill the device, and enough that no long row runs on behind it.
+
+    With one for each tile, or for each program that the device runs at once, no split is longer than the share of all
+    work that falls to such a program, and rows of one length stay whole.
+    """
+    seen = max_context if window is None else min(max_context, window + plan.block_q + plan.tile)
+    most = min(-(-seen // (plan.tile * plan.min_tiles)), MAX_SPLITS)
+    if most <= 1:
+        return 0
+    at_once = max(1, device.processors * plan.resident // head_tiles(heads, plan))
+    return min(max(at_once - plan.tiles, min(plan.tiles - 1, at_once), 1), plan.tiles * most)
 
 
 def head_tiles(heads: Heads, plan: AttentionPlan) -> int:

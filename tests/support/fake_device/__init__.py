@@ -103,6 +103,12 @@ class _Module:
     def manual_seed_all(self, seed: int) -> None:
         """The devices draw the random numbers of the CPU's generator."""
 
+    def get_rng_state(self, device: torch.device) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        torch.set_rng_state(state)
+
     def _is_in_bad_fork(self) -> bool:
         return False
 

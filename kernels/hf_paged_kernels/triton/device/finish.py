@@ -9,21 +9,30 @@ from hf_paged_kernels.triton.device.softmax import add_sink, inverse
 @triton.jit
 def store_result(
     result, total, maximum, sinks, out, partial_out, partial_lse,
-    token, head, num_heads, partial_row, is_query, lanes,
+    token, head, num_heads, partial_row, num_splits, is_query, lanes,
     VALUE_DIM: tl.constexpr, HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Store what a program's rows ``[BLOCK_M, VALUE_LANES]`` sum up to, divided by `total`.
 
-    A split leaves its share and the logarithm of its total in float32; the reduction adds the sinks.
+    One of several splits leaves its share and the logarithm of its total in float32; the reduction adds the sinks.
     """
     is_out = is_query[:, None] & (lanes < VALUE_DIM)[None, :]
+    out_at = out + ((token * num_heads + head)[:, None] * VALUE_DIM + lanes[None, :])
     if IS_SPLIT:
-        tl.store(partial_lse + partial_row, maximum + tl.log2(total), mask=is_query)
-        at = partial_row[:, None] * VALUE_DIM + lanes[None, :]
-        tl.store(partial_out + at, result * inverse(total)[:, None], mask=is_out)
+        if num_splits > 1:
+            tl.store(partial_lse + partial_row, maximum + tl.log2(total), mask=is_query)
+            at = partial_row[:, None] * VALUE_DIM + lanes[None, :]
+            tl.store(partial_out + at, result * inverse(total)[:, None], mask=is_out)
+        else:
+            _store_whole(result, total, maximum, sinks, head, is_query, out_at, is_out, HAS_SINKS)
     else:
-        if HAS_SINKS:
-            factor, maximum, total = add_sink(maximum, total, tl.load(sinks + head, mask=is_query, other=0.0))
-            result = result * factor[:, None]
-        at = (token * num_heads + head)[:, None] * VALUE_DIM + lanes[None, :]
-        tl.store(out + at, (result * inverse(total)[:, None]).to(out.dtype.element_ty), mask=is_out)
+        _store_whole(result, total, maximum, sinks, head, is_query, out_at, is_out, HAS_SINKS)
+
+
+@triton.jit
+def _store_whole(result, total, maximum, sinks, head, is_query, out_at, is_out, HAS_SINKS: tl.constexpr):
+    """Store what the only split of a context sums up to, with the sinks."""
+    if HAS_SINKS:
+        factor, maximum, total = add_sink(maximum, total, tl.load(sinks + head, mask=is_query, other=0.0))
+        result = result * factor[:, None]
+    tl.store(out_at, (result * inverse(total)[:, None]).to(out_at.dtype.element_ty), mask=is_out)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["source", "destination"])
 def copy_kernel(
     key_cache, value_cache, source, destination, key_stride, value_stride,
     KEY_ELEMENTS: tl.constexpr, VALUE_ELEMENTS: tl.constexpr, CHUNK: tl.constexpr,

@@ -10,25 +10,32 @@ import triton.language as tl
 
 from hf_paged_kernels.triton.device.finish import store_result
 from hf_paged_kernels.triton.device.pages import block_ids, first_slots, load_states, page_offsets
-from hf_paged_kernels.triton.device.rows import product_rows, split_tiles, tile_queries, visible_tokens, whole_tiles
+from hf_paged_kernels.triton.device.rows import product_rows, program_work, split_tiles, visible_tokens, whole_tiles
 from hf_paged_kernels.triton.device.softmax import LOWEST, capped, rescale
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "table_stride", "window", "num_extra"],
+    do_not_specialize_on_alignment=["block_tables", "context_lens", "cu_seqlens_q", "sinks"],
+)
 def prefill_kernel(
     query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, sinks, out, partial_out, partial_lse,
-    num_rows, table_stride, query_token_stride, query_head_stride, scale, softcap, window,
+    num_rows, table_stride, query_token_stride, query_head_stride, scale, softcap, window, num_extra,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KEY_STRIDES: tl.constexpr, VALUE_STRIDES: tl.constexpr, KEY_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
     MAPPING: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, MIN_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    MIN_TILES: tl.constexpr, MAX_SPLITS: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr, RELOAD_QUERIES: tl.constexpr, FIND_ROWS_AGAIN: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    tile, head_tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, first, count, position = tile_queries(tile, cu_seqlens_q, context_lens, num_rows, MAPPING, BLOCK_Q, MIN_Q)
+    head_tile = tl.program_id(1)
+    row, first, count, position, split, num_splits, slot = program_work(
+        tl.program_id(0), num_extra, cu_seqlens_q, context_lens, num_rows, window,
+        MAPPING, BLOCK_Q, MIN_Q, TILE, MIN_TILES, MAX_SPLITS, HAS_WINDOW, IS_SPLIT,
+    )  # fmt: skip
     begin, end = visible_tokens(position, count, window, HAS_WINDOW)
-    start, stop, _ = split_tiles(begin, end, split, tl.num_programs(2), TILE)
+    start, stop, _ = split_tiles(begin, end, split, num_splits, TILE)
     if (count <= 0) | ((split > 0) & (start >= stop)):
         return
 
@@ -93,9 +100,9 @@ def prefill_kernel(
         # in registers through both loops.
         rows += tl.load(cu_seqlens_q, volatile=True).to(tl.int32)
         token, head, is_query = product_rows(rows, first, count, head_tile, GROUP, HEADS, BLOCK_Q)
-    program = (tile * tl.num_programs(1) + head_tile) * tl.num_programs(2) + split
+    share = (slot * tl.num_programs(1) + head_tile).to(tl.int64) * (HEADS * BLOCK_Q)
     store_result(
         summed, total, maximum, sinks, out, partial_out, partial_lse,
-        token, head, tl.num_programs(1) // HEAD_TILES * GROUP, program.to(tl.int64) * (HEADS * BLOCK_Q) + rows,
+        token, head, tl.num_programs(1) // HEAD_TILES * GROUP, share + rows, num_splits,
         is_query, value_lanes, VALUE_DIM, HAS_SINKS, IS_SPLIT,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slot_mapping"])
 def write_kernel(
     key, value, key_cache, value_cache, slot_mapping, num_tokens,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride,
