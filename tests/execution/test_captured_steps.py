@@ -4,6 +4,7 @@ On the CPU they are lists of operators; `test_recorders.py` holds CUDA's graphs 
 """
 
 import copy
+import functools
 import gc
 import os
 import time
@@ -13,6 +14,7 @@ import accelerate
 import peft
 import pytest
 import torch
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import StoppingCriteria
 
@@ -203,16 +205,23 @@ def test_hooks_of_accelerate_run():
     assert not replays(models[1]) and unusual(models[1]) == {Reason.MOVED_INPUTS.text}
 
 
-def test_a_mode_sees_eager_steps():
+MODES = {
+    "of torch": (BaseTorchFunctionMode, Reason.MODES),
+    "of a counter": (functools.partial(FlopCounterMode, display=False), Reason.UNSEEN_CHANGES),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_sees_eager_steps(name):
     """A replayed graph would pass it by."""
+    mode, reason = MODES[name]
     models = capturing()
     compare(models, zoo.prompts([9]))
     before = replays(models[1])
-    with FlopCounterMode(display=False) as counter:
-        models[1].generate(**zoo.prompts([9]), **LENGTHS)
-    assert counter.get_total_flops() and replays(models[1]) == before
-    assert unusual(models[1]) == {Reason.MODES.text}
-    models[1].generate(**zoo.prompts([9]), **LENGTHS)
+    with mode():
+        compare(models, zoo.prompts([9]))
+    assert replays(models[1]) == before and unusual(models[1]) == {reason.text}
+    compare(models, zoo.prompts([9]))
     assert replays(models[1]) > before
 
 
