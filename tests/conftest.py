@@ -70,6 +70,16 @@ def models(request, block_size):
     return dense, paged
 
 
+@pytest.fixture(params=[False, True], ids=["in_turn", "one_ahead"])
+def is_ahead(request, monkeypatch):
+    """How steps follow each other: each one waits for the tokens of the last, or (True) runs one ahead of them."""
+    from support import one_ahead
+
+    if request.param:
+        one_ahead.force(monkeypatch)
+    return request.param
+
+
 @pytest.fixture
 def rows(monkeypatch):
     """Rows of each step that the engine ran."""

@@ -11,6 +11,7 @@ _COMMANDS = (
     ("model-types", "hf_paged_evals.accuracy.model_types", "try every causal model type, dense and paged"),
     ("lm-eval", "hf_paged_evals.accuracy.lm_eval_parity", "run lm-evaluation-harness, unchanged, dense and paged"),
     ("triton", "hf_paged_evals.triton.command", "compile the GPU kernels and hold their code against thresholds"),
+    ("gpu", "hf_paged_evals.gpu.command", "prove and time the GPU path on the card at hand, beside others"),
     ("figures", "hf_paged_evals.figures.command", "measure the figures of README.md and docs/, and rewrite them"),
 )
 

@@ -21,6 +21,7 @@ from hf_paged.execution.home_stream import on_home_stream
 from hf_paged.memory.block_table import BlockTable, make_writable
 from hf_paged.memory.kv_pool import KVCacheGroup, KVCacheSpec, KVPool
 from hf_paged.memory.reservation import Reservation, keeping, of_this_thread
+from hf_paged.memory.sizing import WHOLE
 from hf_paged.models import forward_context
 from hf_paged.models.placement import share_of_layers
 
@@ -309,7 +310,7 @@ class BatchState:
         spec = KVCacheSpec(window, key.dtype, key.device)
         if spec not in self.groups:
             call = forward_context.current_forward()
-            share = 1.0 if spec in self.pool.groups or call is None else share_of_layers(call.model, spec.device)
+            share = WHOLE if spec in self.pool.groups or call is None else share_of_layers(call.model, spec.device)
             with self.pool.lock:
                 group = self.pool.group(spec, key, value, self.num_layers, share)
             self.groups[spec] = GroupRows(group, self.batch_size)

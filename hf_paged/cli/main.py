@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 from hf_paged import __version__
 from hf_paged.cli.demo import run_demo
 from hf_paged.cli.doctor.report import run_doctor
+from hf_paged.cli.gpu_kernels import build_gpu_kernels, layer_of_heads, model_layers
 from hf_paged.cli.plan.footprint import read_config
-from hf_paged.cli.plan.report import DTYPES, run_plan
+from hf_paged.cli.plan.report import DTYPES, own_dtype, run_plan
 from hf_paged.config import PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged_kernels.cpu.build import build_kernels
@@ -118,9 +119,22 @@ def _add_plan(commands) -> None:
 def _add_build(commands) -> None:
     build = commands.add_parser(
         "build",
-        help="compile the native CPU kernels now instead of at their first use",
-        description="Compile the native CPU kernels, keep them for later processes, and print where they are.",
+        help="compile kernels now instead of at their first use",
+        description="Compile the native CPU kernels, keep them for later processes, and print where they are. With "
+        "--model or --heads compile the Triton kernels of those attention layers too, on all cores, for the GPU here "
+        "or for --target, into Triton's cache: TRITON_CACHE_DIR, or ~/.triton.",
     )
+    layers = build.add_mutually_exclusive_group()
+    layers.add_argument(
+        "--model", metavar="NAME", help='a name on the hub, a local folder with a config.json, or "demo"'
+    )
+    layers.add_argument(
+        "--heads", metavar="Q,KV,SIZE", help="query heads, KV heads and head size of one layer, such as 32,8,128"
+    )
+    build.add_argument("--dtype", choices=DTYPES, help="(default: as in the model's config; bfloat16 with --heads)")
+    _add_block_size(build)
+    build.add_argument("--target", metavar="ARCH", help="such as sm80 or sm90 (default: the GPU here)")
+    build.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one per core)")
     build.set_defaults(run=_build)
 
 
@@ -171,5 +185,25 @@ def _evaluate(argv: list[str]) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    print(f"compiled: {build_kernels(find_compiler())}")
+    for option in ("target", "dtype", "block_size", "jobs"):
+        if getattr(arguments, option) is not None and not (arguments.model or arguments.heads):
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for the GPU kernels of a model: name it with --model, or heads with --heads")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1; got {arguments.jobs}")
+    print(f"compiled: {build_kernels(find_compiler())}", flush=True)
+    if arguments.model or arguments.heads:
+        layers = _layers_to_build(arguments)
+        print(f"compiled: {build_gpu_kernels(layers, arguments.target, arguments.jobs)}")
     return 0
+
+
+def _layers_to_build(arguments: argparse.Namespace) -> list:
+    """The attention layers whose GPU kernels were asked for."""
+    given = {} if arguments.block_size is None else {"block_size": arguments.block_size}
+    block_size = dataclasses.replace(PagedConfig.from_environment(), **given).block_size
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    if arguments.heads:
+        return [layer_of_heads(arguments.heads, dtype or DTYPES["bfloat16"], block_size)]
+    config = read_config(arguments.model)
+    return model_layers(config, dtype or own_dtype(config), block_size)

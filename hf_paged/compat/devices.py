@@ -4,7 +4,7 @@ These modules offer much the same, and none of it is promised of all: what is us
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +57,13 @@ def entered(stream: Any, device: torch.device) -> Iterator[None]:
     current = module.current_device()
     with module.stream(stream), module.device(current):  # The first makes the stream's device the current one.
         yield
+
+
+def upload(numbers: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Numbers as an int64 tensor on a device. The host does not wait for what the device has to do before."""
+    tensor = torch.tensor(numbers)
+    # Pinned memory is given to no other tensor before the copy is over.
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def keep_for(tensor: torch.Tensor, stream: Any) -> None:

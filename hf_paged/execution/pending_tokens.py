@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hf_paged.compat import devices
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk
 
@@ -29,7 +30,8 @@ class PendingTokens:
         if tokens.device.type != "cpu":
             self._on_host = torch.empty(to_read.shape, dtype=to_read.dtype, pin_memory=True)
             self._on_host.copy_(to_read, non_blocking=True)
-            self._event = torch.accelerator.current_stream(tokens.device).record_event()
+            self._stream = torch.accelerator.current_stream(tokens.device)
+            self._event = self._stream.record_event()
 
     @property
     def device(self) -> torch.device:
@@ -45,11 +47,13 @@ class PendingTokens:
     def precede(self) -> None:
         """Let all that this thread launches from now on run after the step that chose the tokens.
 
-        Another thread may have launched that step, with another current stream.
+        Another thread may have launched that step, and have another current stream.
         """
-        if self._event is not None:
-            stream = torch.accelerator.current_stream(self._tokens.device)
-            self._event.wait(stream)
+        if self._event is None:
+            return
+        stream = torch.accelerator.current_stream(self._tokens.device)
+        if stream != self._stream:
+            stream.wait_event(self._event)
             self._tokens.record_stream(stream)
 
     def put_into(self, input_ids: torch.Tensor, chunks: Sequence[Chunk]) -> None:
@@ -74,16 +78,10 @@ class PendingTokens:
             count = len(places)
             input_ids[0, places[0] : places[0] + count] = self._tokens[sources[0] : sources[0] + count]
         else:
-            place, source = _upload([places, sources], self._tokens.device).unbind()
+            place, source = devices.upload([places, sources], self._tokens.device).unbind()
             input_ids[0].index_copy_(0, place, self._tokens.index_select(0, source))
 
 
 def _is_run(numbers: Sequence[int]) -> bool:
     """Tell whether rising numbers follow each other without a gap."""
     return all(number == first for first, number in enumerate(numbers, numbers[0]))
-
-
-def _upload(numbers: list[list[int]], device: torch.device) -> torch.Tensor:
-    """Make an int64 tensor on the device, without waiting for what the device has to do before."""
-    tensor = torch.tensor(numbers)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

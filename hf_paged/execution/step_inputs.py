@@ -63,10 +63,10 @@ def prepare_inputs(
     ValueError
         If the chunks do not fit, or lack another number of tokens than of rows.
     """
-    starts = np.array([chunk.start for chunk in chunks])  # [num_rows]
-    ends = np.array([chunk.end for chunk in chunks])
+    requests, *bounds = zip(*chunks)
+    starts, ends = map(np.array, bounds)  # [num_rows]
     row_ends = np.cumsum(ends - starts)  # Behind each row's last token of the step.
-    tables = [[chunk.request.tables[number] for chunk in chunks] for number in range(len(groups))]
+    tables = [[request.tables[number] for request in requests] for number in range(len(groups))]
     own = StepSize(
         int(row_ends[-1]), len(chunks), tuple(max(len(table.blocks) for table in of_group) for of_group in tables)
     )

@@ -5,12 +5,14 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Protocol
 
 import torch
 from transformers.utils import logging
 
 from hf_paged.atomic import after_fork_in_child
+from hf_paged.compat import devices
 from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
@@ -19,7 +21,7 @@ from hf_paged.memory.eviction import EVICTION_POLICIES
 from hf_paged.memory.kv_format import BlockShape, KVFormat, make_kv_format
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.memory.reservation import Reservation
-from hf_paged.memory.sizing import available_memory, budget_bytes, is_taken_at_once, physical_memory
+from hf_paged.memory.sizing import WHOLE, available_memory, budget_bytes, is_taken_at_once, physical_memory
 
 logger = logging.get_logger(__name__)
 
@@ -151,7 +153,7 @@ class KVCacheGroup:
         """Copy (source, destination) blocks in every layer: the copy of copy-on-write. Under the pool's lock."""
         if not copies:
             return
-        source, destination = torch.tensor(copies, device=self.spec.device).unbind(1)
+        source, destination = devices.upload(list(zip(*copies)), self.spec.device).unbind()
         for storage in self.layers.values():
             storage.copy_blocks(source, destination)
 
@@ -276,7 +278,7 @@ class KVPool:
         return len(self.waiting)
 
     def group(
-        self, spec: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int, share: float = 1.0
+        self, spec: KVCacheSpec, key: torch.Tensor, value: torch.Tensor, num_layers: int, share: Fraction = WHOLE
     ) -> KVCacheGroup:
         """The KV cache group of a spec, made if new: sized as if all layers of the model were like the one given.
 
@@ -287,7 +289,7 @@ class KVPool:
             States of one layer, ``[batch, num_kv_heads, positions, head_dim]``.
         num_layers : int
             Layers that the model pages, in all groups: they divide the budget.
-        share : float
+        share : Fraction
             Of these, the part on the spec's device.
 
         Raises
@@ -305,7 +307,7 @@ class KVPool:
             self.groups[spec] = KVCacheGroup(spec, self.config, kv_format, budget, bytes_per_block)
         return self.groups[spec]
 
-    def _budget(self, device: torch.device, share: float, bytes_per_block: int) -> int:
+    def _budget(self, device: torch.device, share: Fraction, bytes_per_block: int) -> int:
         """Bytes that the pool may take on a device. Asked once: later groups find less free, earlier ones have it."""
         if device not in self._budgets:
             budget = budget_bytes(self.config, device, share)

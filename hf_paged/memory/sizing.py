@@ -1,5 +1,7 @@
 """Sizing: the bytes that a pool may take on a device, the blocks of a row in it, and the tokens of a step on it."""
 
+from fractions import Fraction
+
 import torch
 from transformers.utils import logging
 
@@ -12,6 +14,7 @@ logger = logging.get_logger(__name__)
 # Of the memory that is available when a pool is made without a memory_budget. The host's is everybody's. What a device
 # keeps is for activations and logits, which are not measured beforehand, and for the user's own work on it.
 HOST_SHARE, DEVICE_SHARE = 0.25, 0.75
+WHOLE = Fraction(1)
 # Tokens of a step without a token_budget. A GPU must compute for longer than Python takes to launch the step, about
 # 10 ms: a model of a billion parameters would be as long over 2,000 tokens, at the rates that are reported for an H100.
 # Twice that would hold rows that decode up for about 0.1 s in a model of 8 billion. No GPU has measured it.
@@ -31,12 +34,12 @@ def default_share(device: torch.device) -> float:
     return HOST_SHARE if own_memory(device) is None else DEVICE_SHARE
 
 
-def budget_bytes(config: PagedConfig, device: torch.device, share: float = 1.0) -> int:
+def budget_bytes(config: PagedConfig, device: torch.device, share: Fraction = WHOLE) -> int:
     """The budget of a pool that is made now on `device`, in bytes.
 
     Parameters
     ----------
-    share : float
+    share : Fraction
         Of the model's layers, those on that device. They have as much of a memory_budget.
     """
     stated = parse_bytes(config.memory_budget)

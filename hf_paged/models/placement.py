@@ -1,5 +1,7 @@
 """Where a model runs: the devices of its layers."""
 
+from fractions import Fraction
+
 import torch
 
 
@@ -18,7 +20,7 @@ def devices_of(model: torch.nn.Module, inputs: torch.device) -> tuple[torch.devi
     return tuple(device for device in devices if device.type != "meta")
 
 
-def share_of_layers(model: torch.nn.Module, device: torch.device) -> float:
+def share_of_layers(model: torch.nn.Module, device: torch.device) -> Fraction:
     """The share of a model's attention layers that are on a device, more than 0. Those whose place is unknown count."""
     places: dict[int, torch.device] = {}
     for module in model.modules():
@@ -26,4 +28,4 @@ def share_of_layers(model: torch.nn.Module, device: torch.device) -> float:
         if isinstance(index, int) and parameter is not None:
             places.setdefault(index, parameter.device)
     here = sum(place.type == "meta" or place == device for place in places.values())
-    return here / len(places) if here else 1.0
+    return Fraction(here, len(places)) if here else Fraction(1)

@@ -147,6 +147,8 @@ class PrefixCache:
     def store(self, request: Request, start: int, end: int) -> None:
         """Note that the blocks of tokens ``start .. end - 1`` of a running row are written."""
         first = start // self.block_size
+        if first == end // self.block_size:
+            return
         for index, block_hash in enumerate(self.completed_hashes(request, start, end), first):
             if block_hash not in self._entries:
                 self._entries[block_hash] = _Entry(block_hash, self._tokens(request, index), len(self._pools))

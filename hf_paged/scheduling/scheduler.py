@@ -13,7 +13,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.memory.block_pool import BlockPool
@@ -45,8 +45,7 @@ class CacheGroup(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):  # Made for every row of every step: a frozen dataclass takes twice as long.
     """Tokens ``start .. end - 1`` of a row run in this step."""
 
     request: Request
@@ -254,8 +253,10 @@ class Scheduler:
     def _chunk_length(self, request: Request, left: int) -> int:
         """Tokens of the row's next chunk: fewer than `left` where a windowed group could not hold as many."""
         start, count = request.num_stored, min(request.num_pending, left)
+        if count == 1:
+            return 1
         for group in self.groups:
-            if group.window is not None and count > 1:
+            if group.window is not None:
                 pool = group.blocks
                 first = max(0, start - (group.window - 1)) // pool.block_size
                 count = min(count, (first + pool.total_blocks) * pool.block_size - start)
@@ -408,9 +409,12 @@ def _order(request: Request) -> int:
 
 def _is_private(table: BlockTable, start: int, end: int) -> bool:
     """Tell whether the row alone owns blocks for these tokens already, as for most tokens of a decode."""
-    size = table.pool.block_size
-    first, last = (start - table.base) // size, (end - 1 - table.base) // size
     blocks, pool = table.blocks, table.pool
-    return last < len(blocks) and all(
-        not pool.is_shared(block) and not pool.is_kept(block) for block in blocks[first : last + 1]
-    )
+    last = (end - 1 - table.base) // pool.block_size
+    if last >= len(blocks):
+        return False
+    first = (start - table.base) // pool.block_size
+    for block in blocks[first : last + 1]:  # No generator: this runs for every row of every step.
+        if pool.is_shared(block) or pool.is_kept(block):
+            return False
+    return True

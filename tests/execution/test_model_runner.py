@@ -59,6 +59,7 @@ def runner_of(model) -> ModelRunner:
     return registry.engine_of(model).runner
 
 
+@pytest.mark.usefixtures("is_ahead")
 @pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sample"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_replayed_steps_give_the_tokens_of_dense(name, options, registered):

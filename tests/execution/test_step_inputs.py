@@ -148,6 +148,9 @@ def test_memory_that_is_being_copied_is_not_written(fake_device, monkeypatch):
         def record(self, stream):
             log.append(("copied", id(self)))
 
+        def query(self):
+            return False
+
         def synchronize(self):
             log.append(("waited", id(self)))
 

@@ -3,12 +3,15 @@
 import threading
 import time
 
+import pytest
 import torch
 
 from support import zoo
 from support.packing import LENGTHS, SAMPLE, pair, watch_steps
 from support.parity import assert_rows_equal
 from support.threads import in_threads
+
+pytestmark = pytest.mark.usefixtures("is_ahead")
 
 
 def test_calls_of_many_threads_run_in_common_steps(monkeypatch):

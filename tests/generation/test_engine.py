@@ -13,17 +13,21 @@ from hf_paged.reasons import Reason
 from support import zoo
 from support.packing import LENGTHS, SAMPLE, compare, pair, watch_steps
 
+both_ways = pytest.mark.usefixtures("is_ahead")
+
 
 def preemptions(model) -> int:
     return registry.engine_of(model).scheduler.num_preemptions
 
 
+@both_ways
 @pytest.mark.parametrize("name", zoo.NAMES)
 @pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sample"])
 def test_rows_at_different_steps(name, options):
     compare(pair(name=name), zoo.prompts([13, 4, 30, 9, 21, 1]), **options)
 
 
+@both_ways
 @pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sample"])
 def test_a_batch_larger_than_the_pool_queues_and_is_preempted(options):
     models = pair(blocks=18)
@@ -45,6 +49,7 @@ PROCESSORS = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sample"])
 @pytest.mark.parametrize("case", PROCESSORS)
 def test_processors_and_criteria_of_transformers(case, sample):
@@ -82,6 +87,7 @@ def test_pads_and_finished_rows_are_not_computed(monkeypatch):
     assert sum(ran) == 36 + sum(lengths) - len(lengths)
 
 
+@both_ways
 def test_a_row_that_outgrows_the_pool_raises_after_its_siblings_and_their_tokens_are_kept():
     dense, paged = pair(blocks=10)
     inputs = zoo.prompts([30, 5, 8])
@@ -95,6 +101,7 @@ def test_a_row_that_outgrows_the_pool_raises_after_its_siblings_and_their_tokens
     compare((dense, paged), zoo.prompts([5, 8]))
 
 
+@both_ways
 def test_a_prompt_that_can_never_fit():
     _, paged = pair(blocks=4)
     with pytest.raises(hf_paged.OutOfBlocksError, match="needs 8 blocks, 4 of 4 are free"):

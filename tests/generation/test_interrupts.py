@@ -45,9 +45,11 @@ def settled(model) -> None:
     assert not any(group.blocks.reserved for group in pool.groups.values())
 
 
+both_ways = pytest.mark.usefixtures("is_ahead")
 MODES = {"greedy": {}, "beams": {"num_beams": 2}, "sample": {"do_sample": True}}
 
 
+@both_ways
 @pytest.mark.parametrize("mode", MODES)
 def test_an_interrupt_at_any_line_costs_its_own_call(mode):
     """A sample of the lines that a call runs; another call runs beside it all the time."""
@@ -108,6 +110,7 @@ def once(function, event):
     return wrapped
 
 
+@both_ways
 @pytest.mark.parametrize("place", ["choose", "forward", "copy"])
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
 def test_a_time_limit_arrives_wherever_it_rings(place, beside, alarm, monkeypatch):
@@ -140,6 +143,7 @@ def test_a_time_limit_arrives_wherever_it_rings(place, beside, alarm, monkeypatc
     settled(paged)
 
 
+@both_ways
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_exit_in_the_drivers_thread_is_no_others(error, monkeypatch):
     """It comes while the driver chooses for both calls."""
@@ -194,6 +198,7 @@ def interrupted_forward(model, run) -> None:
         hook.remove()
 
 
+@both_ways
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["packed", "beams", "no cache"])
 def test_an_interrupt_inside_a_forward_leaves_no_call_behind(options):
     dense, paged = pair()
@@ -234,8 +239,11 @@ def test_a_model_whose_call_was_interrupted_can_be_freed(call):
     assert reference() is None
 
 
-def test_a_failing_copy_costs_no_call_a_wrong_token(monkeypatch):
-    """A device has no memory for the copy of a shared block, once or for good."""
+def test_a_failing_copy_costs_no_call_a_wrong_token(is_ahead, monkeypatch):
+    """A device has no memory for the copy of a shared block, once or for good.
+
+    A row that runs ahead gives its blocks up instead, and runs its tokens again.
+    """
     dense, paged = pair(blocks=60, token_budget=64)
     same = {name: value.repeat(3, 1) for name, value in zoo.prompts([10], seed=3).items()}
     other = zoo.prompts([13], seed=8)
@@ -256,7 +264,7 @@ def test_a_failing_copy_costs_no_call_a_wrong_token(monkeypatch):
         got = in_threads(lambda: paged.generate(**same, **options), lambda: paged.generate(**other, **options))
         assert len(failures) == times
         assert torch.equal(got[1], wanted[1])
-        if times == 1:
+        if times == 1 or is_ahead:
             assert torch.equal(got[0], wanted[0]), "there was memory at the second try"
         else:
             assert isinstance(got[0], torch.OutOfMemoryError)

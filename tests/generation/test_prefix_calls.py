@@ -15,7 +15,10 @@ from support.packing import LENGTHS, SAMPLE, compare, pair
 from support.parity import assert_rows_equal
 from support.prefixes import found, own_pair, prompts
 
+both_ways = pytest.mark.usefixtures("is_ahead")
 
+
+@both_ways
 @pytest.mark.parametrize("name", zoo.NAMES)
 @pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sample"])
 def test_across_rows_and_calls(name, options):
@@ -27,6 +30,7 @@ def test_across_rows_and_calls(name, options):
     assert hf_paged.stats(models[1]).prefix_lookups == 6
 
 
+@both_ways
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gpt_oss"])
 @pytest.mark.parametrize("shared", [4, 8, 12, 16])
 def test_beginnings_around_a_window(name, shared):
@@ -42,6 +46,7 @@ def test_beginnings_around_a_window(name, shared):
     assert found(models[1]) > shared * 4 + 40
 
 
+@both_ways
 @pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sample"])
 def test_a_small_pool_evicts_and_preempts(options):
     models = pair(blocks=22)
@@ -85,6 +90,7 @@ def test_salts_separate_calls():
         assert found(models[1]) == expected
 
 
+@both_ways
 def test_across_threads():
     dense, paged = pair(token_budget=64)
     paged.generate(**prompts([25], seed=9), **LENGTHS)
@@ -130,6 +136,7 @@ def replace(model):
     torch.nn.init.constant_(model.model.layers[1].mlp.up_proj.weight, 0.1)
 
 
+@both_ways
 @pytest.mark.parametrize("change", [step, edit, edit_a_column, load, replace], ids=lambda change: change.__name__)
 def test_changed_weights_drop_it(change):
     models, inputs = own_pair(), prompts([30, 26])

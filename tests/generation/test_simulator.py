@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hf_paged import atomic
 from hf_paged.cache import batch_state
 from hf_paged.cache.batch_state import GroupRows
+from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation import engine
 from hf_paged.memory import reservation
 from hf_paged.memory.kv_pool import KVCacheGroup
@@ -94,6 +95,10 @@ MUTATIONS = {
     "a withdrawn chunk stays in its step": (
         "allocation",
         [(Scheduler, "_withdraw", lambda self, request, step: None)],
+    ),
+    "a row runs ahead with another token": (
+        "none",
+        [(PendingTokens, "put_into", lambda self, input_ids, chunks: None)],
     ),
 }
 

@@ -1,6 +1,6 @@
 """A pool on a device that has memory of its own: it takes its budget once, and keeps to it.
 
-No such device here: the CPU takes its memory as one would, or "meta" stands in for the shapes.
+The CPU takes its memory as such a device would, "meta" stands in for its shapes, or `support.fake_device` for itself.
 """
 
 import gc
@@ -178,3 +178,17 @@ def test_release_gives_the_memory_back(at_once):
     hf_paged.release(paged)
     gc.collect()  # What fills new slots with NaN, in tests, makes a cycle.
     assert held and not any(reference() for reference in held), "memory that the user's own work cannot have"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["packed", "beams"])
+def test_a_device_without_room_for_the_pool(fake_device, options):
+    """Half of it fits: the first layer has its pages, the second has not."""
+    dense, paged = zoo.pair("llama")[0], zoo.build("llama", "paged").to(fake_device.device)
+    hf_paged.configure(paged, PagedConfig(block_size=4, memory_budget="1MiB"))
+    inputs = zoo.prompts([9, 4])
+    moved = {name: tensor.to(fake_device.device) for name, tensor in inputs.items()}
+    with fake_device.memory_left(2**20 * 5 // 8):
+        with pytest.raises(hf_paged.OutOfBlocksError, match="1 layers of a KV cache group .* on fakegpu:0"):
+            paged.generate(**moved, max_new_tokens=8, **options)
+    found = paged.generate(**moved, max_new_tokens=8, **options)
+    assert torch.equal(found.cpu(), dense.generate(**inputs, max_new_tokens=8, **options))

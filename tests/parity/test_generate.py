@@ -27,6 +27,7 @@ MODES = {
 
 
 @every_model
+@pytest.mark.usefixtures("is_ahead")
 @pytest.mark.parametrize("mode", MODES)
 def test_mode(models, mode):
     assert_generates_equal(models, zoo.prompts(RAGGED), **MODES[mode])

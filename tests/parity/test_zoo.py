@@ -6,7 +6,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_paged
 from hf_paged_evals.models.tiny import tiny_config, tiny_model
-from support import zoo
+from support import one_ahead, zoo
 from support.parity import assert_rows_equal
 
 PAGES = (
@@ -52,6 +52,17 @@ def test_every_mode_of_every_architecture(name, mode):
         assert stats.gathers
     elif name != "gemma4_text" or mode not in ("chunked", "assisted"):  # There it cuts its mask to the last queries.
         assert not stats.gathers, stats.gathers
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_greedy_steps_one_ahead(name, monkeypatch):
+    dense_model, paged_model = zoo.pair(name)
+    inputs, options = zoo.prompts([11, 4]), {"max_new_tokens": 14, "pad_token_id": 0, "eos_token_id": None}
+    hf_paged.release(paged_model)
+    dense = dense_model.generate(**inputs, **options)
+    seen = one_ahead.force(monkeypatch)
+    assert_rows_equal(dense_model, inputs, dense, paged_model.generate(**inputs, **options))
+    assert seen.num_ahead or not hf_paged.stats(paged_model).packed_calls
 
 
 def test_longrope_across_its_switch():

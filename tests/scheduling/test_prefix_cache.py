@@ -134,6 +134,22 @@ def test_a_preempted_row_finds_its_own_blocks_again():
     assert decode()[0][1] == 8 and len(last.tokens) > 9
 
 
+def test_a_block_is_hashed_when_all_its_tokens_are_known():
+    """The last of them is known to the device only while its step is planned, beside a row that waits."""
+    rows = Rows(FakeGroup(32))
+    row = rows.arrive(range(7))
+    rows.scheduler.commit(rows.scheduler.schedule())
+    row.runs_ahead = True
+    other = rows.arrive(range(50, 53))
+    step = rows.scheduler.schedule()
+    assert [(chunk.request, chunk.end) for chunk in step.chunks] == [(row, 8), (other, 3)]
+    assert rows.prefix.completed_hashes(row, 7, 8) == [] and len(row.block_hashes) == 2
+    row.add_token(90)
+    rows.scheduler.commit(step)
+    rows.scheduler.remove(row), rows.scheduler.remove(other)
+    assert rows.run([*range(7), 90, 91]) == 8
+
+
 def test_a_window_needs_its_own_blocks_only():
     full, window = FakeGroup(32), FakeGroup(32, window=5)
     rows = Rows(full, window)

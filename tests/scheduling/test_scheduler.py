@@ -233,3 +233,75 @@ def test_a_row_that_yields_after_its_first_group_leaves_no_copies():
     _, step = run(scheduler)
     assert duplicate.state is RequestState.WAITING and step.copies == [[], []]
     groups[0].blocks.check_integrity([first_row.tables[0].blocks])
+
+
+def run_ahead(scheduler):
+    """One step whose rows go on without their tokens. Returns its (row, start, end)."""
+    chunks, _ = run(scheduler, sampled=False)
+    for row in scheduler.running:
+        row.runs_ahead = row.runs_ahead or row.is_sampling
+    return chunks
+
+
+def test_a_row_ahead_runs_one_token_that_is_not_known():
+    scheduler, arrive = make(FakeGroup(32))
+    row = arrive(4)
+    run_ahead(scheduler)
+    step = scheduler.schedule()
+    [chunk] = step.chunks
+    assert (chunk.start, chunk.end, chunk.tokens, chunk.is_ahead, chunk.samples) == (4, 5, [0], True, True)
+    row.add_token(7)
+    scheduler.commit(step)
+    assert (row.tokens[4:], row.num_stored, row.is_sampling) == ([7], 5, True), "the token after that is to come"
+
+
+def test_a_row_that_has_ended_while_its_chunk_ran_has_stored_nothing():
+    group = FakeGroup(32)
+    scheduler, arrive = make(group)
+    ended, other = arrive(4), arrive(2)
+    run_ahead(scheduler)
+    step = scheduler.schedule()
+    scheduler.remove(ended)
+    other.add_token(7)
+    scheduler.commit(step)
+    assert (ended.num_stored, other.num_stored) == (0, 3) and group.blocks.used_blocks == 1
+
+
+@pytest.mark.parametrize("others", [1, 0])
+def test_a_row_ahead_waits_for_its_token_rather_than_for_blocks(others):
+    """It neither preempts a row, nor fails, nor exceeds the budget; with its token it does."""
+    group = FakeGroup(2 + 2 * others)
+    scheduler, arrive = make(group)
+    rows = [arrive(7) for _ in range(1 + others)]
+    run(scheduler), run_ahead(scheduler)
+    step = scheduler.schedule()
+    assert (step.chunks, step.failed, scheduler.running) == ([], [], rows) and group.blocks.free_blocks == 0
+    for row in rows:
+        row.add_token(7)
+    chunks, step = run(scheduler)
+    if others:
+        assert chunks == [(rows[0], 8, 9)] and rows[1].state is RequestState.WAITING
+    else:
+        assert [row for row, _ in step.failed] == rows
+
+
+def test_a_row_ahead_that_is_preempted_waits_for_its_token():
+    scheduler, arrive = make(FakeGroup(4))
+    first, last = arrive(8), arrive(7)
+    run_ahead(scheduler)
+    first.add_token(7)
+    assert run(scheduler)[0] == [(first, 8, 9)] and last.state is RequestState.WAITING
+    scheduler.remove(first)
+    assert run(scheduler)[0] == [], "it would run a token that nobody knows"
+    last.add_token(7)
+    assert run(scheduler)[0] == [(last, 0, 8)]
+
+
+def test_an_aborted_step_leaves_a_row_ahead_as_it_was():
+    scheduler, arrive = make(FakeGroup(32))
+    row = arrive(4)
+    run_ahead(scheduler)
+    scheduler.abort(scheduler.schedule())
+    assert (row.num_stored, row.runs_ahead, row.is_sampling) == (4, True, False)
+    [chunk] = scheduler.schedule().chunks
+    assert (chunk.start, chunk.end, chunk.is_ahead) == (4, 5, True)

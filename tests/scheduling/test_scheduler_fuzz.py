@@ -29,6 +29,8 @@ picks = st.integers(0, 10**6)
 class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     """Prompts arrive, steps run, calls hand tokens back or leave, weights change, and others take blocks.
 
+    After some steps rows run ahead: with tokens that are read when the next step has run, or before it is planned.
+
     As in the engine, only steps exclude each other: all else may happen while one is under way. A token is
     written into a fake memory at its slot, with the weights and the salt that it was computed with; at the end of
     a step each row must find all that its queries see. No token is in two prompts unless all before it is, too;
@@ -56,6 +58,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.tokens: dict[Request, list[int]] = {}  # Of every row, in order of arrival.
         self.limits: dict[Request, int] = {}
         self.sampling: dict[Request, None] = {}
+        self.unread: dict[Request, tuple[int, bool]] = {}  # A row's next token, and whether it ends with it.
         self.out: dict[Request, None] = {}
         self.held: list[dict[int, None]] = [{} for _ in self.groups]
         self.memory: list[dict[int, tuple]] = [{} for _ in self.groups]
@@ -71,6 +74,15 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     @property
     def live(self):
         return [request for request in self.tokens if request not in self.out]
+
+    def waits(self, request):
+        """Tell whether a row needs a token before it can run."""
+        return request in self.sampling or (request in self.unread and not request.runs_ahead)
+
+    def tokens_of(self, chunk):
+        """The tokens of a chunk, with the one that only the device knows."""
+        known = self.tokens[chunk.request][chunk.start : chunk.end]
+        return [*known, self.unread[chunk.request][0]] if chunk.is_ahead else known
 
     @rule(
         pick=picks,
@@ -115,19 +127,23 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     @rule()
     def schedule(self):
         running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
+        ahead = [row for row in running if row.runs_ahead]
         totals = [group.blocks.total_blocks for group in self.groups]
         step = self.step = self.scheduler.schedule(may_exceed_budget=not self.keeps_budget)
         for request, error in step.failed:
             self.check_failure(request, error, totals)
+            assert request not in ahead, "a row that may have ended fails"
             self.out.update(dict.fromkeys([request, *request.duplicates]))
         self.check_chunks(step)
         if step.chunks:
             assert_describes(prepare_inputs(step.chunks, self.groups, self.buffers), step.chunks, self.groups)
         self.check_queues(running, waiting)
+        if all(row in ahead or self.waits(row) for row in running):
+            assert all(row.state is RequestState.RUNNING for row in running), "a row that may have ended takes blocks"
         for number, copies in enumerate(step.copies):
             self.check_copies(number, copies)
-        ready = [row for row in (*running, *waiting) if row not in self.sampling]
-        is_free = not any(row in self.sampling for row in running)
+        ready = [row for row in (*running, *waiting) if not self.waits(row)]
+        is_free = not any(row in self.sampling or row in self.unread for row in running)
         if self.keeps_budget:
             assert totals == [group.blocks.total_blocks for group in self.groups], "a pool grew that need not"
             is_free = is_free and not any(self.held)
@@ -145,10 +161,12 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         arrivals = {row: number for number, row in enumerate(self.tokens)}
         assert rows == sorted(set(rows), key=arrivals.get)
         assert sum(chunk.end - chunk.start for chunk in step.chunks) <= self.scheduler.token_budget
-        assert not set(rows) & self.sampling.keys() and set(rows) <= set(self.scheduler.running)
+        assert not any(map(self.waits, rows)) and set(rows) <= set(self.scheduler.running)
         for chunk in step.chunks:
-            assert chunk.request.num_stored == chunk.start < chunk.end <= len(self.tokens[chunk.request])
-            assert chunk.samples == (chunk.end == len(self.tokens[chunk.request]))
+            length = len(self.tokens[chunk.request]) + chunk.request.runs_ahead
+            assert chunk.request.num_stored == chunk.start < chunk.end <= length
+            assert chunk.samples == (chunk.end == length) and len(chunk.tokens) == chunk.end - chunk.start
+            assert not chunk.is_ahead or chunk.tokens == [0]
         for number, group in enumerate(self.groups):
             slots = [s for chunk in step.chunks for s in chunk.request.tables[number].slots(chunk.start, chunk.end)]
             assert len(set(slots)) == len(slots), "two tokens go to one slot"
@@ -160,7 +178,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         admitted = [row for row in waiting if row.state is RequestState.RUNNING]
         assert not (preempted and admitted)
         # A row that waits for a block that is computed in this step may be overtaken by the others of the step.
-        stays = [row for row in self.scheduler.waiting if row not in self.sampling and not self.finds_more(row)]
+        stays = [row for row in self.scheduler.waiting if not self.waits(row) and not self.finds_more(row)]
         assert not (stays and admitted) or max(map(arrivals.get, admitted)) < arrivals[stays[0]], "a row is overtaken"
         last = max((arrivals[row] for row in self.scheduler.running), default=-1)
         assert all(arrivals[row] > last for row in preempted), "not the last one was preempted"
@@ -170,7 +188,8 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         computed = set()
         for chunk in self.step.chunks:
             if self.born[chunk.request] == self.weights:
-                computed.update(self.known.keys(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end))
+                tokens = self.tokens[chunk.request]
+                computed.update(self.known.keys(chunk.request, tokens, chunk.start, min(chunk.end, len(tokens))))
         tokens = self.tokens[request]
         return not computed.isdisjoint(self.known.keys(request, tokens, 0, len(tokens) - 1))
 
@@ -185,11 +204,11 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
                 memory[destination * size + offset] = memory.get(source * size + offset)
 
     @within_a_step
-    @rule()
-    def end_step(self):
+    @rule(is_left_unread=st.booleans(), ends=st.sets(st.integers(0, 20)))
+    def end_step(self, is_left_unread, ends):
         step, self.step = self.step, None
         for chunk in step.chunks:
-            states, tokens = self.states[chunk.request], self.tokens[chunk.request][chunk.start : chunk.end]
+            states, tokens = self.states[chunk.request], self.tokens_of(chunk)
             assert len(states) == chunk.start
             states += [(self.weights, chunk.request.salt, token) for token in tokens]
         for number, (group, memory) in enumerate(zip(self.groups, self.memory)):
@@ -200,17 +219,40 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
                 seen = 0 if group.window is None else max(0, chunk.start - group.window + 1)
                 found = [memory[slot] for slot in chunk.request.tables[number].slots(seen, chunk.end)]
                 assert found == self.states[chunk.request][seen : chunk.end]
+        self.read()
         for chunk in step.chunks:
-            if self.born[chunk.request] == self.weights:
+            if self.born[chunk.request] == self.weights and chunk.request not in self.out:
                 self.known.learn(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end)
         self.scheduler.commit(step)
         for chunk in step.chunks:
-            if chunk.samples:
+            if chunk.samples and chunk.request not in self.out:
                 duplicates = [row for row in chunk.request.duplicates if row not in self.out]
                 self.scheduler.start_duplicates(chunk.request)
                 self.born.update(dict.fromkeys(duplicates, self.born[chunk.request]))
                 self.states.update({row: list(self.states[chunk.request]) for row in duplicates})
                 self.sampling.update(dict.fromkeys([chunk.request, *duplicates]))
+        if is_left_unread:
+            self.run_ahead(ends)
+
+    def run_ahead(self, ends):
+        """Rows that are being sampled go on without their tokens; those that will be full wait."""
+        for place, request in enumerate(self.sampling):
+            length = len(self.tokens[request]) + 1
+            self.unread[request] = next(self.new_tokens), place in ends or length >= self.limits[request]
+            request.runs_ahead = length < self.limits[request] and request.state is RequestState.RUNNING
+        self.sampling.clear()
+
+    @between_steps
+    @rule()
+    def read(self):
+        """The tokens of the last step are known."""
+        unread, self.unread = self.unread, {}
+        for request, (token, is_over) in unread.items():
+            if is_over:
+                self.take_out(request)
+            else:
+                request.add_token(token)
+                self.tokens[request].append(token)
 
     @within_a_step
     @rule()
@@ -253,6 +295,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         for row in (request, *request.duplicates):
             self.out[row] = None
             self.sampling.pop(row, None)
+            self.unread.pop(row, None)
 
     @rule(number=st.integers(0, 1), count=st.integers(1, 8))
     def hold(self, number, count):
@@ -321,7 +364,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
                 break
             if self.step is None:
                 self.schedule()
-            self.end_step()
+            self.end_step(False, set())
             self.hand_all_back()
         assert not self.live, "steps go on without end"
         self.pools_are_whole()

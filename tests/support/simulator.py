@@ -11,9 +11,10 @@ tells every token that was lost, doubled, or read from somewhere else. Unused sl
 One fault is planned in each run: the n-th allocation, copy or forward fails, for once or for good; a device has no
 memory for the n-th thing that it does (a layer's copies, a layer's writes, the inputs of a step); a copy is
 interrupted; a prompt that the model refuses; an interrupt before the n-th line of hf_paged's own code in one thread;
-weights that change during the n-th forward, and back during a later one. Each call's rows come again with what they
-got, as a chat does. Some calls bring a criterion that counts its calls and ends all rows at once. Afterwards the pool
-must be whole and empty, and each call that met no fault must have the tokens of the reference.
+weights that change during the n-th forward, and back during a later one. In every other run steps run one ahead of
+their tokens, as on an asynchronous device. Each call's rows come again with what they got, as a chat does. Some calls
+bring a criterion that counts its calls and ends all rows at once. Afterwards the pool must be whole and empty, and each
+call that met no fault must have the tokens of the reference.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution import model_runner
+from hf_paged.execution.model_runner import ModelRunner
 from hf_paged.execution.packed_cache import packed_mask
 from hf_paged.generation import engine as engine_module
 from hf_paged.generation.engine import CallState, Engine
@@ -258,6 +260,7 @@ class Plan:
     at: int
     for_good: bool
     victim: int
+    is_ahead: bool
 
     @classmethod
     def of(cls, seed: int) -> "Plan":
@@ -275,7 +278,7 @@ class Plan:
         at = int(10 ** chance.uniform(0, 3.4)) if fault == "interrupt" else chance.randint(1, 12)
         blocks = chance.choice([12, 16, 24, 60])
         budget, for_good, victim = chance.choice([3, 8, 32]), chance.random() < 0.3, chance.randrange(len(calls))
-        return cls(seed, blocks, budget, calls, fault, at, for_good, victim)
+        return cls(seed, blocks, budget, calls, fault, at, for_good, victim, is_ahead=seed % 2 == 1)
 
 
 class Run:
@@ -306,6 +309,7 @@ class Run:
                 (engine_module, "CallState", call_state),
                 (engine_module, "time", clock),
                 (engine_module, "identify", FakeIdentity),
+                (ModelRunner, "is_asynchronous", self.plan.is_ahead),
                 (reservation, "time", clock),
                 (stall_detector, "time", clock),
             ):

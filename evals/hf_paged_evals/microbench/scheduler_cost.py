@@ -1,6 +1,7 @@
 """The work of a decode step beside its forward: schedule, prepare, commit, with the prefix cache and without a model.
 
-One full group and, with ``--window``, one of a sliding window.
+One full group and, with ``--window``, one of a sliding window. Of preparing a step, its block tables are timed by
+themselves as well: as they are kept from step to step, and made anew from the rows' lists.
 """
 
 import argparse
@@ -8,8 +9,10 @@ import sys
 import time
 from statistics import median
 
+import numpy as np
 import torch
 
+from hf_paged.execution.host_tables import HostTables
 from hf_paged.execution.step_buffers import StepBuffers
 from hf_paged.execution.step_inputs import prepare_inputs
 from hf_paged.memory.block_pool import BlockPool
@@ -48,10 +51,12 @@ def measure(given: argparse.Namespace) -> Section:
         blocks = rows * (2 + (given.context + given.steps) // _BLOCK_SIZE)
         seconds = costs(rows, given.context, given.steps, [Group(blocks, window) for window in windows])
         parts = {name: median(times) for name, times in seconds.items()}
+        kept, anew = parts.pop("tables kept"), parts.pop("tables anew")
         parts["all"] = sum(parts.values())
         for name, value in parts.items():
             figures.append(Figure(f"{rows} rows: {name}", 1000 * value, "ms", better="lower"))
         figures.append(Figure(f"{rows} rows: all, per row", 1e6 * parts["all"] / rows, "us", better="lower"))
+        figures.append(Figure(f"{rows} rows: tables anew over kept, time", anew / kept, "x", better="higher"))
     return Section(
         NAME,
         "Scheduling a decode step",
@@ -68,22 +73,27 @@ def costs(rows: int, context: int, steps: int, groups: list[Group]) -> dict[str,
         request.salt = ""  # Its blocks are hashed and stored.
         scheduler.add(request)
     buffers = StepBuffers(torch.device("cpu"))
-    seconds: dict[str, list[float]] = {"schedule": [], "prepare": [], "commit": []}
-    for step in range(1 + steps):
-        times = [time.perf_counter()]
-        schedule = scheduler.schedule()
-        times.append(time.perf_counter())
-        prepare_inputs(schedule.chunks, groups, buffers)
-        times.append(time.perf_counter())
-        scheduler.commit(schedule)
-        times.append(time.perf_counter())
+    matrices = [np.zeros((rows, 2 + (context + steps) // _BLOCK_SIZE), dtype=np.int64) for _ in groups]
+    kept = HostTables(matrices)
+    seconds: dict[str, list[float]] = {}
+
+    def timed(name, function, *arguments):
+        began = time.perf_counter()
+        result = function(*arguments)
+        seconds.setdefault(name, []).append(time.perf_counter() - began)
+        return result
+
+    for _ in range(1 + steps):
+        schedule = timed("schedule", scheduler.schedule)
+        timed("prepare", prepare_inputs, schedule.chunks, groups, buffers)
+        timed("commit", scheduler.commit, schedule)
+        tables = [[chunk.request.tables[number] for chunk in schedule.chunks] for number in range(len(groups))]
+        timed("tables kept", kept.show, tables)
+        timed("tables anew", HostTables(matrices).show, tables)
         assert len(schedule.chunks) == rows
         for chunk in schedule.chunks:
             chunk.request.tokens.append(1)
-        for name, began, ended in zip(seconds, times, times[1:]):
-            if step > 0:  # The first step is the prefill.
-                seconds[name].append(ended - began)
-    return seconds
+    return {name: times[1:] for name, times in seconds.items()}  # The first step is the prefill.
 
 
 main = Script(f"microbench {NAME}", __doc__, add_settings, measure, QUICK).main

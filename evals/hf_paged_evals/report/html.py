@@ -5,7 +5,7 @@ import base64
 from jinja2 import Environment
 
 from hf_paged_evals.report import plot_names
-from hf_paged_evals.report.text import FIGURE_COLUMNS, duration, facts, figure_rows, number, numeric_columns
+from hf_paged_evals.report.text import FIGURE_COLUMNS, TITLE, duration, facts, figure_rows, number, numeric_columns
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -35,7 +35,7 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>hf_paged: dense and paged, side by side</title>
+<title>{{ title }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
@@ -57,7 +57,7 @@ _PAGE = """<!doctype html>
 <p class="flag">Wrong: {{ flag }}</p>
 {%- endfor %}
 {%- endmacro %}
-<h1>hf_paged: dense and paged, side by side</h1>
+<h1>{{ title }}</h1>
 <ul>
 {%- for section in sections %}
 <li><a href="#{{ section.anchor }}">{{ section.title }}</a>. {{ section.summary }}{{ flags(section) }}</li>
@@ -92,7 +92,7 @@ _PAGE = """<!doctype html>
 """
 
 
-def render(results: dict, drawn: dict[str, str]) -> str:
+def render(results: dict, drawn: dict[str, str], title: str = TITLE) -> str:
     """The page.
 
     Parameters
@@ -101,12 +101,17 @@ def render(results: dict, drawn: dict[str, str]) -> str:
         What results.json holds.
     drawn : dict of str to str
         SVG of each plot, by `plot_names.name`.
+    title : str
     """
     environment = Environment(autoescape=True)
     environment.filters["number"] = number
     sections = [_section(section, index, drawn) for index, section in enumerate(results["sections"])]
     return environment.from_string(_PAGE).render(
-        style=_STYLE, sections=sections, facts=list(facts(results)), figure_columns=FIGURE_COLUMNS
+        title=title,
+        style=_STYLE,
+        sections=sections,
+        facts=list(facts(results)),
+        figure_columns=FIGURE_COLUMNS,
     )
 
 

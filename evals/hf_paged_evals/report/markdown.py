@@ -1,14 +1,14 @@
 """The report as Markdown."""
 
 from hf_paged_evals.report import plot_names
-from hf_paged_evals.report.text import FIGURE_COLUMNS, duration, facts, figure_rows, number, numeric_columns
+from hf_paged_evals.report.text import FIGURE_COLUMNS, TITLE, duration, facts, figure_rows, number, numeric_columns
 
 
-def render(results: dict) -> str:
+def render(results: dict, title: str = TITLE) -> str:
     """The whole report. Plots are files in ``plots/`` beside it."""
     sections = results["sections"]
     parts = [
-        "# hf_paged: dense and paged, side by side",
+        f"# {title}",
         "\n".join(f"- **{section['title']}.** {section['summary']}{_flags(section)}" for section in sections),
     ]
     parts += [_section(section, index) for index, section in enumerate(sections)]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 NONE = "–"
+TITLE = "hf_paged: dense and paged, side by side"  # Of a report whose writer names no other.
 
 
 def number(value: str | float | int | bool | None) -> str:

@@ -73,6 +73,8 @@ class Footprint:
         Bytes that recurrent layers keep for each row, however long it is.
     other_layers : dict of str to int
         Layers whose keys and values stay in transformers' own cache, by class name.
+    sinks_dtype : torch.dtype or None
+        Of the attention sinks; None: it has none.
     """
 
     model_type: str
@@ -82,6 +84,7 @@ class Footprint:
     num_parameters: int
     state_bytes: int
     other_layers: dict[str, int]
+    sinks_dtype: torch.dtype | None
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -143,6 +146,7 @@ def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
         sum(parameter.numel() for parameter in model.parameters()),
         sum(map(_state_bytes, cache.layers)),
         dict(Counter(type(layer).__name__ for layer in cache.layers if _keeps_own_states(layer))),
+        next((values.dtype for name, values in model.named_parameters() if name.endswith(".sinks")), None),
     )
 
 

@@ -44,7 +44,7 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
         if number < 1:
             raise ValueError(f"{name} must be at least 1; got {number}")
     model_config = read_config(model)
-    chosen = DTYPES[dtype] if dtype else _own_dtype(model_config)
+    chosen = DTYPES[dtype] if dtype else own_dtype(model_config)
     plan = Plan(footprint(model_config, chosen), batch, context, config.block_size, chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = parse_bytes(config.memory_budget)
@@ -62,7 +62,7 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
         print("The weights are counted without their quantisation; with it they leave more for the KV.")
 
 
-def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+def own_dtype(config: PreTrainedConfig) -> torch.dtype:
     """The dtype in which ``from_pretrained`` loads a model of this config."""
     dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype

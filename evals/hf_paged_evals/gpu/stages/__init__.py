@@ -1,0 +1,1 @@
+"""The stages of ``hf-paged eval gpu``: each module has a function ``run(context)``."""
