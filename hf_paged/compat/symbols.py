@@ -119,6 +119,7 @@ _ATTRIBUTES = {
 # By module and function, words of the function's code.
 _WORDS = {
     ("transformers.masking_utils", "and_masks"): ["and_mask", "mask_functions"],
+    ("transformers.modeling_utils", "PreTrainedModel._set_gradient_checkpointing"): ["_gradient_checkpointing_func"],
     ("transformers.masking_utils", "sliding_window_overlay"): ["inner_mask", "sliding_window"],
     ("transformers.generation.utils", "GenerationMixin._prepare_special_tokens"): ["_pad_token_tensor"],
     ("transformers.generation.utils", "GenerationMixin._prepare_cache_for_generation"): ["_is_user_defined"],

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     TextGenerationPipeline,
     masking_utils,
+    modeling_layers,
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager, input_outputs
 from transformers.generation.continuous_batching import cache as continuous_batching_cache
@@ -267,6 +268,30 @@ the older name as well, and say that it is deprecated.
 
 # A decoding loop calls these besides the forward, and a model may have its own version of each.
 _LOOP_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill")
+
+
+@functools.cache
+def checkpointing_takes_the_cache() -> bool:
+    """Tell whether checkpointed layers in training mode get no cache even where no gradients are recorded.
+
+    Asks a layer of ``modeling_layers.GradientCheckpointingLayer``, as every checkpointed layer of transformers is.
+    """
+
+    class Layer(modeling_layers.GradientCheckpointingLayer):
+        gradient_checkpointing = True
+
+        def forward(self, **kwargs):
+            return kwargs[CACHE_ARGUMENT]
+
+    layer, cache = Layer().train(), object()
+    layer._gradient_checkpointing_func = lambda function: function()  # type: ignore[assignment]  # It is no submodule.
+    logger, was_disabled = modeling_layers.logger, modeling_layers.logger.disabled
+    logger.disabled = True  # It says that caching is incompatible with checkpointing.
+    try:
+        with torch.no_grad():
+            return layer(**{CACHE_ARGUMENT: cache}) is not cache
+    finally:
+        logger.disabled = was_disabled
 
 
 def replaced_loop_method(model: PreTrainedModel) -> str | None:

@@ -5,6 +5,7 @@ have moved, or when the function would do other work.
 """
 
 import abc
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +66,7 @@ class Recorder(abc.ABC):
 class GraphRecorder(Recorder):
     """Records CUDA graphs. They share one pool of memory, so no two of them may run at the same time.
 
-    A function runs once on a stream of its own before it is captured: kernels are compiled then, and libraries take
+    A function runs once on the capturing stream before it is captured: kernels are compiled then, and libraries take
     their work space. The graphs copy their results into one tensor: a result of its own would take memory for each.
 
     Parameters
@@ -83,11 +84,13 @@ class GraphRecorder(Recorder):
 
     def record(self, function: Work) -> Recording:
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
+            stream = _capture_stream(self.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                result = self._room_for(function())
+                warm_up = function()
             torch.cuda.current_stream().wait_stream(stream)
+            result = self._room_for(warm_up)  # Memory of the current stream, in which results are read.
+            del warm_up
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate and wait for the device meanwhile; this one may not.
@@ -101,6 +104,12 @@ class GraphRecorder(Recorder):
         if room.shape[1:] != result.shape[1:] or room.dtype != result.dtype or len(room) < len(result):
             room = self._result = torch.empty_like(result)
         return room[: len(result)]
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """The stream on which functions are captured: one for all, as libraries keep work space for each stream."""
+    return torch.cuda.Stream()
 
 
 class GraphRecording(Recording):

@@ -303,7 +303,7 @@ class Engine:
 
     def _forward(self, model: PreTrainedModel, order: Drive, chunks: list[Chunk]) -> torch.Tensor:
         pending = None if order.unread is None else order.unread.pending
-        logits = self.runner.run(model, chunks, pending, self._identity, others_draw=order.others_draw)
+        logits = self.runner.run(model, chunks, pending, self._identity, order.others_draw)
         self.pool.page_reads += sum(len(group.layers) for group in self.runner.groups)
         return logits
 

@@ -115,7 +115,8 @@ class ReplayedNoise:
     Takes over the state of the device's default generator. The first use moves that on, so that calls at the same time
     differ; `close` puts it where dense would have left it, unless others have moved it meanwhile.
 
-    Noise that rows may still ask for is kept, the newest 32 MiB of it; what is older is drawn again.
+    Noise that rows may still ask for is kept, the newest 32 MiB of it; what is older is drawn again. Where noise is
+    drawn whole, rows at different steps cost a draw ``[batch, vocab]`` for each of these steps, kept ones excepted.
 
     A method that is interrupted can be called again: it changes nothing before its end.
 

@@ -4,6 +4,7 @@ On the CPU they are lists of operators; `test_recorders.py` holds CUDA's graphs 
 """
 
 import copy
+import functools
 import gc
 import os
 import time
@@ -13,6 +14,7 @@ import accelerate
 import peft
 import pytest
 import torch
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import StoppingCriteria
 
@@ -203,16 +205,24 @@ def test_hooks_of_accelerate_run():
     assert not replays(models[1]) and unusual(models[1]) == {Reason.MOVED_INPUTS.text}
 
 
-def test_a_mode_sees_what_it_would_see_of_eager_steps():
+MODES = {
+    "of torch": (BaseTorchFunctionMode, Reason.MODES),
+    "of a counter": (functools.partial(FlopCounterMode, display=False), Reason.UNSEEN_CHANGES),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_sees_eager_steps(name):
+    """A replayed graph would pass it by."""
+    mode, reason = MODES[name]
     models = capturing()
     compare(models, zoo.prompts([9]))
-    flops = []
-    for _ in range(2):
-        with FlopCounterMode(display=False) as counter:
-            models[1].generate(**zoo.prompts([9]), **LENGTHS)
-        flops.append(counter.get_total_flops())
-        hf_paged.configure(models[1], PagedConfig(block_size=4, token_budget=16, prefix_cache=False))
-    assert flops[0] > 0.5 * flops[1] > 0
+    before = replays(models[1])
+    with mode():
+        compare(models, zoo.prompts([9]))
+    assert replays(models[1]) == before and unusual(models[1]) == {reason.text}
+    compare(models, zoo.prompts([9]))
+    assert replays(models[1]) > before
 
 
 def test_a_default_device_is_no_obstacle():
@@ -332,6 +342,20 @@ def test_an_interrupt_at_any_line_of_a_capture_leaves_nothing(monkeypatch):
         assert hf_paged.stats(models[1]).captured_buckets == (2,)
 
 
+def test_an_interrupt_at_any_line_of_a_call_costs_that_call_alone():
+    models, inputs = capturing(), zoo.prompts([9, 4])
+    expected = compare(models, inputs)
+    with InterruptedAt(None) as counting:
+        models[1].generate(**inputs, **LENGTHS)
+    for countdown in range(1, counting.num_lines, counting.num_lines // 40):
+        if countdown % 2:  # Interrupts of first uses and captures; else of replays.
+            runner_of(models[1]).drop(Reason.DISABLED)
+        with pytest.raises(Interrupt), InterruptedAt(countdown):
+            models[1].generate(**inputs, **LENGTHS)
+        assert torch.equal(models[1].generate(**inputs, **LENGTHS), expected)
+    assert not unusual(models[1])
+
+
 def test_a_replay_that_differs_from_the_model_is_not_used_again(monkeypatch):
     models = capturing()
     replay = op_recorder.OpRecording.replay
@@ -445,10 +469,52 @@ def test_nothing_is_captured_on_a_cpu_by_default():
     assert not runner_of(models[1]).needs_identity
 
 
-def test_logits_belong_to_the_caller():
-    models = capturing()
-    options = {"return_dict_in_generate": True, "output_logits": True, **LENGTHS}
+def test_logits_belong_to_the_caller(monkeypatch):
+    """Graphs put theirs into one tensor for all."""
+    models, replay, results = capturing(), op_recorder.OpRecording.replay, {}
+
+    def into_one_tensor(self):
+        logits = replay(self)
+        return results.setdefault(logits.shape, torch.empty_like(logits)).copy_(logits)
+
+    monkeypatch.setattr(op_recorder.OpRecording, "replay", into_one_tensor)
+    run, given = captured_steps.CapturedRunner.run, []
+
+    def watched(self, *arguments):
+        logits = run(self, *arguments)
+        given.append((logits, logits.clone()))
+        return logits
+
+    monkeypatch.setattr(captured_steps.CapturedRunner, "run", watched)
     compare(models, zoo.prompts([9]))
-    wanted, got = (model.generate(**zoo.prompts([9]), **options).logits for model in models)
-    assert replays(models[1])
-    torch.testing.assert_close(torch.stack(got), torch.stack(wanted))
+    assert replays(models[1]) > 5
+    assert all(torch.equal(logits, then) for logits, then in given)
+
+
+# A device that is not the CPU.
+
+
+def test_steps_that_are_captured_on_a_device(fake_device, monkeypatch):
+    """Rows run ahead of their tokens there: a replay takes them on the device, and waits for nothing."""
+    dense, paged = capturing()
+    inputs = zoo.prompts(RAGGED)
+    expected = dense.generate(**inputs, **LENGTHS)
+    paged = paged.to(fake_device.device)
+    moved = {name: tensor.to(fake_device.device) for name, tensor in inputs.items()}
+    traffics, replay = [], captured_steps.CapturedRunner._replay
+
+    def watched(self, step, *arguments):
+        with fake_device.watch() as traffic:
+            logits = replay(self, step, *arguments)
+        if step.num_replays > 2:  # Not the one that is compared with the model.
+            traffics.append(traffic)
+        return logits
+
+    monkeypatch.setattr(captured_steps.CapturedRunner, "_replay", watched)
+    for _ in range(2):
+        assert torch.equal(paged.generate(**moved, **LENGTHS).cpu(), expected)
+    assert replays(paged) and not unusual(paged)
+    assert runner_of(paged).is_asynchronous
+    assert traffics and not any(traffic.downloads or traffic.waits for traffic in traffics)
+    # The step, and once in a while which of the tokens on the device belong to which rows.
+    assert {traffic.uploads for traffic in traffics} == {1, 2}

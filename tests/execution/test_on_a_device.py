@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hf_paged
+from hf_paged.execution.model_runner import ModelRunner
 from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation.engine import Engine
 from hf_paged.models import registry
@@ -56,40 +57,6 @@ def test_rows_run_packed_on_a_device(fake_device):
     stats = hf_paged.stats(paged)
     assert stats.token_budget == 16
     assert stats.packed_calls == 1 and stats.page_reads and not stats.gathers and not stats.fallbacks
-
-
-def test_steps_run_one_ahead_there_and_tokens_cross_once(fake_device, monkeypatch):
-    """The host waits when it reads them, after the next step is launched, and for nothing else."""
-    dense, paged = packing.pair(blocks=60, token_budget=64)
-    ids = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(0))
-    options = {**packing.LENGTHS, "eos_token_id": [5, 6, 7, 8, 9, 10]}
-    expected = dense.generate(ids, **options)
-    paged = copy.deepcopy(paged).to(fake_device.device)
-    hf_paged.configure(paged, hf_paged.PagedConfig(block_size=4, memory_budget=60 * packing.BLOCK, token_budget=64))
-    ids = ids.to(fake_device.device)
-    assert torch.equal(paged.generate(ids, **options).cpu(), expected)
-    traffic: dict[str, list] = {}
-
-    def watch(owner, name):
-        real, seen = getattr(owner, name), traffic.setdefault(name, [])
-
-        def watched(*args, **kwargs):
-            with fake_device.watch() as crossed:
-                result = real(*args, **kwargs)
-            seen.append(crossed)
-            return result
-
-        monkeypatch.setattr(owner, name, watched)
-
-    for name in ("_run_step", "_finish_step"):
-        watch(Engine, name)
-    for name in ("put_into", "read"):
-        watch(PendingTokens, name)
-    assert torch.equal(paged.generate(ids, **options).cpu(), expected)
-    waits = {name: sum(crossed.waits for crossed in seen) for name, seen in traffic.items()}
-    assert len(traffic["put_into"]) > 3 and len(traffic["read"]) == waits["read"]
-    assert waits["_run_step"] == waits["read"], "the host waits for something else"
-    assert all(crossed == type(crossed)() for crossed in traffic["_finish_step"]), "a section works on the device"
 
 
 def test_a_step_on_a_device_runs_more_tokens(fake_device):
@@ -154,3 +121,37 @@ def test_copies_of_blocks_are_told_to_a_device_without_a_wait(fake_device):
     assert (traffic.uploads, traffic.downloads, traffic.waits) == (1, 0, 0)
     for page in storage.pages:
         assert [page[block].unique().tolist() for block in (7, 5)] == [[1.0], [2.0]]
+
+
+def test_steps_run_one_ahead_there_and_tokens_cross_once(fake_device, monkeypatch):
+    """The host waits when it reads them, after the next step is launched, and for nothing else but uploads."""
+    dense, paged = packing.pair(blocks=60, token_budget=64)
+    ids = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(0))
+    options = {**packing.LENGTHS, "eos_token_id": [5, 6, 7, 8, 9, 10]}
+    expected = dense.generate(ids, **options)
+    paged = copy.deepcopy(paged).to(fake_device.device)
+    hf_paged.configure(paged, hf_paged.PagedConfig(block_size=4, memory_budget=60 * packing.BLOCK, token_budget=64))
+    ids = ids.to(fake_device.device)
+    assert torch.equal(paged.generate(ids, **options).cpu(), expected)
+    traffic: dict[str, list] = {}
+
+    def watch(owner, name):
+        real, seen = getattr(owner, name), traffic.setdefault(name, [])
+
+        def watched(*args, **kwargs):
+            with fake_device.watch() as crossed:
+                result = real(*args, **kwargs)
+            seen.append(crossed)
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in ((Engine, "_run_step"), (Engine, "_finish_step"), (ModelRunner, "prepare")):
+        watch(owner, name)
+    watch(PendingTokens, "put_into")
+    watch(PendingTokens, "read")
+    assert torch.equal(paged.generate(ids, **options).cpu(), expected)
+    waits = {name: sum(crossed.waits for crossed in seen) for name, seen in traffic.items()}
+    assert len(traffic["put_into"]) > 3 and len(traffic["read"]) == waits["read"]
+    assert waits["_run_step"] == waits["prepare"] + waits["read"], "the host waits for something else"
+    assert all(crossed == type(crossed)() for crossed in traffic["_finish_step"]), "a section works on the device"

@@ -191,7 +191,9 @@ class FakeStream:
 def cuda(monkeypatch):
     fake = FakeCuda()
     monkeypatch.setattr(recorder_module.torch, "cuda", fake)
-    return fake
+    recorder_module._capture_stream.cache_clear()
+    yield fake
+    recorder_module._capture_stream.cache_clear()
 
 
 def captured(recorder, run):

@@ -136,7 +136,10 @@ def test_what_the_kernels_serve(monkeypatch):
     assert dispatch.find("write_and_attend", (query, query, query, *caches())) is torch_sdpa.write_and_attend
     assert dispatch.find("copy_blocks", tuple(caches(dtype=torch.float64))) is torch_sdpa.copy_blocks
     assert dispatch.find("paged_attention", (query.double(), *caches(dtype=torch.float64))) is None
-    assert dispatch.find("paged_attention", (query, *caches(320))) is None
+    assert dispatch.find("paged_attention", (query, *caches(512))) is torch_sdpa.paged_attention
+    assert dispatch.find("paged_attention", (query, *caches(544))) is None
+    assert dispatch.find("paged_attention", (query.float(), *caches(256, torch.float32))) is torch_sdpa.paged_attention
+    assert dispatch.find("paged_attention", (query.float(), *caches(320, torch.float32))) is None
     assert dispatch.find("write_kv", (query.float(), query.float(), *caches())) is None
 
 

@@ -192,3 +192,66 @@ def test_a_device_whose_numbers_cannot_be_drawn_again_samples_freely_until_torch
     assert hf_paged.stats(paged).fallbacks == {Reason.DEVICE_NOISE.text: 1}
     paged.generate(**inputs, do_sample=False, **LENGTHS)
     assert hf_paged.stats(paged).packed_calls == 3
+
+
+class PlacedGenerator:
+    """A generator whose state is a seed and an offset, as a GPU's is; nothing is drawn from it."""
+
+    def __init__(self, state: torch.Tensor):
+        self._state = state.clone()  # [seed, offset]
+
+    def get_state(self) -> torch.Tensor:
+        return self._state
+
+    def get_offset(self) -> int:
+        return int(self._state[1])
+
+    def set_offset(self, offset: int) -> None:
+        self._state[1] = offset
+
+    def initial_seed(self) -> int:
+        return int(self._state[0])
+
+
+@pytest.fixture
+def placed(fake_device, monkeypatch):
+    """The state ``[seed, offset]`` of the default generator of the first device."""
+    state = torch.tensor([2**50, 8])
+    module = torch.get_device_module(fake_device.device)
+    monkeypatch.setattr(type(module), "get_rng_state", lambda self, device: state.clone())
+    monkeypatch.setattr(type(module), "set_rng_state", lambda self, new, device: state.copy_(new))
+    monkeypatch.setattr(rng_replay, "_generator", lambda new, device: PlacedGenerator(new))
+    monkeypatch.setattr(rng_replay, "draws_of", lambda device: Draws.WHOLE)
+    return state
+
+
+def test_a_call_leaves_the_generator_far_from_the_numbers_of_its_own_steps(fake_device, placed):
+    noise = ReplayedNoise(2, VOCAB, device=fake_device.device)
+    noise._part_from_others()
+    assert placed.tolist() == [2**50, 8 + 2**32], "the next step of this call begins a few offsets on"
+    noise.close(0)
+    assert placed.tolist() == [2**50, 8]
+
+
+def test_a_device_is_seeded_with_torch_or_by_itself(fake_device, placed, monkeypatch):
+    monkeypatch.setattr(rng_replay, "_SEED_AT_IMPORT", 2**41)
+    monkeypatch.setattr(rng_replay, "_seeds", {})
+    torch.manual_seed(2**41)
+    assert is_unseeded() and is_unseeded(fake_device.device)
+    placed[0] = 2**51
+    assert is_unseeded() and not is_unseeded(fake_device.device), "another seed than before"
+    monkeypatch.setattr(rng_replay, "_seeds", {})
+    assert is_unseeded(fake_device.device)
+    placed[0] = 7
+    monkeypatch.setattr(rng_replay, "_seeds", {})
+    assert not is_unseeded(fake_device.device), "no seed of chance"
+    placed[0] = 2**51
+    torch.manual_seed(1)
+    assert not is_unseeded(fake_device.device)
+
+
+def test_a_device_without_memory_is_not_taken_for_one_without_generators(fake_device, monkeypatch):
+    find_out = draws_of.__wrapped__
+    with fake_device.memory_left(1000), pytest.raises(torch.OutOfMemoryError):
+        find_out(fake_device.device)
+    assert find_out(fake_device.device) is Draws.IN_ORDER

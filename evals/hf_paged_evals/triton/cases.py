@@ -78,6 +78,7 @@ def all_cases() -> list[Case]:
     cases += [Case(kernel, group=group) for kernel in attention for group in (1, 8)]
     cases += [Case(kernel, is_full=True) for kernel in (*attention, "rows")]
     cases += [Case(kernel, dims=(192, 128), group=1) for kernel in attention]
+    cases += [Case("prefill", dtype, (dim, dim), group=8) for dtype in ("bf16", "fp16") for dim in (320, 512)]
     cases += [Case("rows"), Case("decode", group=24), Case("prefill", group=48)]
     cases += [Case(kernel, dtype, (dim, dim)) for kernel in movers for dtype in ("bf16", "fp32") for dim in (80, 128)]
     return cases
@@ -95,6 +96,7 @@ def few_cases() -> list[tuple[Case, Target]]:
         (Case("prefill"), sm90),
         (Case("prefill"), sm80),
         (Case("prefill", dims=(80, 80)), sm100),
+        (Case("prefill", dims=(512, 512), group=8), sm80),
         (Case("reduce"), sm100),
         (Case("write"), sm80),
         (Case("copy"), gfx942),

@@ -25,6 +25,7 @@ from hf_paged.compat.generate_frame import names_passed_to_generate
 from hf_paged.compat.torch import forward_pre_hooks
 from hf_paged.compat.transformers import (
     CACHE_ARGUMENT,
+    checkpointing_takes_the_cache,
     is_callers_cache,
     replaced_loop_method,
     supports_logits_to_keep,
@@ -143,7 +144,7 @@ def _why_not_in_training(modules: list[torch.nn.Module]) -> Why | None:
     for module in modules:
         if module.training and isinstance(module, _DROPOUT) and module.p:
             return Reason.TRAINING.of(repr(module))
-        if module.training and getattr(module, "gradient_checkpointing", False):
+        if module.training and getattr(module, "gradient_checkpointing", False) and checkpointing_takes_the_cache():
             return Reason.CHECKPOINTING
     return None
 

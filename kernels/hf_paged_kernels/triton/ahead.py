@@ -147,9 +147,9 @@ def _attention_calls(
     out = query.new_empty(*query.shape[:2], layer.value_dim)
     softcap = 30.0 if layer.has_softcap else None
     sinks = None if layer.sinks is None else torch.empty(layer.num_heads, dtype=layer.sinks, device="meta")
-    plans = possible_plans(device, heads_of(query, value_cache), layer.window)
+    heads = heads_of(query, value_cache)
     return planned_calls(
-        device, plans, out, query, key_cache, value_cache,
+        device, heads, possible_plans(device, heads, layer.window), out, query, key_cache, value_cache,
         numbers[:, None], numbers, numbers, 0.1, layer.window, softcap, sinks,
     )  # fmt: skip
 

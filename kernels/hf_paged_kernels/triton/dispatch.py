@@ -84,5 +84,6 @@ def _serves(op: str, arguments: tuple) -> bool:
     is_dense = key_cache.stride(3) == 1 and value_cache.stride(3) == 1
     if op == "write_kv":
         return is_dense and arguments[0].dtype == key_cache.dtype and arguments[1].dtype == value_cache.dtype
-    is_small = max(key_cache.shape[3], value_cache.shape[3]) <= MAX_DIM
-    return is_dense and is_small and arguments[0].dtype in _DTYPES and arguments[0].dtype == key_cache.dtype
+    if not is_dense or arguments[0].dtype not in _DTYPES or arguments[0].dtype != key_cache.dtype:
+        return False
+    return max(key_cache.shape[3], value_cache.shape[3]) <= MAX_DIM[key_cache.element_size()]

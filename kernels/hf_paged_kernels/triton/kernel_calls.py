@@ -42,7 +42,7 @@ class Kernel(Protocol):
     def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> Any: ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class KernelCall:
     """A kernel with all that it is launched with.
 
@@ -75,19 +75,12 @@ def write_call(
     slot_mapping: torch.Tensor,  # [num_tokens] int64
 ) -> KernelCall:
     """The kernel call of `write_kv`; there is at least one token."""
-    num_tokens, num_kv_heads, key_dim = key.shape
-    value_dim = value.shape[2]
+    num_tokens, num_kv_heads, _ = key.shape
     key, value = dense_lanes(key), dense_lanes(value)
-    rows = max(1, _WRITE_ELEMENTS // max(padded(key_dim), padded(value_dim)))
     strides = (key.stride(0), key.stride(1), value.stride(0), value.stride(1))
-    options = {
-        "NUM_KV_HEADS": num_kv_heads,
-        "ROWS": rows,
-        **_SMALL,
-        **_pages(key_cache.shape, key_cache.stride(), value_cache.shape, value_cache.stride()),
-    }
+    options = _write_options(key_cache.shape, key_cache.stride(), value_cache.shape, value_cache.stride())
     arguments = (key, value, key_cache, value_cache, slot_mapping.contiguous(), num_tokens, *strides)
-    return KernelCall(write_kernel, (-(-num_tokens * num_kv_heads // rows),), arguments, options)
+    return KernelCall(write_kernel, (-(-num_tokens * num_kv_heads // options["ROWS"]),), arguments, options)
 
 
 def copy_call(
@@ -120,13 +113,17 @@ def attention_calls(
 ) -> list[KernelCall]:
     """The kernel calls of `paged_attention` into `out`, in order; there is at least one query."""
     num_tokens, num_rows, max_context = len(query), len(context_lens), block_tables.shape[1] * key_cache.shape[2]
-    plans = attention_plans(device, heads_of(query, value_cache), num_tokens, num_rows, max_context, window)
-    caches, rows = (key_cache, value_cache), (block_tables, context_lens, cu_seqlens_q)
-    return planned_calls(device, plans, out, query, *caches, *rows, scale, window, softcap, sinks)
+    heads = heads_of(query, value_cache)
+    plans = attention_plans(device, heads, num_tokens, num_rows, max_context, window)
+    return planned_calls(
+        device, heads, plans, out, query, key_cache, value_cache,
+        block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
+    )  # fmt: skip
 
 
 def planned_calls(
     device: Device,
+    heads: Heads,
     plans: Iterable[AttentionPlan],
     out: torch.Tensor,  # [num_tokens, num_heads, value_dim], contiguous
     query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
@@ -141,7 +138,6 @@ def planned_calls(
     sinks: torch.Tensor | None,  # [num_heads]
 ) -> list[KernelCall]:
     """The kernel calls of these plans."""
-    value_dim, heads = value_cache.shape[3], heads_of(query, value_cache)
     if scale <= 0:  # The kernels take the maximum before they scale.
         query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
     query, block_tables = dense_lanes(query), dense_lanes(block_tables)
@@ -155,7 +151,7 @@ def planned_calls(
     for plan in plans:
         num_head_tiles = head_tiles(heads, plan)
         kernel, options, reduce_options = _compiled_in(device, plan, heads, query.dtype, pages, has)
-        scratch = _scratch(query, plan, num_head_tiles, value_dim)
+        scratch = _scratch(query, plan, num_head_tiles, heads.value_dim)
         arguments = (*tensors, *scratch, *numbers, *factors, plan.extra)
         calls.append(KernelCall(kernel, (plan.extra + plan.tiles, num_head_tiles), arguments, options))
         if plan.extra:
@@ -191,6 +187,14 @@ def _pages(key_shape: _Sizes, key_strides: _Sizes, value_shape: _Sizes, value_st
 
 
 @functools.lru_cache(maxsize=256)  # All layers of a step ask for the same few.
+def _write_options(*pages: _Sizes) -> dict[str, Any]:
+    """What is compiled into the writing kernel, for `_pages`."""
+    options = _pages(*pages)
+    rows = max(1, _WRITE_ELEMENTS // max(options["KEY_LANES"], options["VALUE_LANES"]))
+    return {"NUM_KV_HEADS": pages[0][1], "ROWS": rows, **_SMALL, **options}
+
+
+@functools.lru_cache(maxsize=256)
 def _compiled_in(
     device: Device,
     plan: AttentionPlan,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 BY_TOKEN, BY_ROW, BY_TILE = 0, 1, 2  # How programs find their queries: see rows.py.
-MAX_DIM = 256
+MAX_DIM = {2: 512, 4: 256}  # Largest head size, by bytes of an element: larger ones do not fit in shared memory.
 MAX_SPLITS = 128
 
 
@@ -199,7 +199,9 @@ def head_tiles(heads: Heads, plan: AttentionPlan) -> int:
 
 
 def decode_plan(device: Device, heads: Heads) -> AttentionPlan | None:
-    """The decode kernel for rows of a few queries; None if a group of heads is too large for it."""
+    """The decode kernel for rows of a few queries; None if heads or a group of them are too large for it."""
+    if heads.lanes > 256:  # A warp would hold its queries in more registers than there are.
+        return None
     plain = heads.itemsize == 4 and not device.is_hip  # Products without tensor cores: no need to fill 16 rows.
     if heads.group > (16 if plain else 32):
         return None
@@ -220,7 +222,9 @@ def prefill_plan(device: Device, heads: Heads) -> AttentionPlan:
     plain = heads.itemsize == 4 and not device.is_hip
     # What fits in registers, found by compiling: `hf-paged eval triton` shows what spills and what does not.
     block_m, tile, warps = 64, 64, 4
-    if plain:
+    if heads.lanes > 256:
+        block_m, tile, warps = 32, 32 if device.is_wide else 16, 8
+    elif plain:
         block_m, tile, warps = 16, 16, 4 if heads.lanes <= 64 else 8
     elif heads.itemsize == 4:
         block_m, tile = 32, 32 if heads.lanes <= 128 else 16

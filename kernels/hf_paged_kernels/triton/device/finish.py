@@ -9,17 +9,19 @@ from hf_paged_kernels.triton.device.softmax import add_sink, inverse
 @triton.jit
 def store_result(
     result, total, maximum, sinks, out, partial_out, partial_lse,
-    token, head, num_heads, partial_row, num_splits, is_query, lanes,
-    VALUE_DIM: tl.constexpr, HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr,
+    token, head, num_heads, rows, slot, head_tile, is_query, lanes,
+    ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Store what a program's rows ``[BLOCK_M, VALUE_LANES]`` sum up to, divided by `total`.
 
-    One of several splits leaves its share and the logarithm of its total in float32; the reduction adds the sinks.
+    One of several splits leaves its share and the logarithm of its total in its slot, in float32. The reduction adds
+    the sinks.
     """
     is_out = is_query[:, None] & (lanes < VALUE_DIM)[None, :]
     out_at = out + ((token * num_heads + head)[:, None] * VALUE_DIM + lanes[None, :])
     if IS_SPLIT:
-        if num_splits > 1:
+        if slot >= 0:
+            partial_row = (slot * tl.num_programs(1) + head_tile).to(tl.int64) * ROWS + rows
             tl.store(partial_lse + partial_row, maximum + tl.log2(total), mask=is_query)
             at = partial_row[:, None] * VALUE_DIM + lanes[None, :]
             tl.store(partial_out + at, result * inverse(total)[:, None], mask=is_out)

@@ -31,9 +31,9 @@ def program_work(
     split, num_splits
         Which split of the context, and of how many.
     slot
-        Where the split leaves its share, if there are several: extra programs by their number, then first splits.
+        Where the split leaves its share: extra programs by their number, then first splits; -1 for the only one.
     """
-    split, num_splits, slot = program * 0, program * 0 + 1, program
+    split, num_splits, slot = program * 0, program * 0 + 1, program * 0 - 1
     if IS_SPLIT:
         tiles = tiles_per_split(
             num_extra, cu_seqlens_q, context_lens, num_rows, window,
@@ -44,6 +44,7 @@ def program_work(
                 program, tiles, cu_seqlens_q, context_lens, num_rows, window,
                 MAPPING, BLOCK_Q, MIN_Q, TILE, MAX_SPLITS, HAS_WINDOW,
             )  # fmt: skip
+            slot = program
         else:
             row, index = tile_place(program - num_extra, cu_seqlens_q, num_rows, MAPPING, BLOCK_Q)
             _, longest = _row_work(
@@ -69,7 +70,8 @@ def tiles_per_split(
 ):  # fmt: skip
     """Tiles of tokens in a split: as few as leave `num_extra` splits at most beyond the first of each tile of queries.
 
-    A context of n tiles in splits of s has ``(n - 1) // s`` beyond its first, so ``sum(n - 1) / num_extra`` is enough.
+    A context of n tiles in splits of s has ``(n - 1) // s`` beyond its first. Their sum is a whole number, and at
+    most ``sum(n - 1) / s``, which stays below ``num_extra + 1``.
     """
     lanes = tl.arange(0, _ROWS_AT_ONCE)
     beyond = tl.zeros((_ROWS_AT_ONCE,), tl.int32)
@@ -79,7 +81,7 @@ def tiles_per_split(
             rows, rows < num_rows, cu_seqlens_q, context_lens, window, MAPPING, BLOCK_Q, MIN_Q, TILE, HAS_WINDOW
         )
         beyond += queries * tl.maximum(longest - 1, 0)
-    return tl.maximum(tl.cdiv(tl.sum(beyond, 0), num_extra), MIN_TILES)
+    return tl.maximum(tl.sum(beyond, 0) // (num_extra + 1) + 1, MIN_TILES)
 
 
 @triton.jit

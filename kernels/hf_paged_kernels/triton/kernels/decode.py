@@ -67,8 +67,8 @@ def decode_kernel(
     total = tl.zeros((PARTS, BLOCK_M), tl.float32)
     summed = tl.zeros((PARTS, BLOCK_M, VALUE_LANES), tl.float32)
     ids = block_ids(table, named + start * TILE, end, BLOCK_SIZE)
-    for index in range(start, stop):
-        passed = index * TILE
+    for number in range(0, stop - start):  # From a constant: else the compiler may lose track of what is aligned.
+        passed = (start + number) * TILE
         at = named + passed
         is_stored = tokens < end - passed
         if HAS_WINDOW:
@@ -98,9 +98,8 @@ def decode_kernel(
     share = tl.exp2(maximum - largest[None, :])
     total = tl.sum(total * share, 0)
     result = tl.sum(summed * share[:, :, None], 0)  # [BLOCK_M, VALUE_LANES]
-    share = (slot * tl.num_programs(1) + head_tile).to(tl.int64) * (HEADS * BLOCK_Q)
     store_result(
         result, total, largest, sinks, out, partial_out, partial_lse,
-        token, head, tl.num_programs(1) // HEAD_TILES * GROUP, share + rows, num_splits,
-        is_query, value_lanes, VALUE_DIM, HAS_SINKS, IS_SPLIT,
+        token, head, tl.num_programs(1) // HEAD_TILES * GROUP, rows, slot, head_tile,
+        is_query, value_lanes, HEADS * BLOCK_Q, VALUE_DIM, HAS_SINKS, IS_SPLIT,
     )  # fmt: skip

@@ -58,7 +58,8 @@ def prefill_kernel(
     summed = tl.zeros((BLOCK_M, VALUE_LANES), tl.float32)
     whole, whole_end = whole_tiles(position, count, window, start, stop, TILE, HAS_WINDOW)
     ids = block_ids(table, tokens + whole * TILE, end, BLOCK_SIZE)
-    for index in range(whole, whole_end):
+    for number in range(0, whole_end - whole):  # From a constant, as in the decode kernel.
+        index = whole + number
         at = tokens + index * TILE
         key_pages = page_offsets(ids, at, BLOCK_SIZE, KEY_STRIDES, TILE)[:, None]
         value_pages = page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES, TILE)[:, None]
@@ -100,9 +101,8 @@ def prefill_kernel(
         # in registers through both loops.
         rows += tl.load(cu_seqlens_q, volatile=True).to(tl.int32)
         token, head, is_query = product_rows(rows, first, count, head_tile, GROUP, HEADS, BLOCK_Q)
-    share = (slot * tl.num_programs(1) + head_tile).to(tl.int64) * (HEADS * BLOCK_Q)
     store_result(
         summed, total, maximum, sinks, out, partial_out, partial_lse,
-        token, head, tl.num_programs(1) // HEAD_TILES * GROUP, share + rows, num_splits,
-        is_query, value_lanes, VALUE_DIM, HAS_SINKS, IS_SPLIT,
+        token, head, tl.num_programs(1) // HEAD_TILES * GROUP, rows, slot, head_tile,
+        is_query, value_lanes, HEADS * BLOCK_Q, VALUE_DIM, HAS_SINKS, IS_SPLIT,
     )  # fmt: skip
