@@ -103,6 +103,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override { ++counts.waits; }
   void synchronizeDevice(c10::DeviceIndex) const override { ++counts.waits; }
+  void record(void** event, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {
+    if (!*event) *event = new char;
+  }
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override { ++counts.waits; }
+  void destroyEvent(void* event, c10::DeviceIndex) const noexcept override { delete static_cast<char*>(event); }
+  void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
 };
 
 struct Hooks final : at::PrivateUse1HooksInterface {
@@ -326,6 +334,8 @@ const at::Tensor& resize(const at::Tensor& self, c10::SymIntArrayRef size, c10::
   return self;
 }
 
+void record_stream(at::Tensor&, c10::Stream) {}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute_on_host>()); }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -339,6 +349,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_reshape_alias", reshape_alias);
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("resize_", resize);
+  m.impl("record_stream", record_stream);
 }
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
