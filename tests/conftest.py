@@ -76,3 +76,12 @@ def rows(monkeypatch):
     from support.packing import watch_steps
 
     return watch_steps(monkeypatch, lambda inputs: len(inputs.sample_index))
+
+
+@pytest.fixture
+def fake_device():
+    """Two devices that stand for GPUs, see `support.fake_device`."""
+    from support.fake_device import switched_on
+
+    with switched_on() as device:
+        yield device
