@@ -95,8 +95,10 @@ def paged_attention(
     sinks: torch.Tensor | None = None,  # [num_heads]
 ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
     """See `ops.paged_attention`."""
-    starts, lens = cu_seqlens_q.tolist(), context_lens.tolist()
-    num_rows = len(lens)
+    num_rows = len(context_lens)
+    # One copy: each waits for the device. What it costs is small beside the tokens that need not be gathered.
+    numbers = torch.cat((cu_seqlens_q, context_lens)).tolist()
+    starts, lens = numbers[: num_rows + 1], numbers[num_rows + 1 :]
     per_row = [starts[row + 1] - starts[row] for row in range(num_rows)]
     options = (scale, window, softcap, sinks)
     if num_rows and len(set(per_row)) == 1:

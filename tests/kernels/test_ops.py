@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from hf_paged_kernels import reference
+from hf_paged_kernels import reference, torch_sdpa
 from support.op_matrix import (
     BATCHES,
     HEADS,
@@ -215,3 +215,21 @@ def test_write_and_attend(kernels, dtype):
     got = kernels.write_and_attend(query, *new, keys, values, slots, tables, contexts, starts, 0.3)
     assert_accurate(got, expected)
     torch.testing.assert_close([keys, values], expected_caches, atol=0, rtol=0, equal_nan=True)
+
+
+def test_torch_waits_for_a_device_once_where_it_reads_lengths(fake_device):
+    """Each copy to the host waits for all that the device has to do: one in a call, none to store tokens or padding."""
+    arguments, _ = make_pages([(20, 1), (0, 1), (40, 3)], (4, 2), 16, torch.float32)
+    states, slots = torch.randn(3, 2, 16), torch.tensor([2, -1, 3])
+    expected = [cache.nan_to_num() for cache in arguments[1:3]]
+    reference.write_kv(states, states, *expected, slots)
+    query, *caches = (tensor.nan_to_num().to(fake_device.device) for tensor in arguments[:3])
+    rows = [tensor.to(fake_device.device) for tensor in arguments[3:]]
+    states, slots = states.to(fake_device.device), slots.to(fake_device.device)
+    with fake_device.watch() as traffic:
+        torch_sdpa.write_kv(states, states, *caches, slots)
+    assert traffic.waits == traffic.uploads == 0 and all(map(torch.equal, [x.cpu() for x in caches], expected))
+    with fake_device.watch() as traffic:
+        got = torch_sdpa.paged_attention(query, *caches, *rows, 0.3)
+    assert (traffic.waits, traffic.downloads, traffic.uploads) == (1, 1, 0)
+    assert_accurate(got.cpu(), exact((arguments[0], *expected, *arguments[3:]), 0.3))
