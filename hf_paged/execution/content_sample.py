@@ -63,8 +63,8 @@ def _with_whole_bytes(content: torch.Tensor) -> torch.Tensor:
 def _lattice(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Shape and strides of a view of a tensor; None if the tensor leaves gaps in memory, or is too large.
 
-    Rows of the view go far down the tensor's rows and a little along its columns, columns of the view the other way:
-    no two elements share a row or a column where there are enough of both.
+    Rows of the view go far down the tensor's rows and a little along its columns, columns of the view the other way: so
+    few elements share a row or a column, and an edit of a whole row or column of a small matrix is seen.
     """
     width, count = 1, 1  # Of the axis whose elements lie side by side, and of all.
     for step, size in sorted(zip(stride, shape)):
@@ -80,9 +80,32 @@ def _lattice(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int
     height = count // width
     rows = min(height, _SAMPLES // min(width, 8))
     columns = min(width, _SAMPLES // rows)
-    down = height // rows * width + width // (rows * columns)
-    along = height // (rows * columns) * width + width // columns
+    if min(height, width) == 1:
+        return (rows, columns), (height // rows * width, max(1, width // columns))
+    # Of a matrix with fewer rows or columns than samples every one is to be seen: a step of one may make up for none,
+    # and a shorter step leave room for it.
+    down, along = max(
+        (
+            (
+                (height // rows - up) * width + max(right, width // _SAMPLES),
+                max(low, height // _SAMPLES) * width + width // columns - left,
+            )
+            for up in ((0, 1) if height >= 2 * rows else (0,))
+            for left in ((0, 1) if width >= 2 * columns else (0,))
+            for right in (0, 1)
+            for low in (0, 1)
+        ),
+        key=lambda strides: _num_seen((rows, columns), strides, width, count),
+    )
     return (rows, columns), (down, along)
+
+
+def _num_seen(shape: tuple[int, int], strides: tuple[int, int], width: int, count: int) -> int:
+    """Rows, columns and elements that a view sees of a matrix of `count` elements; 0 if it reaches behind them."""
+    places = [row * strides[0] + column * strides[1] for row in range(shape[0]) for column in range(shape[1])]
+    if places[-1] >= count:
+        return 0
+    return len({place // width for place in places}) + len({place % width for place in places}) + len(set(places))
 
 
 def _take(content: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,13 @@ def test_elements_of_a_sample_are_spread_over_rows_and_columns(shape):
     assert rows.max() >= 0.75 * (count // width) - 1 and columns.max() >= 0.75 * width - 1
 
 
+@pytest.mark.parametrize("shape", [(97, 32), (64, 32), (32, 64), (64, 64), (1000, 72), (1536, 576)], ids=str)
+def test_most_rows_and_columns_are_sampled_where_they_are_few(shape):
+    places = sample(torch.arange(shape[0] * shape[1]).view(shape)).flatten()
+    for seen, size in zip((places // shape[1], places % shape[1]), shape):
+        assert len(seen.unique()) >= 0.9 * min(size, 64)
+
+
 LAYOUTS = {
     "transposed": lambda tensor: tensor.t(),
     "one of four columns": lambda tensor: tensor[:, ::4],
