@@ -27,7 +27,7 @@ _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _LARGEST_BLOCK = 2**16
 # What `PagedConfig(capture=...)` may name.
-CAPTURES = ("auto", "off", "ops")
+CAPTURES = ("auto", "off", "ops", "compile")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class PagedConfig:
         one that was freed longest ago.
     capture : str
         Which decode steps are captured at their second use, and replayed without the model's Python code. "auto": those
-        on CUDA, as CUDA graphs. "ops": those on every device, as lists of operators. "off": none.
+        on CUDA, as CUDA graphs. "ops": those on every device, as lists of operators. "compile": those on every device,
+        compiled by ``torch.compile``, and on CUDA as CUDA graphs of that; tokens may differ from dense by rounding.
+        "off": none.
 
     Examples
     --------

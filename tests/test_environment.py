@@ -30,7 +30,7 @@ WRONG = {
     "HF_PAGED_TOKEN_BUDGET": [("0", "a positive number of tokens; got 0: try 512"), ("1e3", "got '1e3'")],
     "HF_PAGED_PREFIX_CACHE_SHARE": [("1.5", "a number from 0 to 1; got 1.5: try"), ("nan", "got nan")],
     "HF_PAGED_EVICTION_POLICY": [("fifo", "must be one of 'lru'; got 'fifo'")],
-    "HF_PAGED_CAPTURE": [("on", "must be one of 'auto', 'off', 'ops'; got 'on': leave it out for 'auto'")],
+    "HF_PAGED_CAPTURE": [("on", "must be one of 'auto', 'off', 'ops', 'compile'; got 'on': leave it out for 'auto'")],
 }
 FIELDS = {variable: field for field, variable in VARIABLES.items()}
 CASES = [(variable, *case) for variable, cases in WRONG.items() for case in cases]

@@ -21,6 +21,7 @@ from hf_paged.atomic import after_fork_in_child
 from hf_paged.compat.torch import DeviceMode, count_dispatch_modes, count_function_modes, function_modes
 from hf_paged.compat.transformers import is_hooked_by_accelerate
 from hf_paged.execution.attempt import attempt
+from hf_paged.execution.compile_recorder import CompileRecorder
 from hf_paged.execution.model_runner import ModelIdentity, ModelRunner
 from hf_paged.execution.op_recorder import OpRecorder
 from hf_paged.execution.packed_cache import NotPackableError
@@ -276,9 +277,12 @@ class CapturedRunner(ModelRunner):
 
 def make_recorder(capture: str, device: torch.device) -> Recorder | None:
     """The recorder for steps on a device, as ``PagedConfig.capture`` says; None if none are captured."""
+    graphs = GraphRecorder(device) if device.type == "cuda" else None
     if capture == "ops":
         return OpRecorder()
-    return GraphRecorder(device) if capture == "auto" and device.type == "cuda" else None
+    if capture == "compile":
+        return CompileRecorder(graphs)
+    return graphs if capture == "auto" else None
 
 
 def padded_size(chunks: Sequence[Chunk]) -> StepSize:

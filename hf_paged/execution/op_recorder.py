@@ -25,7 +25,7 @@ class OpRecorder(Recorder):
     an operator tells the host what tensors hold, or a size that depends on it, and where one draws random numbers.
     """
 
-    def record(self, function: Work) -> Recording:
+    def record(self, function: Work) -> "OpRecording":
         tape = _Tape()
         with _Reads(tape), tape:
             result = function()
@@ -35,7 +35,7 @@ class OpRecorder(Recorder):
 class OpRecording(Recording):
     """A list of operators, as a function without branches.
 
-    Parameters
+    Attributes
     ----------
     code : callable
         Takes the constants, and returns the result.
@@ -44,10 +44,10 @@ class OpRecording(Recording):
     """
 
     def __init__(self, code: Code, constants: list[torch.Tensor]):
-        self._code, self._constants = code, constants
+        self.code, self.constants = code, constants
 
     def replay(self) -> torch.Tensor:
-        return self._code(*self._constants)
+        return self.code(*self.constants)
 
 
 class _Tape(DispatchMode):

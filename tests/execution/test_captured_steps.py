@@ -58,6 +58,23 @@ def unusual(model) -> set[str]:
     return set(hf_paged.stats(model).eager_steps) - USUAL
 
 
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "qwen3"))]
+)
+def test_compiled_steps_give_the_tokens_of_dense(name):
+    models = capturing(name, capture="compile")
+    compare(models, zoo.prompts([13, 4, 9]), **ENDLESS)
+    assert replays(models[1]) > 10 and not unusual(models[1])
+
+
+def test_a_step_that_the_compiler_refuses_runs_eagerly():
+    models = capturing("gpt_oss", capture="compile")
+    compare(models, zoo.prompts([13, 4, 9]), **ENDLESS)
+    assert not replays(models[1])
+    [reason] = unusual(models[1])
+    assert reason.startswith("a step could not be captured")
+
+
 # Tokens.
 
 

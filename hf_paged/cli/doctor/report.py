@@ -36,6 +36,7 @@ _CAPTURES = {
     "auto": "decode steps on CUDA, as CUDA graphs",
     "off": "no steps",
     "ops": "decode steps on every device, as lists of operators",
+    "compile": "decode steps on every device, compiled",
 }
 _WITHOUT_GPU_KERNELS = "set HF_PAGED_TRITON=0, which gathers instead, and report this output"
 
