@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import hf_paged_evals.report
 from hf_paged.cli import main
 from hf_paged_evals.gpu import conductor, recorder
 from hf_paged_evals.gpu.bars import BARS
@@ -89,13 +88,13 @@ def test_the_report_is_written_from_the_lines_alone(dry, tmp_path, capsys):
     assert "Not measured: flashinfer" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_the_report_needs_no_matplotlib(dry, tmp_path, monkeypatch):
+def test_the_report_needs_no_matplotlib(dry, tmp_path):
     shutil.copy(dry / recorder.FILE, tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("plots", "write"):
-        monkeypatch.delitem(sys.modules, f"hf_paged_evals.report.{name}", raising=False)
-        monkeypatch.delattr(hf_paged_evals.report, name, raising=False)
-    assert main.main(["eval", "gpu", "--report", str(tmp_path)]) == 0
+    arguments = ["eval", "gpu", "--report", str(tmp_path)]
+    code = (
+        f"import sys; sys.modules['matplotlib'] = None; from hf_paged.cli import main; sys.exit(main.main({arguments}))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<img" not in page and "There are no plots: matplotlib is not installed" in page
 

@@ -92,7 +92,7 @@ class Together:
         self.engine = registry.engine_of(self.models[1])
         (self.pool,) = registry.pools_under(self.models[1])
 
-    def are_in_step(self, runner, model, chunks) -> bool:
+    def are_in_step(self, runner, model, chunks, *others) -> bool:
         """Wait in a step of one of them until the other is there as well."""
         for _ in range(500):
             if len(self.engine._state_of) > 1:

@@ -85,8 +85,9 @@ class FakeDevice:
 
 
 class _Module:
-    """What torch asks of ``torch.fakegpu``."""
+    """What torch and transformers ask of ``torch.fakegpu``."""
 
+    __name__ = "torch.fakegpu"
     _is_on = False
 
     def is_available(self) -> bool:
