@@ -19,7 +19,7 @@ NEED_AN_EXTRA = {
     name: 'MissingPackageError: matplotlib is not installed: pip install "hf-paged[evals]"'
     for name in ("hf_paged_evals.report.plots", "hf_paged_evals.report.write")
 }
-EVAL_COMMANDS = ("compare", "microbench", "model-types", "lm-eval", "triton", "figures")
+EVAL_COMMANDS = ("compare", "microbench", "model-types", "lm-eval", "triton", "figures", "gpu")
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
