@@ -39,4 +39,4 @@ def _wake_compiler() -> None:
     """Let the compiler come up: with its first function it replaces functions of torch's, which looks as if a model had
     changed whose calls have begun.
     """
-    torch.compile(torch.neg)(torch.zeros(2))
+    torch.compile(torch.neg, backend="eager")(torch.zeros(2))  # Which needs no C++ compiler.

@@ -25,7 +25,7 @@ outlives its call, but for the one that runs sections.
 
 An error belongs to the call whose work raises it, in whichever thread. To tell it from what a signal handler raises
 in the driver's thread, the work is done once more: an error that does not come again is no call's, and reaches the
-caller whose thread it is. A fault of the device is everybody's whose rows are in the step, and nothing is done again.
+caller whose thread it is. A fault of the device is the error of every call in the step, and nothing is done again.
 """
 
 import functools

@@ -11,8 +11,8 @@ from hf_paged.memory.limits import memory_limits
 
 logger = logging.get_logger(__name__)
 
-# Of the memory that is available when a pool is made without a memory_budget. The host's is everybody's. What a device
-# keeps is for activations and logits, which are not measured beforehand, and for the user's own work on it.
+# Of the memory that is available when a pool is made without a memory_budget. The host's is for all programs. What a
+# device keeps is for activations and logits, which are not measured beforehand, and for the user's own work on it.
 HOST_SHARE, DEVICE_SHARE = 0.25, 0.75
 WHOLE = Fraction(1)
 # Tokens of a step without a token_budget. A GPU must compute for longer than Python takes to launch the step, about

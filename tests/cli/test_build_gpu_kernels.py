@@ -80,7 +80,7 @@ def test_heads_are_named_on_the_command_line():
 
 @pytest.fixture
 def built(monkeypatch):
-    """What the command would compile, instead of compiling it."""
+    """The layers that the command would compile, instead of compiling them."""
     jobs = []
 
     def compile_layers(layers, device, num_processes):

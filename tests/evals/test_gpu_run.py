@@ -180,6 +180,16 @@ def test_named_stages_alone_are_run(tmp_path):
     assert code == 0 and outcomes(lines) == {"speak": "done"}
 
 
+def test_without_a_gpu_it_is_one_sentence_and_nothing_is_written(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "hf_paged_evals.gpu", "--out", str(out)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and not done.stdout and not out.exists()
+    assert "finds no CUDA GPU here: run this on a machine with one" in done.stderr and "--dry" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
     conduct(tmp_path, Made("speak", 20, "", speak))
     with pytest.raises(ValueError, match="holds a run already: name another folder"):

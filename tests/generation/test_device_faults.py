@@ -1,4 +1,4 @@
-"""A device that fails: the error reaches everybody whom it concerns, as it is, and no work is done again on it."""
+"""A device that fails: the error reaches every call that it concerns, as it is, and no work is done again on it."""
 
 import time
 

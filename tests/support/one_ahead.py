@@ -8,7 +8,7 @@ from hf_paged.execution.pending_tokens import PendingTokens
 
 @dataclass
 class Seen:
-    """What happened to pending tokens.
+    """The events of pending tokens.
 
     Attributes
     ----------

@@ -15,7 +15,7 @@ _HEADS = {"heads": "32/8x128", "block": 16, "dtype": "bfloat16"}
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run says of a bar.
+    """The verdict of a run on a bar.
 
     Attributes
     ----------

@@ -43,11 +43,16 @@ def conduct(options: argparse.Namespace, stages: tuple[Stage, ...] = STAGES) -> 
     Raises
     ------
     ValueError
-        If the folder holds a run already.
+        If the folder holds a run already, or there is no GPU and the run is no dry one.
     """
     path = options.out / FILE
     if path.exists():
         raise ValueError(f"{options.out} holds a run already: name another folder with --out, or delete it")
+    if not options.dry and not _has_gpu():
+        raise ValueError(
+            f"torch {torch.__version__} finds no CUDA GPU here: run this on a machine with one, under a torch that is "
+            "built for it, or add --dry for a trial on the CPU"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     recorder = Recorder(path, _OWN_STAGE, time.monotonic())
@@ -69,6 +74,17 @@ def conduct(options: argparse.Namespace, stages: tuple[Stage, ...] = STAGES) -> 
     for written in write_report(options.out, options.out):
         print(written)
     return 0 if all(outcome == "done" for outcome in outcomes) else 1
+
+
+def _has_gpu() -> bool:
+    """Tell whether torch finds a GPU. A child asks: the question may initialise CUDA."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with contextlib.suppress(Exception):
+            status = 0 if torch.cuda.is_available() else 1
+        os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def _card_name(is_dry: bool) -> str:

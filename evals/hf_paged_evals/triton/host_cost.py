@@ -21,7 +21,7 @@ _WIDTH, _REPEATS = 128, 300
 
 
 def op_calls(target: Target, rows: list[int]) -> Callable[[], list[KernelCall]]:
-    """What `write_and_attend` of one layer makes for a step of rows of so many queries: 32 heads, 8 KV heads of 128."""
+    """Make the calls of `write_and_attend` for a step of rows of so many queries: 32 heads, 8 KV heads of 128."""
     num_tokens = sum(rows)
     caches = [torch.empty(2, 8, 16, 128, dtype=torch.bfloat16) for _ in range(2)]
     query = torch.empty(num_tokens, 32, 128, dtype=torch.bfloat16)

@@ -217,7 +217,7 @@ def _why_not_these_options(
         return Reason.OTHER_FORWARD
     if streamed_rows > 1:
         return Reason.STREAMED_ROWS
-    # Numbers that nobody expects are drawn in any order.
+    # Without a seed no numbers are expected: they are drawn in any order.
     if config.do_sample and draws_of(device) is Draws.UNKNOWN and is_replaying() and not is_unseeded(device):
         return Reason.DEVICE_NOISE
     return None

@@ -91,7 +91,7 @@ def compile_layers(
 
 
 def gpu_target(device: Device) -> GPUTarget:
-    """What Triton compiles for on a device.
+    """The target for which Triton compiles on a device.
 
     Raises
     ------

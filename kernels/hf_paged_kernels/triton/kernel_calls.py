@@ -188,7 +188,7 @@ def _pages(key_shape: _Sizes, key_strides: _Sizes, value_shape: _Sizes, value_st
 
 @functools.lru_cache(maxsize=256)  # All layers of a step ask for the same few.
 def _write_options(*pages: _Sizes) -> dict[str, Any]:
-    """What is compiled into the writing kernel, for `_pages`."""
+    """The numbers that are compiled into the writing kernel, for `_pages`."""
     options = _pages(*pages)
     rows = max(1, _WRITE_ELEMENTS // max(options["KEY_LANES"], options["VALUE_LANES"]))
     return {"NUM_KV_HEADS": pages[0][1], "ROWS": rows, **_SMALL, **options}

@@ -28,7 +28,7 @@ _TORCH = Path(torch.__file__).parent
 
 @dataclasses.dataclass
 class Traffic:
-    """What happened between host and devices.
+    """Counts of what happened between host and devices.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ class FakeDevice:
 
 
 class _Module:
-    """What torch and transformers ask of ``torch.fakegpu``."""
+    """``torch.fakegpu``: answers what torch and transformers ask of a device's module."""
 
     __name__ = "torch.fakegpu"
     _is_on = False

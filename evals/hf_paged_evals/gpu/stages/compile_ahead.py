@@ -59,7 +59,7 @@ def divide(todo: Sequence[OpCase], most: int) -> list[list[OpCase]]:
 
 
 def kernels_of(case: OpCase) -> tuple:
-    """What decides, apart from the lengths of rows, which kernels a call takes."""
+    """The part of a case, beside the lengths of its rows, that decides which kernels a call takes."""
     is_decode = case.num_tokens == len(case.rows)
     return case.heads, case.dtype, case.block_size, case.options, is_decode
 

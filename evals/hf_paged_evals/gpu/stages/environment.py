@@ -72,7 +72,7 @@ def _matmul(context: Context) -> None:
 
 
 def _host_costs(context: Context) -> None:
-    """What the host pays for an op, a linear layer, and copies either way."""
+    """Measure the host's time for an op, a linear layer, and copies either way."""
     device, count = context.device, 20 if context.is_dry else 1000
     size = 64 if context.is_dry else 4096
     few = torch.zeros(8, device=device)

@@ -40,7 +40,7 @@ def run(context: Context) -> None:
 
 
 def verdict(output: str) -> dict:
-    """What a tool's output says.
+    """Read a tool's output.
 
     Returns
     -------

@@ -22,7 +22,7 @@ def program_work(
     MAPPING: tl.constexpr, BLOCK_Q: tl.constexpr, MIN_Q: tl.constexpr, TILE: tl.constexpr, MIN_TILES: tl.constexpr,
     MAX_SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """What a program of the attention kernels does.
+    """The work of one program of the attention kernels.
 
     Returns
     -------
