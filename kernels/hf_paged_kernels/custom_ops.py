@@ -11,13 +11,16 @@ from hf_paged_kernels import torch_sdpa
 from hf_paged_kernels.backends import OPS, python_kernel
 
 _ROWS = "Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q"
+_SCALES = "Tensor? key_scales=None, Tensor? value_scales=None"
 _OPTIONS = "float scale, int? window=None, float? softcap=None, Tensor? sinks=None"
+_WRITTEN_SCALES = "Tensor(c!)? key_scales=None, Tensor(d!)? value_scales=None"
+_READ = "Tensor key_cache, Tensor value_cache"
 _WRITE = "Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping"
 _SCHEMAS = {
-    "write_kv": f"({_WRITE}) -> ()",
+    "write_kv": f"({_WRITE}, {_WRITTEN_SCALES}) -> ()",
     "copy_blocks": "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source, Tensor destination) -> ()",
-    "paged_attention": f"(Tensor query, Tensor key_cache, Tensor value_cache, {_ROWS}, {_OPTIONS}) -> Tensor",
-    "write_and_attend": f"(Tensor query, {_WRITE}, {_ROWS}, {_OPTIONS}) -> Tensor",
+    "paged_attention": f"(Tensor query, {_READ}, {_ROWS}, {_OPTIONS}, {_SCALES}) -> Tensor",
+    "write_and_attend": f"(Tensor query, {_WRITE}, {_ROWS}, {_OPTIONS}, {_WRITTEN_SCALES}) -> Tensor",
 }
 _library = torch.library.Library("hf_paged", "DEF")
 

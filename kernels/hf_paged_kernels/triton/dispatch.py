@@ -13,6 +13,7 @@ import torch
 
 from hf_paged_kernels.backends import BackendState
 from hf_paged_kernels.faults import is_device_fault
+from hf_paged_kernels.quantized import LARGEST_CODE
 from hf_paged_kernels.switches import is_on
 from hf_paged_kernels.triton.launch_plan import MAX_DIM
 
@@ -79,6 +80,8 @@ def find(op: str, arguments: tuple) -> Callable | None:
 
 def _serves(op: str, arguments: tuple) -> bool:
     key_cache, value_cache = (arguments[index] for index in _CACHES[op])
+    if key_cache.dtype in LARGEST_CODE and op != "copy_blocks":
+        return False
     if op == "copy_blocks":
         return key_cache[:1].is_contiguous() and value_cache[:1].is_contiguous()
     is_dense = key_cache.stride(3) == 1 and value_cache.stride(3) == 1

@@ -100,9 +100,10 @@ bool can_write(const Tensor& key, const Tensor& value, const Tensor& key_cache, 
          key_cache.is_contiguous() && value_cache.is_contiguous() && is_contiguous_int64(slots);
 }
 
-void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping) {
+void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping,
+              std::optional<Tensor> key_scales, std::optional<Tensor> value_scales) {
   if (!can_write(key, value, key_cache, value_cache, slot_mapping)) {
-    call_torch("hf_paged::write_kv_torch", key, value, key_cache, value_cache, slot_mapping);
+    call_torch("hf_paged::write_kv_torch", key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales);
     return;
   }
   check_caches(key_cache, value_cache);
@@ -181,10 +182,11 @@ void check_rows(const Attention& a, int64_t max_blocks, int64_t num_tokens, int6
 
 Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor context_lens,
                        Tensor cu_seqlens_q, double scale, std::optional<int64_t> window, std::optional<double> softcap,
-                       std::optional<Tensor> sinks) {
+                       std::optional<Tensor> sinks, std::optional<Tensor> key_scales,
+                       std::optional<Tensor> value_scales) {
   if (!can_attend(query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, sinks)) {
     auto stack = call_torch("hf_paged::paged_attention_torch", query, key_cache, value_cache, block_tables,
-                            context_lens, cu_seqlens_q, scale, window, softcap, sinks);
+                            context_lens, cu_seqlens_q, scale, window, softcap, sinks, key_scales, value_scales);
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   check_caches(key_cache, value_cache);
@@ -230,10 +232,11 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tenso
 Tensor write_and_attend(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
                         Tensor slot_mapping, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q,
                         double scale, std::optional<int64_t> window, std::optional<double> softcap,
-                        std::optional<Tensor> sinks) {
-  write_kv(key, value, key_cache, value_cache, slot_mapping);
+                        std::optional<Tensor> sinks, std::optional<Tensor> key_scales,
+                        std::optional<Tensor> value_scales) {
+  write_kv(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales);
   return paged_attention(query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, scale, window,
-                         softcap, sinks);
+                         softcap, sinks, key_scales, value_scales);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_paged, CPU, library) {
