@@ -134,6 +134,37 @@ class KVStorage:
         """Copy blocks ``[num_copies]`` to others: the copy of copy-on-write."""
         self.kv_format.copy_blocks(self.pages, source, destination)
 
+    def read_blocks(self, blocks: torch.Tensor) -> Pages:
+        """Copy whole blocks out of the pages, as they lie there, to keep them elsewhere.
+
+        Parameters
+        ----------
+        blocks : torch.Tensor
+            ``[num_blocks]`` int64, on the storage's device.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            One for each of `pages`, ``[num_blocks, num_kv_heads, block_size, size]`` on the same device.
+        """
+        return tuple(page[blocks] for page in self.pages)
+
+    def write_blocks(self, blocks: torch.Tensor, parts: Pages) -> None:
+        """Put back what `read_blocks` has copied, into these blocks or others. Mutates them, bit for bit.
+
+        Parameters
+        ----------
+        blocks : torch.Tensor
+            ``[num_blocks]`` int64, on the storage's device, each once. The caller owns them, and no one else does.
+        parts : tuple of torch.Tensor
+            As `read_blocks` returns them, from a storage of the same format and shape. On any device.
+        """
+        assert len(parts) == len(self.pages), "parts of another KV format"
+        for page, part in zip(self.pages, parts):
+            # An assignment would convert and repeat what does not fit.
+            assert part.dtype == page.dtype and part.shape == (len(blocks), *page.shape[1:]), "blocks of another shape"
+            page[blocks] = part.to(page.device)
+
     def _allocate(self, part: Part) -> torch.Tensor:
         shape = self.num_blocks, self.num_kv_heads, self.shape.block_size, part.size
         # A pool made under inference_mode could not be written in place outside it.

@@ -263,6 +263,26 @@ def test_what_is_written_is_gathered_and_copied(format_class):
 
 
 @pytest.mark.parametrize("format_class", [NativeFormat, *FORMATS.values()])
+def test_blocks_come_back_bit_for_bit_in_other_places(format_class):
+    """Whatever lies there, in every part: NaN in unused slots, too."""
+    torch.manual_seed(0)
+    pages, other = storage(format_class), storage(format_class)
+    for page in (*pages.pages, *other.pages):
+        page.view(torch.uint8).random_()
+    blocks, places = torch.tensor([3, 0, 4]), torch.tensor([1, 4, 0])
+    rest = [page[[2, 3]].view(torch.uint8).clone() for page in other.pages]
+    parts = pages.read_blocks(blocks)
+    assert [part.shape for part in parts] == [(3, *page.shape[1:]) for page in pages.pages]
+    other.write_blocks(places, parts)
+    for page, written, kept in zip(pages.pages, other.pages, rest, strict=True):
+        assert torch.equal(page[blocks].view(torch.uint8), written[places].view(torch.uint8))
+        assert torch.equal(written[[2, 3]].view(torch.uint8), kept)
+    for wrong in (parts[1:], [part[:1] for part in parts], [part.double() for part in parts]):
+        with pytest.raises(AssertionError, match="another"):
+            other.write_blocks(places, tuple(wrong))
+
+
+@pytest.mark.parametrize("format_class", [NativeFormat, *FORMATS.values()])
 def test_padding_is_not_stored(format_class):
     """Steps of one shape are padded with tokens of slot -1, some or all of them."""
     torch.manual_seed(0)
