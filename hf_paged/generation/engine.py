@@ -143,6 +143,16 @@ class Engine:
         held.blocks = list(self.scheduler.held[number])
         return [held, *(request.tables[number] for request in self.scheduler.running)]
 
+    def identify(self, model: PreTrainedModel) -> Identity | None:
+        """Inspect the model, with all else that what is stored on this engine depends on.
+
+        Returns
+        -------
+        Identity or None
+            None if a change of the model could not be seen: nothing is found or stored then.
+        """
+        return identify(model, self.pool.config.cache_salt, self.specs)
+
     def run(self, model: PreTrainedModel, call: GenerateCall) -> torch.Tensor:
         """Run a call to its end in this thread, together with the calls of other threads.
 
@@ -183,7 +193,7 @@ class Engine:
             self.runner.begin()
         is_needed = config.prefix_cache or self.runner.needs_identity
         if is_needed and (identity is None or not identity.is_found_again()):
-            identity = identify(model, config.cache_salt, self.specs)
+            identity = self.identify(model)
         has_prefixes = config.prefix_cache and identity is not None
 
         def enter() -> None:
