@@ -254,17 +254,27 @@ def prefill_plan(device: Device, heads: Heads) -> AttentionPlan:
 
 
 def latent_plans(device: Device, heads: Heads) -> tuple[AttentionPlan, AttentionPlan]:
-    """The latent kernel for rows of few queries, and for rows of more."""
-    plain = heads.itemsize == 4 and not device.is_hip
-    large = heads.lanes > 256 and device.arch not in ("sm80", "sm90", "sm100", "sm103")
-    stages = 2 if large or device.is_hip else 3
+    """The latent kernel for rows of few queries, and for rows of more.
 
-    def plan(mapping: int, block_m: int, warps: int, min_q: int) -> AttentionPlan:
+    A program holds the sums of all its rows, each as long as a latent: 16 rows fill half the registers of 4 warps.
+    """
+    plain = heads.itemsize == 4 and not device.is_hip
+    is_large = heads.lanes * heads.itemsize > 512
+    # Large latents in three stages are more than the 99 KiB of small GPUs (sm86, sm89, sm120).
+    has_room = device.is_wide or device.arch == "sm80" or not is_large
+    stages = 3 if has_room and not device.is_hip else 2
+
+    def plan(mapping: int, block_m: int, warps: int, resident: int, min_q: int) -> AttentionPlan:
         packed = min(heads.group, block_m)
         return AttentionPlan(
             "latent", mapping, packed, block_m // packed, block_m, min_q,
-            parts=0, tile=16 if plain else 32, warps=warps, stages=stages, resident=2,
+            parts=0, tile=16 if plain else 32, warps=warps, stages=stages, resident=resident,
         )  # fmt: skip
 
-    few = plan(BY_ROW, 16, 4, min_q=0)
-    return few, plan(BY_TILE, 16 if plain else 32, 8, min_q=few.block_q + 1)
+    # 16 rows spill a few bytes on sm100, 32 rows many on CDNA.
+    if heads.lanes > 256 and device.arch in ("sm100", "sm103"):
+        few = plan(BY_ROW, 32, 8, 1, min_q=0)
+    else:
+        few = plan(BY_ROW, 16, 8 if plain else 4, 2 if device.is_wide or not is_large else 1, min_q=0)
+    many = (16, 4) if device.is_hip else (16 if plain else 32, 8)
+    return few, plan(BY_TILE, *many, 1, min_q=few.block_q + 1)
