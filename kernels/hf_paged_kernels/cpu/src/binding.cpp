@@ -6,10 +6,12 @@
 
 #include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "copy.h"
 #include "isa.h"
+#include "latent.h"
 
 // Headers before torch 2.13 lack the check that gives an error of torch its message; theirs names the call alone.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
@@ -221,6 +223,16 @@ void check_rows(const Attention& a, int64_t max_blocks, int64_t num_tokens, int6
   }
 }
 
+// [sizes], in the dtype of `like`.
+Tensor new_tensor(const Tensor& like, const int64_t (&sizes)[3], const int64_t (&strides)[3]) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(3, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor context_lens,
                        Tensor cu_seqlens_q, double scale, std::optional<int64_t> window, std::optional<double> softcap,
                        std::optional<Tensor> sinks, std::optional<Tensor> key_scales,
@@ -240,12 +252,7 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tenso
                   "block_tables, context_lens and cu_seqlens_q must speak of the same rows");
   STD_TORCH_CHECK(!sinks || sinks->numel() == num_heads, "sinks must be one per head");
   const int64_t sizes[] = {num_tokens, num_heads, value_dim}, strides[] = {num_heads * value_dim, value_dim, 1};
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(3, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor out(handle);
+  Tensor out = new_tensor(query, sizes, strides);
   const std::vector<float> sink_scores = sinks ? as_floats(*sinks) : std::vector<float>();
   const Attention attention{*native_dtype(query),
                             query.const_data_ptr(),
@@ -283,11 +290,73 @@ Tensor write_and_attend(Tensor query, Tensor key, Tensor value, Tensor key_cache
                          softcap, sinks, key_scales, value_scales);
 }
 
+bool can_attend_latents(const Tensor& query_latent, const Tensor& query_rope, const Tensor& latent_cache,
+                        const Tensor& rope_cache, const Tensor& block_tables, const Tensor& context_lens,
+                        const Tensor& cu_seqlens_q) {
+  for (const Tensor* part : {&query_rope, &latent_cache, &rope_cache})
+    if (part->scalar_type() != query_latent.scalar_type()) return false;
+  for (const Tensor* cache : {&latent_cache, &rope_cache})
+    if (!cache->is_contiguous() || cache->size(3) > hf_paged::kMaxRank) return false;
+  return native_dtype(query_latent) && has_dense_int64_rows(block_tables) && is_contiguous_int64(context_lens) &&
+         is_contiguous_int64(cu_seqlens_q);
+}
+
+Tensor latent_attention(Tensor query_latent, Tensor query_rope, Tensor latent_cache, Tensor rope_cache,
+                        Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q, double scale,
+                        std::optional<int64_t> window) {
+  if (!can_attend_latents(query_latent, query_rope, latent_cache, rope_cache, block_tables, context_lens,
+                          cu_seqlens_q)) {
+    auto stack = call_torch("hf_paged::latent_attention_torch", query_latent, query_rope, latent_cache, rope_cache,
+                            block_tables, context_lens, cu_seqlens_q, scale, window);
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  check_caches(latent_cache, rope_cache);
+  const int64_t num_tokens = query_latent.size(0), num_heads = query_latent.size(1), rank = latent_cache.size(3);
+  const int64_t num_rows = context_lens.numel();
+  STD_TORCH_CHECK(latent_cache.size(1) == 1, "latents have one head, the cache has ", latent_cache.size(1));
+  for (const auto& [query, cache] : {std::pair(&query_latent, &latent_cache), std::pair(&query_rope, &rope_cache)})
+    STD_TORCH_CHECK(query->dim() == 3 && query->size(0) == num_tokens && query->size(1) == num_heads &&
+                        query->size(2) == cache->size(3),
+                    "queries must be [num_tokens, num_heads, rank] and [num_tokens, num_heads, rope_dim]");
+  STD_TORCH_CHECK(block_tables.dim() == 2 && block_tables.size(0) == num_rows && cu_seqlens_q.numel() == num_rows + 1,
+                  "block_tables, context_lens and cu_seqlens_q must speak of the same rows");
+  const int64_t sizes[] = {num_tokens, num_heads, rank}, strides[] = {num_heads * rank, rank, 1};
+  Tensor out = new_tensor(query_latent, sizes, strides);
+  const auto attention = [&](const Tensor& query, const Tensor& cache) {
+    hf_paged::Pages pages = pages_of(cache);
+    pages.head_stride = 0;
+    return Attention{*native_dtype(query),
+                     query.const_data_ptr(),
+                     {query.stride(0), query.stride(1), query.stride(2)},
+                     out.mutable_data_ptr(),
+                     pages,
+                     pages,
+                     block_tables.const_data_ptr<int64_t>(),
+                     block_tables.stride(0),
+                     context_lens.const_data_ptr<int64_t>(),
+                     cu_seqlens_q.const_data_ptr<int64_t>(),
+                     num_rows,
+                     int(num_heads),
+                     hf_paged::latent_groups(int(num_heads)),
+                     int(cache.size(2)),
+                     float(scale),
+                     window.value_or(INT64_MAX),
+                     0,
+                     nullptr};
+  };
+  const hf_paged::LatentAttention call{attention(query_latent, latent_cache), attention(query_rope, rope_cache)};
+  check_rows(call.latents, block_tables.size(1), num_tokens, latent_cache.size(0));
+  hf_paged::attend(call, hf_paged::latent_work_in_use()[int(call.latents.dtype)],
+                   int(torch::stable::get_num_threads()), parallel);
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(hf_paged, CPU, library) {
   library.impl("write_kv", TORCH_BOX(&write_kv));
   library.impl("copy_blocks", TORCH_BOX(&copy_blocks));
   library.impl("paged_attention", TORCH_BOX(&paged_attention));
   library.impl("write_and_attend", TORCH_BOX(&write_and_attend));
+  library.impl("latent_attention", TORCH_BOX(&latent_attention));
 }
 
 }  // namespace
