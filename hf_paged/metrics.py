@@ -45,6 +45,8 @@ class Stats:
         Tokens that they found there, and did not compute.
     evictions : int
         Cached blocks that were given up because others needed them.
+    preemptions : int
+        Times that a packed row gave its blocks up to rows that came earlier; it computes its tokens again.
     captured_buckets : tuple of int
         Sizes in rows of the decode steps that are captured now.
     replayed_steps : int
@@ -76,6 +78,7 @@ class Stats:
     prefix_lookups: int
     prefix_hit_tokens: int
     evictions: int
+    preemptions: int
     captured_buckets: tuple[int, ...]
     replayed_steps: int
     eager_steps: dict[str, int]
@@ -95,7 +98,7 @@ def stats(model: torch.nn.Module) -> Stats:
     Stats
     """
     pools = registry.pools_under(model)
-    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = together = 0
+    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = preemptions = together = 0
     gathers: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
     in_turn: Counter[str] = Counter()
@@ -113,6 +116,7 @@ def stats(model: torch.nn.Module) -> Stats:
             hits += pool.prefix_counts.hit_tokens
             gathers.update(pool.gathers)
             captures.add(pool.capture_counts)
+            preemptions += sum(engine.num_preemptions for engine in pool.engines)
             buckets += [bucket for engine in pool.engines for bucket in engine.captured_buckets]
     for counts in registry.counts_under(model):
         packed += counts.packed
@@ -140,6 +144,7 @@ def stats(model: torch.nn.Module) -> Stats:
         prefix_lookups=lookups,
         prefix_hit_tokens=hits,
         evictions=evictions,
+        preemptions=preemptions,
         captured_buckets=tuple(sorted(buckets)),
         replayed_steps=captures.replays,
         eager_steps=dict(captures.eager_steps),

@@ -125,6 +125,11 @@ class Engine:
         return bool(self._state_of)
 
     @property
+    def num_preemptions(self) -> int:
+        """Times that a row gave its blocks up to rows that came earlier."""
+        return self.scheduler.num_preemptions
+
+    @property
     def captured_buckets(self) -> tuple[int, ...]:
         """Sizes in rows of the decode steps that are captured now."""
         return self.runner.captured_buckets
