@@ -107,6 +107,10 @@ class Reason(enum.Enum):
     LOST_KEYWORDS = "the model does not pass its keyword arguments on to its attention", _OWN_LOOP
     # Keys and values that are gathered.
     APPLIED_OPERATION = "the model applies ... to them", _DENSE, False
+    EXPANDED_LATENTS = (
+        "the model expands latents before it attends",
+        "use greedy decoding or sampling, whose packed steps leave latents in their pages",
+    )
     TWO_SOURCES = "keys and values come from different places", _DENSE
     NO_MASK = "the attention has no mask", _DENSE, False
     CUSTOM_MASK = "the attention mask is a custom one", "pass a 2D attention_mask"

@@ -17,6 +17,7 @@ from support import tiny_eval, zoo
 MODEL, DATASET = "--model", "--dataset"
 TAKES = {
     "decode_step": (MODEL,),
+    "latent_step": (),
     "short_prompt": (MODEL,),
     "prefix": (MODEL,),
     "threads": (MODEL, DATASET),

@@ -5,6 +5,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_paged
+from hf_paged.reasons import Reason
 from hf_paged_evals.models.tiny import tiny_config, tiny_model
 from support import one_ahead, zoo
 from support.parity import assert_rows_equal
@@ -53,7 +54,9 @@ def test_every_mode_of_every_architecture(name, mode):
     assert (stats.page_reads > 0) or name not in PAGES, "no attention call read pages: this is sdpa in disguise"
     if name in LATENTS:
         check_latents(stats, is_packed=mode in ("greedy", "sample", "chunked"))
-    elif name in GATHERS + HYBRID_LATENTS:
+    elif name in HYBRID_LATENTS:
+        assert list(stats.gathers) == [Reason.EXPANDED_LATENTS.text]
+    elif name in GATHERS:
         assert stats.gathers
     elif name != "gemma4_text" or mode not in ("chunked", "assisted"):  # There it cuts its mask to the last queries.
         assert not stats.gathers, stats.gathers
@@ -61,7 +64,7 @@ def test_every_mode_of_every_architecture(name, mode):
 
 def check_latents(stats, is_packed: bool) -> None:
     assert (stats.packed_calls > 0) == (stats.page_reads > 0) == is_packed, stats.fallbacks
-    assert bool(stats.gathers) != is_packed
+    assert list(stats.gathers) == ([] if is_packed else [Reason.EXPANDED_LATENTS.text])
 
 
 @pytest.mark.parametrize("name", PAGES + LATENTS)

@@ -8,6 +8,7 @@ from types import ModuleType
 NAMES = (
     "attention_kernel",
     "decode_step",
+    "latent_step",
     "short_prompt",
     "prefix",
     "threads",
