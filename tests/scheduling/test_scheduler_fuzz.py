@@ -67,6 +67,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             is_running=True,
         )
         self.tokens: dict[Request, list[int]] = {}  # Of every row, in order of arrival.
+        self.prefixes: list[list[int]] = []  # Loaded ones.
         self.limits: dict[Request, int] = {}
         self.sampling: dict[Request, None] = {}
         self.unread: dict[Request, tuple[int, bool]] = {}  # A row's next token, and whether it ends with it.
@@ -104,7 +105,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "salt", None]),
     )
     def arrive(self, pick, shared, length, more, duplicates, salt):
-        earlier = list(self.tokens.values())
+        earlier = [*self.tokens.values(), *self.prefixes]
         prompt = earlier[pick % len(earlier)][: min(shared, length)] if earlier else []
         prompt += [next(self.new_tokens) for _ in range(length - len(prompt))]
         rows = [Request(list(prompt), [group.blocks for group in self.groups]) for _ in range(1 + duplicates)]
@@ -132,7 +133,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     @rule(pick=picks, shared=st.integers(0, 20), num_blocks=st.integers(1, 6), salt=st.sampled_from(["", "salt"]))
     def save_or_load(self, pick, shared, num_blocks, salt):
         """A prefix is saved if it is stored; if not, it comes from a file."""
-        earlier, length = list(self.tokens.values()), num_blocks * self.known.size
+        earlier, length = [*self.tokens.values(), *self.prefixes], num_blocks * self.known.size
         tokens = earlier[pick % len(earlier)][: min(shared, length)] if earlier else []
         tokens += [next(self.new_tokens) for _ in range(length - len(tokens))]
         with cache_salt(salt):
@@ -156,6 +157,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             for table, memory in zip(held.request.tables, self.memory):
                 memory.update(zip(table.slots(table.base, length), states[table.base :]))
             self.known.learn(held.request, tokens, 0, length)
+            self.prefixes.append(tokens)
             held.insert(self.scheduler.prefix._identity)
         finally:
             held.release()
