@@ -53,16 +53,21 @@ inline Words encode(Vec numbers, const float8*) {
   return (normal & is_normal) | (subnormal & ~is_normal) | ((bits >> 24) & 0x80);
 }
 
+// The size of the largest number; NaN if one is not finite.
+inline float largest_of(const float* numbers, int dim) {
+  Vec most = splat(0), zeros = splat(0);
+  for (int d = 0; d < dim; d += kLanes) {
+    const Vec v = load(numbers + d);
+    most = max(most, max(v, splat(0) - v)), zeros = fma(v, splat(0), zeros);
+  }
+  return max_lane(most) + sum_lanes(zeros);
+}
+
 // Codes of `numbers`, as many as are padded(dim). Returns their scale: NaN, and codes of zero, where a number is not
 // finite.
 template <class P>
 inline float encode(const float* numbers, int dim, P* codes) {
-  Vec most = splat(0), zeros = splat(0);
-  for (int d = 0; d < dim; d += kLanes) {
-    const Vec v = load(numbers + d);
-    most = max(most, max(v, splat(0) - v)), zeros = zeros + v * splat(0);
-  }
-  const float scale = max_lane(most) / kLargestCode<P> + sum_lanes(zeros);
+  const float scale = largest_of(numbers, dim) / kLargestCode<P>;
   if (scale != scale) {
     memset(codes, 0, dim * sizeof(P));
     return scale;

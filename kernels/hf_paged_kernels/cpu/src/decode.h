@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bytes.h"
 #include "decode_tiles.h"
 #include "dot.h"
 #include "exponential.h"
@@ -60,9 +61,10 @@ class Decoder {
         plan_(plan),
         group_(a.group()),
         key_stride_(padded(a.keys.head_dim)),
-        stride_(padded(a.values.head_dim)) {
+        stride_(acc_stride(a)) {
     scores_ = scratch, scratch += group_ * kMaxTile;
     factors_ = scratch, scratch += padded(group_);
+    steps_ = scratch, scratch += padded(group_);
     states_ = scratch;
   }
 
@@ -87,7 +89,7 @@ class Decoder {
   }
 
  private:
-  using Query = typename Dot<T>::Query;
+  using Query = typename std::conditional_t<kInBytes<T>, ByteDot<T>, Dot<T>>::Query;
 
   const DecodeQuery& query_of(const Tile<T>& tile) const { return plan_.decodes[plan_.chunk_owner[tile.chunk]]; }
 
@@ -114,10 +116,25 @@ class Decoder {
       load_rotated_query(a_, token, head, query);
     else
       load_query(a_, token, head, query);
-    Dot<T>::keep(query, a_.keys.head_dim, kept);
+    if constexpr (kInBytes<T>)
+      ByteDot<T>::keep(query, a_.keys.head_dim, parts_for(a_.dtype), kept);
+    else
+      Dot<T>::keep(query, a_.keys.head_dim, kept);
   }
 
   void score(const Tile<T>& tile, const Tile<T>& ahead) {
+    if constexpr (kInBytes<T>) {
+      const int dim = a_.keys.head_dim;
+      if (a_.dtype == Dtype::kFloat32)
+        ByteDot<T>::template score<3>(tile, ahead, queries_, key_stride_, group_, dim, scores_);
+      else
+        ByteDot<T>::template score<2>(tile, ahead, queries_, key_stride_, group_, dim, scores_);
+    } else {
+      score_lanes(tile, ahead);
+    }
+  }
+
+  void score_lanes(const Tile<T>& tile, const Tile<T>& ahead) {
     int h = 0;
     for (; h + 4 <= group_; h += 4) score_heads<4>(tile, ahead, h);
     if (h + 2 <= group_) score_heads<2>(tile, ahead, h), h += 2;
@@ -163,12 +180,25 @@ class Decoder {
         store(scores + t, of_codes(weights, value_scales_ + t));
       }
       sum_[h] = sum_[h] * factors_[h] + sum_lanes(sum);
+      if constexpr (kInBytes<T>) steps_[h] = ByteDot<T>::split_weights(scores, tokens, parts_for(a_.dtype));
     }
   }
 
   static Vec of_codes(Vec numbers, const float* scales) { return kIsCode<T> ? numbers * load(scales) : numbers; }
 
   void add(const Tile<T>& tile, const Tile<T>& ahead) {
+    if constexpr (kInBytes<T>) {
+      const int dim = a_.values.head_dim;
+      if (a_.dtype == Dtype::kFloat32)
+        ByteDot<T>::template add<3>(tile, ahead, group_, dim, scores_, factors_, steps_, acc_, stride_);
+      else
+        ByteDot<T>::template add<2>(tile, ahead, group_, dim, scores_, factors_, steps_, acc_, stride_);
+    } else {
+      add_lanes(tile, ahead);
+    }
+  }
+
+  void add_lanes(const Tile<T>& tile, const Tile<T>& ahead) {
     add_heads<4>(tile, ahead, 0, group_ / 4);
     const int rest = group_ % 4, head = group_ - rest;
     if (rest == 3) add_heads<3>(tile, ahead, head, 1);
@@ -203,6 +233,8 @@ class Decoder {
   void end(const Tile<T>& tile) {
     const DecodeQuery& query = query_of(tile);
     const int head = tile.kv_head * group_;
+    if constexpr (kInBytes<T>)
+      for (int h = 0; h < group_; ++h) ByteDot<T>::put_in_order(acc_ + h * stride_, a_.values.head_dim);
     if (query.num_chunks == 1) {
       for (int h = 0; h < group_; ++h) finish<T>(a_, query.token, head + h, max_[h], sum_[h], acc_ + h * stride_);
       return;
@@ -219,6 +251,7 @@ class Decoder {
   const int group_, key_stride_, stride_;
   float* scores_;      // [group, kMaxTile]
   float* factors_;     // [group]
+  float* steps_;       // [group], of weights that are multiplied as bytes.
   float* states_;      // [num_kv_heads, state_floats], each of what follows:
   Query* queries_;     // [group, padded key_dim]
   float* acc_;         // [group, padded value_dim], in the order of pairs.

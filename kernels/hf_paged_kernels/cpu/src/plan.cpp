@@ -40,7 +40,7 @@ Plan make_plan(const Attention& a) {
 int64_t scratch_floats(const Attention& a) {
   const int64_t key = padded(a.keys.head_dim), value = padded(a.values.head_dim), group = a.group(),
                 rows = stride_of(queries_per_tile(a) * a.group());
-  const int64_t decode = a.num_kv_heads * state_floats(a) + group * kTileKeys + padded(group);
+  const int64_t decode = a.num_kv_heads * state_floats(a) + group * kTileKeys + 2 * padded(group);
   const int64_t prefill = rows * (key + value + kTileKeys + 5) + kTileKeys * (key + stride_of(int(value))) + key;
   return std::max(decode, prefill);
 }
