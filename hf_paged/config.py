@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_paged.errors import PagedError
 from hf_paged.memory.eviction import EVICTION_POLICIES
+from hf_paged.memory.kv_format import KV_FORMATS
 from hf_paged_kernels.switches import is_on
 
 # The variables that `PagedConfig.from_environment` reads, by field.
@@ -21,6 +22,8 @@ VARIABLES = {
     "cache_salt": "HF_PAGED_CACHE_SALT",
     "eviction_policy": "HF_PAGED_EVICTION_POLICY",
     "capture": "HF_PAGED_CAPTURE",
+    "kv_dtype": "HF_PAGED_KV_DTYPE",
+    "kv_dtype_window": "HF_PAGED_KV_DTYPE_WINDOW",
 }
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -74,6 +77,13 @@ class PagedConfig:
         on CUDA, as CUDA graphs. "ops": those on every device, as lists of operators. "compile": those on every device,
         compiled by ``torch.compile``, and on CUDA as CUDA graphs of that; tokens may differ from dense by rounding.
         "off": none.
+    kv_dtype : str or None
+        How keys and values lie in pages, by its name in `hf_paged.memory.kv_format.KV_FORMATS`. "int8" and "fp8_e4m3":
+        as codes of eight bits with a scale for each token and head, in about half the bytes of bfloat16; tokens may
+        differ from dense. ``None``: in the model's dtype.
+    kv_dtype_window : str or None
+        The same for layers with a sliding window, which `kv_dtype` leaves alone: they keep a few tokens only, so
+        there is little to save. ``None``: in the model's dtype.
 
     Examples
     --------
@@ -90,6 +100,8 @@ class PagedConfig:
     cache_salt: str = ""
     eviction_policy: str = "lru"
     capture: str = "auto"
+    kv_dtype: str | None = None
+    kv_dtype_window: str | None = None
 
     def __post_init__(self):
         size = self.block_size
@@ -116,6 +128,13 @@ class PagedConfig:
         if self.capture not in CAPTURES:
             names = ", ".join(map(repr, CAPTURES))
             raise ValueError(f"capture must be one of {names}; got {self.capture!r}: leave it out for 'auto'")
+        for dtype in ("kv_dtype", "kv_dtype_window"):
+            name = getattr(self, dtype)
+            if name is not None and (not isinstance(name, str) or name not in KV_FORMATS):
+                names = ", ".join(map(repr, KV_FORMATS))
+                raise ValueError(
+                    f"{dtype} must be one of {names}; got {name!r}: leave it out for the model's own dtype"
+                )
 
     @classmethod
     def from_environment(cls) -> "PagedConfig":

@@ -22,6 +22,11 @@ class Stats:
         Tokens a block holds.
     tokens_stored : int
         Filled slots of the used blocks; a slot that several rows share counts once.
+    kv_formats : tuple of str
+        How keys and values lie in pages, for each KV cache group that holds some: ``"int8 (full attention)"``. "native"
+        is the model's dtype.
+    bytes_per_token : int
+        Bytes that one token takes in the pages of all layers.
     waste : float
         Share of the used slots that hold no token: ``1 - tokens_stored / (used_blocks * block_size)``.
     token_budget : int
@@ -67,6 +72,8 @@ class Stats:
     free_blocks: int
     block_size: int
     tokens_stored: int
+    kv_formats: tuple[str, ...]
+    bytes_per_token: int
     waste: float
     token_budget: int
     page_reads: int
@@ -99,6 +106,8 @@ def stats(model: torch.nn.Module) -> Stats:
     """
     pools = registry.pools_under(model)
     total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = preemptions = together = 0
+    token_bytes = 0
+    formats: list[str] = []
     gathers: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
     in_turn: Counter[str] = Counter()
@@ -111,6 +120,8 @@ def stats(model: torch.nn.Module) -> Stats:
                 used, total = used + blocks.used_blocks, total + blocks.total_blocks
                 evictions += blocks.num_evictions
                 tokens += _tokens_stored(pool, spec)
+                token_bytes += group.bytes_per_token
+                formats.append(f"{group.kv_format.name} ({group.kind})")
             reads += pool.page_reads
             lookups += pool.prefix_counts.lookups
             hits += pool.prefix_counts.hit_tokens
@@ -133,6 +144,8 @@ def stats(model: torch.nn.Module) -> Stats:
         free_blocks=free,
         block_size=block_size,
         tokens_stored=tokens,
+        kv_formats=tuple(dict.fromkeys(formats)),
+        bytes_per_token=token_bytes,
         waste=waste,
         token_budget=step_tokens(config, _device_of(model, pools)),
         page_reads=reads,

@@ -23,6 +23,8 @@ GOOD = {
     "HF_PAGED_CACHE_SALT": ("7", "cache_salt", "7"),
     "HF_PAGED_EVICTION_POLICY": ("lru", "eviction_policy", "lru"),
     "HF_PAGED_CAPTURE": ("ops", "capture", "ops"),
+    "HF_PAGED_KV_DTYPE": ("int8", "kv_dtype", "int8"),
+    "HF_PAGED_KV_DTYPE_WINDOW": ("fp8_e4m3", "kv_dtype_window", "fp8_e4m3"),
 }
 WRONG = {
     "HF_PAGED_BLOCK_SIZE": [("24", "a power of two, at least 4; got 24: try"), ("a lot", "got 'a lot': try 16, 32")],
@@ -31,6 +33,8 @@ WRONG = {
     "HF_PAGED_PREFIX_CACHE_SHARE": [("1.5", "a number from 0 to 1; got 1.5: try"), ("nan", "got nan")],
     "HF_PAGED_EVICTION_POLICY": [("fifo", "must be one of 'lru'; got 'fifo'")],
     "HF_PAGED_CAPTURE": [("on", "must be one of 'auto', 'off', 'ops', 'compile'; got 'on': leave it out for 'auto'")],
+    "HF_PAGED_KV_DTYPE": [("int4", "must be one of 'int8', 'fp8_e4m3'; got 'int4': leave it out for the model's own")],
+    "HF_PAGED_KV_DTYPE_WINDOW": [("8", "must be one of 'int8', 'fp8_e4m3'; got 8: leave it out")],
 }
 FIELDS = {variable: field for field, variable in VARIABLES.items()}
 CASES = [(variable, *case) for variable, cases in WRONG.items() for case in cases]

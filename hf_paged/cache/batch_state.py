@@ -263,11 +263,14 @@ class BatchState:
 
     def store_deferred(self) -> None:
         """Move deferred states into pages, and defer no more: the cache is used again after all."""
+        readers = [layer for layer in self.read_layers if layer.index in self._deferred]
         for layer in sorted(self._deferred):
             states = self._deferred[layer]
             self.append(layer, states.window, states.key, states.value)
             del self._deferred[layer]
         self.is_deferring = False
+        for reader in readers:
+            reader.forget_reads_before_rounding()
 
     def append(
         self,

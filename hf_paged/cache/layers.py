@@ -165,6 +165,11 @@ class PagedLayer(DynamicLayer):
             self.batch.read_layers.discard(self)
         return handed_out
 
+    def forget_reads_before_rounding(self) -> None:
+        """Forget dense states that were read before pages took them: those of a lossy format differ, unedited."""
+        if not self.batch.group_rows(self.index).group.kv_format.is_lossless:
+            self._forget_handed_out()
+
     def _crop_handed_out(self, removed: int) -> None:
         """After a crop a dense layer holds a part of the tensors that it held before."""
         kept = self.num_retained(self.batch.length(self.index))
@@ -247,6 +252,10 @@ class PagedLayer(DynamicLayer):
         self._stored_layout = _layout(key_states, value_states)
         self._note_appended(key_states.shape[2])
         view = PageView(batch, rows, step, self.index, rows.version, self)
+        if start == 0:
+            # Attention takes them from here, and must see what later steps, and packed rows, read in the pages.
+            key_states = rows.group.kv_format.as_stored(key_states, True)
+            value_states = rows.group.kv_format.as_stored(value_states, False)
         return PagedStates(view, key_states, True, visible), PagedStates(view, value_states, False, visible)
 
     def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> Why | None:

@@ -90,7 +90,8 @@ class PagedStates(LazyTensor):
     pages : PageView
         Shared by the keys and the values of one update.
     fresh : torch.Tensor
-        The states this update appended, ``[batch, num_kv_heads, new positions, head_dim]``.
+        The states this update appended, ``[batch, num_kv_heads, new positions, head_dim]``; where nothing came before
+        them, as the pages hold them.
     is_key : bool
         Keys, not values.
     dense_states : torch.Tensor or None

@@ -14,8 +14,9 @@ from hf_paged.cli.gpu_kernels import build_gpu_kernels, layer_of_heads, model_la
 from hf_paged.cli.plan.footprint import read_config
 from hf_paged.cli.plan.report import DTYPES, own_dtype, run_plan
 from hf_paged.cli.serve import add_serve
-from hf_paged.config import PagedConfig
+from hf_paged.config import VARIABLES, PagedConfig
 from hf_paged.errors import PagedError
+from hf_paged.memory.kv_format import KV_FORMATS
 from hf_paged_kernels.cpu.build import build_kernels
 from hf_paged_kernels.cpu.compiler import BuildError, find_compiler
 
@@ -115,6 +116,10 @@ def _add_plan(commands) -> None:
         metavar="SIZE",
         help='of keys and values, such as "2GiB" (default: HF_PAGED_MEMORY_BUDGET, or a share of the memory left)',
     )
+    for option, layers in (("--kv-dtype", "full attention"), ("--kv-dtype-window", "a sliding window")):
+        variable = VARIABLES[option[2:].replace("-", "_")]
+        help_text = f"of the pages of layers with {layers} (default: {variable}, or as the model computes them)"
+        plan.add_argument(option, choices=KV_FORMATS, help=help_text)
     plan.set_defaults(run=_plan)
 
 
@@ -164,8 +169,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     if context is None:
         context = _default_context(model_config)
         assumed.append(f"--context {context}")
-    given = {"block_size": arguments.block_size, "memory_budget": arguments.memory_budget}
-    given = {name: value for name, value in given.items() if value is not None}
+    fields = ("block_size", "memory_budget", "kv_dtype", "kv_dtype_window")
+    given = {name: getattr(arguments, name) for name in fields if getattr(arguments, name) is not None}
     config = dataclasses.replace(PagedConfig.from_environment(), **given)
     run_plan(arguments.model, batch, context, config, arguments.dtype)
     if assumed:

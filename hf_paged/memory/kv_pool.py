@@ -88,6 +88,17 @@ class KVCacheGroup:
         """Sliding window in tokens; None: full attention."""
         return self.spec.window
 
+    @property
+    def kind(self) -> str:
+        """What its layers have in common, as users read it."""
+        return "full attention" if self.window is None else f"window of {self.window:,}"
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in the pages of all layers that have some."""
+        pages = (page for storage in self.layers.values() for page in storage.pages)
+        return sum(page[0].nbytes for page in pages) // self.blocks.block_size
+
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVStorage:
         """Storage of layer `index`, made for states ``[batch, num_kv_heads, positions, head_dim]`` if new.
 
@@ -304,7 +315,7 @@ class KVPool:
             If the device has no memory for the budget.
         """
         if spec not in self.groups:
-            kv_format = make_kv_format(spec.states_dtype)
+            kv_format = make_kv_format(spec.states_dtype, spec.window, self.config)
             layers_here = max(1, round(num_layers * share))
             bytes_per_block = kv_format.block_bytes(block_shape(key, value, self.config.block_size)) * layers_here
             budget = self._budget(spec.device, share, bytes_per_block)

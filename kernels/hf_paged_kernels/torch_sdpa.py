@@ -192,7 +192,7 @@ def _uniform(
     tables = block_tables[:, : -(-max_len // block_size)]
     key, value, *scales = (states[:, :, :max_len] for states in gather_context(caches, tables))
     if scales:
-        key, value = dequantize(key, scales[0]), dequantize(value, scales[1])
+        key, value = (dequantize(codes, factors, query.dtype) for codes, factors in zip((key, value), scales))
     for row, length in enumerate(lens):
         # A masked NaN is still NaN times zero: what no query of the row sees must be finite.
         first = 0 if window is None else max(0, length - num_queries - window + 1)

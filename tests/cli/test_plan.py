@@ -103,6 +103,21 @@ def test_blocks_and_bytes_are_those_of_the_pool(name, block_size):
     del cache
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3"])
+@pytest.mark.parametrize("formats", [{"kv_dtype": "int8"}, {"kv_dtype": "int8", "kv_dtype_window": "fp8_e4m3"}])
+def test_quantised_bytes_are_those_of_the_pool(name, formats):
+    model = build(name, "paged")
+    plan = replace(planned(model), **formats)
+    assert plan.kv_bytes < planned(model).kv_bytes / 2 or name == "gemma3_text"
+    hf_paged.configure(model, PagedConfig(block_size=4, **formats))
+    peaks = Peaks(model)
+    cache = generate(model, peaks)
+    block_bytes = {g.spec.window: sum(layer.block_bytes for layer in g.layers.values()) for g in peaks.groups()}
+    assert {group.window: plan.block_bytes(group) for group in plan.footprint.groups} == block_bytes
+    assert hf_paged.stats(model).bytes_per_token == sum(block_bytes.values()) // 4
+    del cache
+
+
 @pytest.mark.parametrize("window", [2, 4, 5, 6, 9, 40])
 def test_windows_of_any_size(window):
     model = zoo.build("mistral", "paged", sliding_window=window)
@@ -173,14 +188,15 @@ def test_every_remedy_is_true_and_the_largest(name):
     memory = Memory(2**30, 2**30, plan.budget_needed // 3)
     assert not memory.fits(plan)
     found = {remedy.change: remedy for remedy in remedies(plan, memory)}
-    dtype, block, budget, batch, context = found.values()
+    dtype, kv_dtype, block, budget, batch, context = found.values()
     assert list(found)[0] == "dtype=torch.bfloat16" and dtype.plan.kv_bytes * 2 == plan.kv_bytes and not dtype.fits
-    assert list(found)[1] == f"block_size={block.plan.block_size}" and block.plan.budget_needed < plan.budget_needed
+    assert list(found)[1] == 'kv_dtype="int8"' and kv_dtype.plan == replace(plan, kv_dtype="int8")
+    assert list(found)[2] == f"block_size={block.plan.block_size}" and block.plan.budget_needed < plan.budget_needed
     mebibytes = -(-plan.budget_needed // MIB)
-    assert list(found)[2] == f'memory_budget="{mebibytes}MiB"' and budget.fits and plan.fits(mebibytes * MIB)
+    assert list(found)[3] == f'memory_budget="{mebibytes}MiB"' and budget.fits and plan.fits(mebibytes * MIB)
     assert batch.fits and not memory.fits(replace(plan, batch=batch.plan.batch + 1))
     assert context.fits and not memory.fits(replace(plan, context=context.plan.context + 1))
-    assert list(found)[3:] == [f"a batch of at most {batch.plan.batch}", f"a context of at most {context.plan.context}"]
+    assert list(found)[4:] == [f"a batch of at most {batch.plan.batch}", f"a context of at most {context.plan.context}"]
 
 
 def test_memory_that_the_machine_lacks_is_no_remedy():

@@ -32,6 +32,7 @@ def test_the_command(tmp_path, capsys):
     assert out.splitlines()[4].split() == ["full", "attention", *"2 2 x (16 + 16) 2 6 24.0 KiB".split()]
     lines = {line.split("  ")[1]: line.split() for line in out.splitlines() if line.startswith("  ")}
     assert lines["float32"][1:] == "45.0 KiB 48.0 KiB 48.0 KiB 96.0 KiB 192 KiB".split()
+    assert lines['kv_dtype="int8"'][1:] == "15.0 KiB 15.0 KiB 30.0 KiB 60.0 KiB".split()
     assert lines["bfloat16 or float16"][3:] == "22.5 KiB 24.0 KiB 24.0 KiB 48.0 KiB 96.0 KiB".split()
     # 7.5 and 15 slots of 2 x 16 in a row.
     assert lines["empty slots, average"][3:] == "23.4% 48.4% 49.2% 49.6%".split()
@@ -50,9 +51,10 @@ def test_the_command_advises_when_memory_is_short(tmp_path, capsys, monkeypatch)
     assert run(folder, "--dtype", "float32", "--memory-budget", "32KiB") == 0
     out = capsys.readouterr().out
     assert "A call would go on with a warning" in out and "It fits" not in out
-    advice = [line.split() for line in out[out.index("Each of these") :].splitlines()[1:6]]
+    advice = [line.split() for line in out[out.index("Each of these") :].splitlines()[1:7]]
     assert advice == [
         "dtype=torch.bfloat16 24.0 KiB fits".split(),
+        'kv_dtype="int8" 15.0 KiB fits'.split(),
         'memory_budget="1MiB" 48.0 KiB fits'.split(),
         "a batch of at most 2 32.0 KiB fits".split(),
         "a context of at most 16 24.0 KiB fits".split(),

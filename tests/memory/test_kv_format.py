@@ -11,8 +11,16 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hf_paged
 from hf_paged import PagedConfig
-from hf_paged.memory import kv_format
-from hf_paged.memory.kv_format import BlockShape, KVFormat, NativeFormat, Part, make_kv_format
+from hf_paged.memory.kv_format import (
+    KV_FORMATS,
+    BlockShape,
+    Float8Format,
+    Int8Format,
+    KVFormat,
+    NativeFormat,
+    Part,
+    make_kv_format,
+)
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.models import registry
 from support import zoo
@@ -23,31 +31,35 @@ from support.prefixes import found, prompts
 class HalfPages(KVFormat):
     """States as bfloat16."""
 
+    name = "half"
+
     def parts(self, head_dim):
         return (Part(torch.bfloat16, head_dim),)
 
-    def encode(self, states):
+    def encode(self, states, is_key):
         return (states.to(torch.bfloat16),)
 
-    def decode(self, parts):
+    def decode(self, parts, is_key):
         return parts[0].to(self.states_dtype)
 
 
 class ScaledPages(KVFormat):
-    """Whole numbers from -31 to 31, and a scale for each token and head."""
+    """Whole numbers from -31 to 31 for keys and to 15 for values, and a scale for each token and head."""
+
+    name = "scaled"
 
     def parts(self, head_dim):
         return Part(torch.int8, head_dim), Part(torch.float32, 1)
 
-    def encode(self, states):
-        scale = states.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / 31
+    def encode(self, states, is_key):
+        scale = states.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / (31 if is_key else 15)
         return (states / scale).round().to(torch.int8), scale
 
-    def decode(self, parts):
+    def decode(self, parts, is_key):
         return parts[0].to(self.states_dtype) * parts[1]
 
 
-FORMATS = {"half": HalfPages, "scaled": ScaledPages}
+FORMATS = {"half": HalfPages, "scaled": ScaledPages, **KV_FORMATS}
 LENGTHS = {"max_new_tokens": 14, "min_new_tokens": 14, "pad_token_id": 0}
 
 
@@ -55,13 +67,13 @@ class _RoundedLayer:
     """A layer of the dense cache whose states are rounded as pages round them."""
 
     kv_format: KVFormat
-    shows_first_states: bool
 
     def update(self, key_states, value_states, *args, **kwargs):
-        is_first = self.get_seq_length() == 0
-        rounded = [self.kv_format.decode(self.kv_format.encode(states)) for states in (key_states, value_states)]
-        held = super().update(*rounded, *args, **kwargs)
-        return (key_states, value_states) if is_first and self.shows_first_states else held
+        key_states, value_states = (
+            self.kv_format.decode(self.kv_format.encode(states, is_key), is_key)
+            for states, is_key in ((key_states, True), (value_states, False))
+        )
+        return super().update(key_states, value_states, *args, **kwargs)
 
 
 class RoundedFull(_RoundedLayer, DynamicLayer):
@@ -72,31 +84,27 @@ class RoundedSliding(_RoundedLayer, DynamicSlidingWindowLayer):
     pass
 
 
-def rounded_cache(model, shows_first_states=False):
-    """A dense cache that rounds.
-
-    Packed rows attend to pages from their first token on. The loop of transformers shows a prompt its own states, as
-    they are, and rounds what is read later.
-    """
-    cache = DynamicCache(config=model.config)
+def rounded_cache(model, kv_dtype, kv_dtype_window=None):
+    """A dense cache that rounds what it is given before anything attends to it, the states of a prompt as well."""
+    cache, dtypes = DynamicCache(config=model.config), PagedConfig(kv_dtype=kv_dtype, kv_dtype_window=kv_dtype_window)
     for index, layer in enumerate(cache.layers):
         window = getattr(layer, "sliding_window", None)
         rounded = RoundedFull() if window is None else RoundedSliding(sliding_window=window)
-        rounded.kv_format = make_kv_format(model.dtype)
-        rounded.shows_first_states = shows_first_states
+        rounded.kv_format = make_kv_format(model.dtype, window, dtypes)
         cache.layers[index] = rounded
     return cache
 
 
-def use_format(monkeypatch, name):
-    monkeypatch.setitem(kv_format.KV_FORMATS, name, FORMATS[name])
-    monkeypatch.setattr(kv_format, "DEFAULT_FORMAT", name)
-
-
-def pair(name="llama", dtype=torch.float64, **config):
+def pair(kv_dtype, name="llama", dtype=torch.float64, **config):
     dense, paged = zoo.pair(name, dtype)
+    config = {"kv_dtype": kv_dtype, "kv_dtype_window": kv_dtype, **config}
     hf_paged.configure(paged, PagedConfig(block_size=4, token_budget=16, **config))
     return dense, paged
+
+
+def dtypes_of(model):
+    config = registry.config_of(model)
+    return config.kv_dtype, config.kv_dtype_window
 
 
 def compare(models, inputs, is_packed=True, **options):
@@ -105,7 +113,7 @@ def compare(models, inputs, is_packed=True, **options):
     options = {**LENGTHS, **options}
     outputs = []
     for model, cache in (
-        (dense, rounded_cache(dense, shows_first_states=not is_packed)),
+        (dense, rounded_cache(dense, *dtypes_of(paged))),
         (dense, DynamicCache(config=dense.config)),
         (paged, None),
     ):
@@ -116,6 +124,9 @@ def compare(models, inputs, is_packed=True, **options):
     if "output_scores" in options:
         rounded, exact, got = (output.sequences_scores for output in outputs)
         torch.testing.assert_close(got, rounded, rtol=1e-6, atol=0)
+    elif "output_logits" in options:
+        rounded, exact, got = (torch.stack(output.logits) for output in outputs)
+        torch.testing.assert_close(got, rounded, rtol=1e-6, atol=1e-6)
     stats = hf_paged.stats(paged)
     assert stats.page_reads and not stats.gathers and bool(stats.packed_calls) == is_packed
     return bool((rounded != exact).any())
@@ -123,17 +134,19 @@ def compare(models, inputs, is_packed=True, **options):
 
 @pytest.fixture(params=FORMATS)
 def format_name(request, monkeypatch):
-    use_format(monkeypatch, request.param)
+    monkeypatch.setitem(KV_FORMATS, request.param, FORMATS[request.param])
     yield request.param
     for name in ("llama", "gemma3_text"):
-        hf_paged.release(zoo.pair(name, torch.float64)[1])  # Its pages are of a format that is gone.
+        hf_paged.configure(zoo.pair(name, torch.float64)[1], PagedConfig())  # The format may be gone.
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_packed_rows_read_what_the_format_keeps(name, format_name):
-    models = pair(name)
-    changes = [compare(models, prompts([30, 9, 26, 1], shared=8, seed=seed)) for seed in range(3)]
-    assert any(changes), "the format changes nothing: was it used?"
+    models = pair(format_name, name)
+    for seed in range(3):
+        compare(models, prompts([30, 9, 26, 1], shared=8, seed=seed))
+    logits = {"return_dict_in_generate": True, "output_logits": True}
+    assert compare(models, prompts([30], seed=5), **logits), "the format changes nothing: was it used?"
     (pool,) = registry.pools_under(models[1])
     pages = [page.dtype for group in pool.groups.values() for layer in group.layers.values() for page in layer.pages]
     assert set(pages) == {part.dtype for part in FORMATS[format_name](torch.float64).parts(16)}
@@ -141,16 +154,16 @@ def test_packed_rows_read_what_the_format_keeps(name, format_name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_beams_write_copy_and_read_it(name, format_name):
-    models = pair(name)
+    models = pair(format_name, name)
     beams = {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
     assert compare(models, zoo.prompts([13, 6]), is_packed=False, **beams), "the format changes nothing: was it used?"
 
 
 def test_cross_attention_reads_it_in_place(format_name):
     dense, paged = (zoo.build_encoder_decoder("bart", attention).double() for attention in ("sdpa", "paged"))
-    hf_paged.configure(paged, PagedConfig(block_size=4))
+    hf_paged.configure(paged, PagedConfig(block_size=4, kv_dtype=format_name))
     inputs, options = zoo.prompts([11, 11]), {**LENGTHS, "return_dict_in_generate": True, "output_logits": True}
-    caches = [rounded_cache(dense, shows_first_states=True), rounded_cache(dense, shows_first_states=True)]
+    caches = [rounded_cache(dense, format_name), rounded_cache(dense, format_name)]
     outputs = [
         model.generate(**inputs, **options, past_key_values=cache)
         for model, cache in (
@@ -170,12 +183,12 @@ def test_rows_that_diverge_copy_blocks_with_all_their_parts(format_name, monkeyp
     monkeypatch.setattr(
         KVStorage, "copy_blocks", lambda self, *blocks: (copied.append(self), copy_blocks(self, *blocks))[1]
     )
-    compare(pair(), zoo.prompts([13, 6]), num_return_sequences=3, **SAMPLE)
+    compare(pair(format_name), zoo.prompts([13, 6]), num_return_sequences=3, **SAMPLE)
     assert copied
 
 
 def test_the_prefix_cache_serves_it(format_name):
-    models = pair()
+    models = pair(format_name)
     for seed in range(3):
         compare(models, prompts([30, 26], seed=seed))
     assert found(models[1]) >= 5 * 24
@@ -198,7 +211,8 @@ def test_a_prefix_is_saved_with_all_its_parts_and_for_no_other_format(name, form
 
 def test_a_small_pool_evicts_and_preempts(format_name):
     shape = BlockShape(num_kv_heads=2, block_size=4, key_dim=16, value_dim=16)
-    models = pair(memory_budget=22 * 2 * make_kv_format(torch.float64).block_bytes(shape))
+    block_bytes = FORMATS[format_name](torch.float64).block_bytes(shape)
+    models = pair(format_name, memory_budget=22 * 2 * block_bytes)
     compare(models, zoo.prompts([13, 14, 30, 19, 21, 11]))
     stats = hf_paged.stats(models[1])
     assert stats.total_blocks == 22, "the budget counts bytes as the format stores them"
@@ -207,10 +221,13 @@ def test_a_small_pool_evicts_and_preempts(format_name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_a_cache_is_read_back_in_the_dtype_of_states(name, format_name):
-    dense, paged = pair(name)
+    dense, paged = pair(format_name, name)
     inputs = zoo.prompts([11])
     caches = []
-    for model, cache in ((dense, rounded_cache(dense)), (paged, DynamicCache(config=paged.config))):
+    for model, cache in (
+        (dense, rounded_cache(dense, format_name, format_name)),
+        (paged, DynamicCache(config=paged.config)),
+    ):
         caches.append(model.generate(**inputs, **LENGTHS, past_key_values=cache, return_dict_in_generate=True))
     assert hf_paged.stats(paged).packed_calls == 1
     for expected, got in zip(*(output.past_key_values.layers for output in caches)):
@@ -219,9 +236,9 @@ def test_a_cache_is_read_back_in_the_dtype_of_states(name, format_name):
             torch.testing.assert_close(states, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("format_name", ["scaled"], indirect=True)
+@pytest.mark.parametrize("format_name", ["scaled", "int8"], indirect=True)
 def test_a_compiled_step_has_no_graph_break(format_name):
-    models = pair()
+    models = pair(format_name)
     hf_paged.release(models[1])  # The engine is made anew, after the model was compiled.
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -238,20 +255,20 @@ def test_a_compiled_step_has_no_graph_break(format_name):
 
 def test_kernels_attend_to_decoded_pages_within_float32(format_name):
     """In float32 the C++ kernels read what the format decodes; states on an edge may round to either side."""
-    dense, paged = pair(dtype=torch.float32)
+    dense, paged = pair(format_name, dtype=torch.float32)
     options = {**LENGTHS, "max_new_tokens": 1, "min_new_tokens": 1, "return_dict_in_generate": True}
     inputs = zoo.prompts([40])
     rounded, exact, got = (
         model.generate(**inputs, **options, output_logits=True, past_key_values=cache).logits[0]
         for model, cache in (
-            (dense, rounded_cache(dense)),
+            (dense, rounded_cache(dense, format_name)),
             (dense, DynamicCache(config=dense.config)),
             (paged, DynamicCache(config=paged.config)),
         )
     )
     assert hf_paged.stats(paged).packed_calls == 1
     assert (got - rounded).abs().max() < 0.1 * (exact - rounded).abs().max()
-    hf_paged.release(paged)
+    hf_paged.configure(paged, PagedConfig())
 
 
 def storage(format_class, dtype=torch.float32):
@@ -269,7 +286,7 @@ def test_what_is_written_is_gathered_and_copied(format_class):
     pages.copy_blocks(torch.tensor([1, 3]), torch.tensor([2, 0]))
     for is_key, written in zip((True, False), states):
         wanted = torch.zeros(5, 2, 4, written.shape[2])
-        kept = pages.kv_format.decode(pages.kv_format.encode(written))
+        kept = pages.kv_format.as_stored(written, is_key)
         for slot, state in zip(slots.tolist(), kept):
             wanted[slot // 4, :, slot % 4] = state
         wanted[2], wanted[0] = wanted[1], wanted[3]
@@ -314,15 +331,24 @@ def test_padding_is_not_stored(format_class):
     assert all(torch.equal(a, b) for a, b in zip(padded.pages, plain.pages, strict=True))
 
 
-@pytest.mark.parametrize("format_class, num_bytes", [(NativeFormat, 4), (HalfPages, 2)])
-def test_bytes_of_a_block_are_those_of_its_pages(format_class, num_bytes):
-    assert storage(format_class).block_bytes == 2 * 4 * (8 + 6) * num_bytes
-    assert storage(ScaledPages).block_bytes == 2 * 4 * (8 + 6 + 2 * 4)
-    assert sum(page.nbytes for page in storage(ScaledPages).pages) == 5 * storage(ScaledPages).block_bytes
+@pytest.mark.parametrize(
+    "format_class, token_bytes",
+    [
+        (NativeFormat, 4 * 14),
+        (HalfPages, 2 * 14),
+        (ScaledPages, 14 + 2 * 4),
+        (Int8Format, 14 + 2 * 4),
+        (Float8Format, 14 + 2 * 4),
+    ],
+)
+def test_bytes_of_a_block_are_those_of_its_pages(format_class, token_bytes):
+    pages = storage(format_class)
+    assert pages.block_bytes == 2 * 4 * token_bytes
+    assert sum(page.nbytes for page in pages.pages) == 5 * pages.block_bytes
 
 
 def test_states_that_a_format_does_not_store_are_refused():
-    with pytest.raises(hf_paged.UnsupportedError, match="HalfPages does not store states in torch.int64: load"):
+    with pytest.raises(hf_paged.UnsupportedError, match="'half' does not store states in torch.int64: load"):
         HalfPages(torch.int64)
     pages = storage(HalfPages)
     key, value = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 6)

@@ -38,6 +38,7 @@ _CAPTURES = {
     "ops": "decode steps on every device, as lists of operators",
     "compile": "decode steps on every device, compiled",
 }
+_MODEL_DTYPE = "that of the model"
 _WITHOUT_GPU_KERNELS = "set HF_PAGED_TRITON=0, which gathers instead, and report this output"
 
 
@@ -247,6 +248,8 @@ def _defaults() -> list[Line]:
         "cache_salt": "set" if config.cache_salt else "none",  # It may be a secret, and reports are passed on.
         "eviction_policy": config.eviction_policy,
         "capture": _CAPTURES[config.capture],
+        "kv_dtype": config.kv_dtype or _MODEL_DTYPE,
+        "kv_dtype_window": config.kv_dtype_window or _MODEL_DTYPE,
     }
     lines = [(_LABELS.get(name, name.replace("_", " ")), f"{text}{_source(name)}") for name, text in texts.items()]
     return [*lines, ("zero-code", _zero_code())]

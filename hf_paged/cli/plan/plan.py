@@ -29,7 +29,9 @@ class Plan:
     block_size : int
         Tokens a block holds.
     dtype : torch.dtype
-        Of keys and values.
+        Of weights, and of keys and values as the model computes them.
+    kv_dtype, kv_dtype_window : str or None
+        How these lie in pages, as in `PagedConfig`.
     """
 
     footprint: Footprint
@@ -37,6 +39,8 @@ class Plan:
     context: int
     block_size: int
     dtype: torch.dtype
+    kv_dtype: str | None = None
+    kv_dtype_window: str | None = None
 
     def row_blocks(self, group: GroupFootprint) -> int:
         """The most blocks a row owns while it grows to `context` tokens, one at a time."""
@@ -47,7 +51,7 @@ class Plan:
 
     def block_bytes(self, group: GroupFootprint) -> int:
         """Bytes of one block in all layers of the group."""
-        return sum(map(self._layer_block_bytes, group.layers))
+        return sum(self._layer_block_bytes(group, layer) for layer in group.layers)
 
     @property
     def kv_bytes(self) -> int:
@@ -64,8 +68,8 @@ class Plan:
 
     def empty_bytes(self, slots_a_row: float) -> float:
         """Bytes of the slots that hold no token if each row leaves `slots_a_row` of its last block empty."""
-        elements = sum(group.elements for group in self.footprint.groups)
-        return self.batch * slots_a_row * elements * self.dtype.itemsize
+        slot_bytes = sum(map(self.block_bytes, self.footprint.groups)) / self.block_size
+        return self.batch * slots_a_row * slot_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -86,11 +90,11 @@ class Plan:
 
     def _share_unit(self, group: GroupFootprint) -> int:
         """Bytes of budget for which the pool gives this group one block: as if all paged layers were like its first."""
-        return self._layer_block_bytes(group.layers[0]) * self.footprint.num_paged_layers
+        return self._layer_block_bytes(group, group.layers[0]) * self.footprint.num_paged_layers
 
-    def _layer_block_bytes(self, layer: LayerStates) -> int:
+    def _layer_block_bytes(self, group: GroupFootprint, layer: LayerStates) -> int:
         shape = BlockShape(layer.num_kv_heads, self.block_size, layer.key_dim, layer.value_dim)
-        return make_kv_format(self.dtype).block_bytes(shape)
+        return make_kv_format(self.dtype, group.window, self).block_bytes(shape)
 
     def _budget_blocks(self, group: GroupFootprint, budget: int) -> int:
         return max(1, budget // self._share_unit(group))
@@ -166,6 +170,10 @@ def remedies(plan: Plan, memory: Memory) -> list[Remedy]:
     found = []
     if plan.dtype.itemsize > 2:
         found.append(_tried("dtype=torch.bfloat16", replace(plan, dtype=torch.bfloat16), memory.fits))
+    if plan.kv_dtype is None:
+        quantised = replace(plan, kv_dtype="int8")
+        if quantised.budget_needed < plan.budget_needed:
+            found.append(_tried('kv_dtype="int8"', quantised, memory.fits))
     sizes = [size for size in (8, *BLOCK_SIZES) if size < plan.block_size]
     if sizes:
         smaller = min((replace(plan, block_size=size) for size in sizes), key=lambda each: each.budget_needed)

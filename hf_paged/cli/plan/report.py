@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig
 
-from hf_paged.cli.plan.footprint import Footprint, footprint, read_config
+from hf_paged.cli.plan.footprint import Footprint, GroupFootprint, footprint, read_config
 from hf_paged.cli.plan.plan import BLOCK_SIZES, Memory, Plan, remedies
 from hf_paged.config import PagedConfig, parse_bytes
 from hf_paged.memory.sizing import (
@@ -45,7 +45,8 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
             raise ValueError(f"{name} must be at least 1; got {number}")
     model_config = read_config(model)
     chosen = DTYPES[dtype] if dtype else own_dtype(model_config)
-    plan = Plan(footprint(model_config, chosen), batch, context, config.block_size, chosen)
+    formats = {"kv_dtype": config.kv_dtype, "kv_dtype_window": config.kv_dtype_window}
+    plan = Plan(footprint(model_config, chosen), batch, context, config.block_size, chosen, **formats)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stated = parse_bytes(config.memory_budget)
     budget = None if stated is None else allowed_budget(stated, device)
@@ -97,13 +98,13 @@ def _print_model(model: Footprint) -> None:
 
 def _print_groups(plan: Plan) -> None:
     print(f"\nBatch {plan.batch:,}, context {plan.context:,}, {_name(plan.dtype)}, blocks of {plan.block_size} tokens")
-    row = "  {:<22}{:>6}  {:>24}{:>14}{:>10}{:>12}"
+    row = "  {:<26}{:>6}  {:>24}{:>14}{:>10}{:>12}"
     print(row.format("KV cache group", "layers", "KV heads x (key + value)", "blocks a row", "blocks", "memory"))
     for group in plan.footprint.groups:
         shapes = list(dict.fromkeys(map(str, group.layers)))
         print(
             row.format(
-                "full attention" if group.window is None else f"window of {group.window:,}",
+                _name_of_group(plan, group),
                 len(group.layers),
                 shapes[0] if len(shapes) == 1 else f"{shapes[0]}, others",
                 f"{plan.row_blocks(group):,}",
@@ -115,13 +116,23 @@ def _print_groups(plan: Plan) -> None:
         print(f"  recurrent layers keep {size(plan.batch * plan.footprint.state_bytes)} more, dense and paged alike")
 
 
+def _name_of_group(plan: Plan, group: GroupFootprint) -> str:
+    name = "full attention" if group.window is None else f"window of {group.window:,}"
+    kv_dtype = plan.kv_dtype if group.window is None else plan.kv_dtype_window
+    return name if kv_dtype is None else f"{name}, {kv_dtype}"
+
+
 def _print_sizes(plan: Plan) -> None:
     sizes = sorted({*BLOCK_SIZES, plan.block_size})
     row = "  {:<22}" + "{:>12}" * (len(sizes) + 1)
     print("\n" + row.format("memory by block size", "dense", *sizes))
+    plain = replace(plan, kv_dtype=None, kv_dtype_window=None)
     for label, dtype in (("float32", torch.float32), ("bfloat16 or float16", torch.bfloat16)):
-        plans = [replace(plan, dtype=dtype, block_size=block_size) for block_size in sizes]
+        plans = [replace(plain, dtype=dtype, block_size=block_size) for block_size in sizes]
         print(row.format(label, size(plans[0].dense_bytes), *(size(each.kv_bytes) for each in plans)))
+    if any(group.window is None for group in plan.footprint.groups):
+        plans = [replace(plan, kv_dtype="int8", block_size=block_size) for block_size in sizes]
+        print(row.format('kv_dtype="int8"', "", *(size(each.kv_bytes) for each in plans)))
     for label, share in (("empty slots, average", 0.5), ("empty slots, at most", 1.0)):
         plans = [replace(plan, block_size=block_size) for block_size in sizes]
         shares = (each.empty_bytes(share * (each.block_size - 1)) / each.kv_bytes for each in plans)
