@@ -23,6 +23,7 @@ GOOD = {
     "HF_PAGED_CACHE_SALT": ("7", "cache_salt", "7"),
     "HF_PAGED_EVICTION_POLICY": ("lru", "eviction_policy", "lru"),
     "HF_PAGED_CAPTURE": ("ops", "capture", "ops"),
+    "HF_PAGED_SWAP_SPACE": ("1GiB", "swap_space", "1GiB"),
 }
 WRONG = {
     "HF_PAGED_BLOCK_SIZE": [("24", "a power of two, at least 4; got 24: try"), ("a lot", "got 'a lot': try 16, 32")],
@@ -31,6 +32,7 @@ WRONG = {
     "HF_PAGED_PREFIX_CACHE_SHARE": [("1.5", "a number from 0 to 1; got 1.5: try"), ("nan", "got nan")],
     "HF_PAGED_EVICTION_POLICY": [("fifo", "must be one of 'lru'; got 'fifo'")],
     "HF_PAGED_CAPTURE": [("on", "must be one of 'auto', 'off', 'ops', 'compile'; got 'on': leave it out for 'auto'")],
+    "HF_PAGED_SWAP_SPACE": [("some", 'a text such as "512MiB" or "2GB"; got'), ("0", "a positive number of bytes")],
 }
 FIELDS = {variable: field for field, variable in VARIABLES.items()}
 CASES = [(variable, *case) for variable, cases in WRONG.items() for case in cases]
@@ -48,6 +50,12 @@ def test_a_variable_sets_its_field_alone(variable, monkeypatch):
     assert PagedConfig.from_environment() == PagedConfig(**{field: value})
     monkeypatch.setenv(variable, " ")
     assert PagedConfig.from_environment() == PagedConfig()
+
+
+def test_variables_that_do_not_go_together_are_refused(monkeypatch):
+    monkeypatch.setenv("HF_PAGED_SWAP_SPACE", "1GiB"), monkeypatch.setenv("HF_PAGED_PREFIX_CACHE", "0")
+    with pytest.raises(PagedError, match="HF_PAGED_PREFIX_CACHE, HF_PAGED_SWAP_SPACE cannot be used together: swap_s"):
+        PagedConfig.from_environment()
 
 
 @pytest.mark.parametrize(("variable", "text", "words"), CASES)
