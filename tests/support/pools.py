@@ -45,7 +45,7 @@ def poison_new_slots() -> None:
 
     def poisoned_move(self, spills, restores):
         first = move(self, spills, [[] for _ in restores])
-        for group, moves in zip(groups_of(self), spills, strict=True):
+        for group, moves in zip(groups_of(self), spills):
             fill(group, [block for block, _ in moves])
         second = move(self, [[] for _ in spills], restores)
         return replace(second, spilled=first.spilled, spill_seconds=first.spill_seconds)
@@ -71,9 +71,8 @@ def engines() -> list:
 
 
 def groups_of(space: SwapSpace) -> list[KVCacheGroup]:
-    """The KV cache groups whose blocks are moved to a swap space."""
-    [engine] = [engine for engine in engines() if engine._swap_space is space]
-    return engine.scheduler.groups
+    """The KV cache groups whose blocks an engine moves to a swap space."""
+    return [group for engine in engines() if engine._swap_space is space for group in engine.scheduler.groups]
 
 
 def spilled_blocks(group: KVCacheGroup) -> set[int]:
