@@ -45,6 +45,8 @@ class Stats:
         Tokens that they found there, and did not compute.
     evictions : int
         Cached blocks that were given up because others needed them.
+    preemptions : int
+        Times that a packed row gave its blocks up to rows that came earlier; it computes its tokens again.
     spilled_blocks, restored_blocks : int
         Of these, blocks that went to the swap space; and blocks that came back from there for a row.
     swapped_bytes : int
@@ -80,6 +82,7 @@ class Stats:
     prefix_lookups: int
     prefix_hit_tokens: int
     evictions: int
+    preemptions: int
     spilled_blocks: int
     restored_blocks: int
     swapped_bytes: int
@@ -102,7 +105,7 @@ def stats(model: torch.nn.Module) -> Stats:
     Stats
     """
     pools = registry.pools_under(model)
-    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = together = 0
+    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = preemptions = together = 0
     spilled = restored = swapped = 0
     gathers: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
@@ -123,6 +126,7 @@ def stats(model: torch.nn.Module) -> Stats:
             swapped += sum(engine.swapped_bytes for engine in pool.engines)
             gathers.update(pool.gathers)
             captures.add(pool.capture_counts)
+            preemptions += sum(engine.num_preemptions for engine in pool.engines)
             buckets += [bucket for engine in pool.engines for bucket in engine.captured_buckets]
     for counts in registry.counts_under(model):
         packed += counts.packed
@@ -150,6 +154,7 @@ def stats(model: torch.nn.Module) -> Stats:
         prefix_lookups=lookups,
         prefix_hit_tokens=hits,
         evictions=evictions,
+        preemptions=preemptions,
         spilled_blocks=spilled,
         restored_blocks=restored,
         swapped_bytes=swapped,

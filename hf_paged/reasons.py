@@ -98,6 +98,10 @@ class Reason(enum.Enum):
     MODULE_STATE = "the model keeps what it computes in a module, not in the cache (...)", _OWN_LOOP
     MIXED_ROWS = "the model mixes the rows of a packed forward", _DENSE, False
     EARLY_COMPUTATION = "the model computes with its keys and values before it attends", _OWN_LOOP
+    UNABSORBED = (
+        "the model expands latents by a kv_b_proj that attention cannot absorb (...)",
+        "merge adapters into its weight, load it unquantised and without hooks",
+    )
     OTHER_PATTERN = "the attention pattern of a layer is not that of its cache", _OWN_LOOP
     OWN_ATTENTION = "some layers attend to their keys and values in their own way", _OWN_LOOP
     LOST_KEYWORDS = "the model does not pass its keyword arguments on to its attention", _OWN_LOOP

@@ -133,6 +133,11 @@ class Engine:
         return bool(self._state_of)
 
     @property
+    def num_preemptions(self) -> int:
+        """Times that a row gave its blocks up to rows that came earlier."""
+        return self.scheduler.num_preemptions
+
+    @property
     def captured_buckets(self) -> tuple[int, ...]:
         """Sizes in rows of the decode steps that are captured now."""
         return self.runner.captured_buckets
@@ -158,6 +163,16 @@ class Engine:
         held = BlockTable(self.block_pools[number])
         held.blocks = list(self.scheduler.held[number])
         return [held, *(request.tables[number] for request in self.scheduler.running)]
+
+    def identify(self, model: PreTrainedModel) -> Identity | None:
+        """Inspect the model, with all else that what is stored on this engine depends on.
+
+        Returns
+        -------
+        Identity or None
+            None if a change of the model could not be seen: nothing is found or stored then.
+        """
+        return identify(model, self.pool.config.cache_salt, self.specs)
 
     def run(self, model: PreTrainedModel, call: GenerateCall) -> torch.Tensor:
         """Run a call to its end in this thread, together with the calls of other threads.
@@ -199,7 +214,7 @@ class Engine:
             self.runner.begin()
         is_needed = config.prefix_cache or self.runner.needs_identity
         if is_needed and (identity is None or not identity.is_found_again()):
-            identity = identify(model, config.cache_salt, self.specs)
+            identity = self.identify(model)
         has_prefixes = config.prefix_cache and identity is not None
 
         def enter() -> None:

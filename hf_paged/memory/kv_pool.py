@@ -231,6 +231,10 @@ class PackedEngine(Protocol):
         """Tell whether rows of calls are under way, which hold blocks."""
 
     @property
+    def num_preemptions(self) -> int:
+        """Times that a row gave its blocks up to rows that came earlier."""
+
+    @property
     def captured_buckets(self) -> tuple[int, ...]:
         """Sizes in rows of the decode steps that are captured now."""
 

@@ -126,6 +126,21 @@ class KVStorage:
             block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
         )  # fmt: skip
 
+    def attend_latents(
+        self,
+        query_latent: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+        query_rope: torch.Tensor,  # [num_tokens, num_heads, value_dim]
+        block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+        context_lens: torch.Tensor,  # [num_rows] int64
+        cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:  # [num_tokens, num_heads, key_dim]
+        """Absorbed attention where keys are latents and values their rope parts: `ops.latent_attention`."""
+        return self.kv_format.attend_latents(
+            self.pages, query_latent, query_rope, block_tables, context_lens, cu_seqlens_q, scale, window
+        )
+
     def gather(self, is_key: bool, blocks: torch.Tensor) -> torch.Tensor:
         """Copy whole blocks ``[num_blocks]`` out of the pages: ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
         return self.kv_format.gather(self.pages, is_key, blocks)

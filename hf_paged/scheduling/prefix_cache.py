@@ -113,6 +113,10 @@ class PrefixCache:
             self.drop()
             self._identity = identity
 
+    def serves(self, identity: bytes) -> bool:
+        """Tell whether `use` was called last for this identity, and nothing has suspended it since."""
+        return self._identity == identity
+
     def suspend(self) -> None:
         """Forget every block, and look up and store nothing until `use` is called: the model is being changed."""
         if self._identity is not None:
@@ -257,11 +261,54 @@ class PrefixCache:
         if first == end // self.block_size:
             return
         for index, block_hash in enumerate(self.completed_hashes(request, start, end), first):
-            if block_hash not in self._entries:
-                self._entries[block_hash] = Entry(block_hash, self._tokens(request, index), len(self._pools))
-            entry = self._entries[block_hash]
-            for number, table in enumerate(request.tables):
-                self._keep(entry, number, table.blocks[index - table.base // self.block_size])
+            self._store_block(request, index, block_hash)
+
+    def stored(self, request: Request) -> list[list[int]] | None:
+        """All full blocks of a row, as `insert` takes them; None if some of them is nowhere. Takes nothing.
+
+        Returns
+        -------
+        list of list of int or None
+            For each group the last ``num_lasting`` of these blocks.
+        """
+        num_blocks = len(request.tokens) // self.block_size
+        self._anchor(request)
+        entries = [self._find(request, index) for index in range(num_blocks)] if self.is_in_use else [None] * num_blocks
+        found: list[list[int]] = []
+        for number in range(len(self._pools)):
+            last = entries[num_blocks - self.num_lasting(number, num_blocks) :]
+            blocks = [None if entry is None else entry.blocks[number] for entry in last]
+            if None in blocks:
+                return None
+            found.append([block for block in blocks if block is not None])
+        return found
+
+    def insert(self, request: Request) -> None:
+        """Note that all blocks of a row's tables are written, by whatever way: the row itself has run nowhere.
+
+        Rows find them if each table holds the last `num_lasting` blocks of the row.
+        """
+        self._anchor(request)
+        start = min(table.base for table in request.tables)
+        hashes = self.completed_hashes(request, start, request.num_stored)
+        for index, block_hash in enumerate(hashes, start // self.block_size):
+            self._store_block(request, index, block_hash)
+
+    def _store_block(self, request: Request, index: int, block_hash: bytes) -> None:
+        """Enter a block of a row, in each group in which the row has it."""
+        if block_hash not in self._entries:
+            self._entries[block_hash] = Entry(block_hash, self._tokens(request, index), len(self._pools))
+        entry = self._entries[block_hash]
+        for number, table in enumerate(request.tables):
+            if (place := index - table.base // self.block_size) >= 0:
+                self._keep(entry, number, table.blocks[place])
+
+    def num_lasting(self, number: int, num_blocks: int) -> int:
+        """Blocks, of the first `num_blocks` of a row, that later rows look up in group `number`.
+
+        Those that go on after these blocks, and those that end there: the last token of a row is never looked up.
+        """
+        return self._num_seen(number, num_blocks - 1) + 1
 
     def check_integrity(self) -> None:
         """Check that entries and blocks know each other, and that the pools keep no other block.

@@ -11,13 +11,18 @@ from hf_paged_kernels import torch_sdpa
 from hf_paged_kernels.backends import OPS, python_kernel
 
 _ROWS = "Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q"
+_SCALES = "Tensor? key_scales=None, Tensor? value_scales=None"
 _OPTIONS = "float scale, int? window=None, float? softcap=None, Tensor? sinks=None"
+_WRITTEN_SCALES = "Tensor(c!)? key_scales=None, Tensor(d!)? value_scales=None"
+_READ = "Tensor key_cache, Tensor value_cache"
 _WRITE = "Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping"
 _SCHEMAS = {
-    "write_kv": f"({_WRITE}) -> ()",
+    "write_kv": f"({_WRITE}, {_WRITTEN_SCALES}) -> ()",
     "copy_blocks": "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source, Tensor destination) -> ()",
-    "paged_attention": f"(Tensor query, Tensor key_cache, Tensor value_cache, {_ROWS}, {_OPTIONS}) -> Tensor",
-    "write_and_attend": f"(Tensor query, {_WRITE}, {_ROWS}, {_OPTIONS}) -> Tensor",
+    "paged_attention": f"(Tensor query, {_READ}, {_ROWS}, {_OPTIONS}, {_SCALES}) -> Tensor",
+    "write_and_attend": f"(Tensor query, {_WRITE}, {_ROWS}, {_OPTIONS}, {_WRITTEN_SCALES}) -> Tensor",
+    "latent_attention": "(Tensor query_latent, Tensor query_rope, Tensor latent_cache, Tensor rope_cache, "
+    f"{_ROWS}, float scale, int? window=None) -> Tensor",
 }
 _library = torch.library.Library("hf_paged", "DEF")
 
@@ -44,11 +49,19 @@ def _write_and_attend_output(
     return query.new_empty(*query.shape[:2], value.shape[2])
 
 
+def _latent_attention_output(
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    *arguments,
+) -> torch.Tensor:  # [num_tokens, num_heads, rank]
+    return query_latent.new_empty(query_latent.shape)
+
+
 _FAKES: dict[str, Callable] = {
     "write_kv": _no_output,
     "copy_blocks": _no_output,
     "paged_attention": _attention_output,
     "write_and_attend": _write_and_attend_output,
+    "latent_attention": _latent_attention_output,
 }
 
 

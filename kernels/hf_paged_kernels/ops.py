@@ -7,6 +7,10 @@ A step may be padded to a fixed shape, as a captured graph needs it. A padding r
 tokens and any valid ids in its block table; the slot of its token is -1. Nothing of it is stored, and its result is
 zero.
 
+Pages hold states in the dtype of the query, or quantised: caches of int8 or float8_e4m3fn with a scale for each token
+and head, as `quantized` says. What new tokens are stored as is then up to rounding: a code may differ by one between
+backends.
+
 Each function is a custom op of its name in ``torch.ops.hf_paged``, and `backends` says what serves a call of it.
 """
 
@@ -27,6 +31,7 @@ _write_kv = torch.ops.hf_paged.write_kv.default
 _copy_blocks = torch.ops.hf_paged.copy_blocks.default
 _paged_attention = torch.ops.hf_paged.paged_attention.default
 _write_and_attend = torch.ops.hf_paged.write_and_attend.default
+_latent_attention = torch.ops.hf_paged.latent_attention.default
 
 
 def write_kv(
@@ -35,12 +40,14 @@ def write_kv(
     key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
     value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
     slot_mapping: torch.Tensor,  # [num_tokens] int64
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> None:
-    """Store new tokens in their slots. Mutates `key_cache` and `value_cache`, nothing else.
+    """Store new tokens in their slots. Mutates the caches and their scales, nothing else.
 
     A token whose slot is -1 is not stored.
     """
-    _write_kv(key, value, key_cache, value_cache, slot_mapping)
+    _write_kv(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales)
 
 
 def copy_blocks(
@@ -64,6 +71,8 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,  # [num_heads]
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
     """Causal attention of packed queries over the pages of their rows.
 
@@ -90,6 +99,8 @@ def paged_attention(
         Scores become ``softcap * tanh(scores / softcap)``.
     sinks : torch.Tensor, optional
         A score per head that takes part in the softmax and has no value.
+    key_scales, value_scales : torch.Tensor, optional
+        Of quantised pages, both or neither.
 
     Returns
     -------
@@ -97,8 +108,9 @@ def paged_attention(
         In the dtype of `query`. Slots that hold no token of the row never matter, even if they are NaN.
     """
     return _paged_attention(
-        query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks
-    )
+        query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
+        key_scales, value_scales,
+    )  # fmt: skip
 
 
 def write_and_attend(
@@ -115,12 +127,50 @@ def write_and_attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,  # [num_heads]
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
-    """`write_kv`, then `paged_attention`, as one op. Mutates `key_cache` and `value_cache`, nothing else.
+    """`write_kv`, then `paged_attention`, as one op. Mutates the caches and their scales, nothing else.
 
     `slot_mapping` need not be as long as `query`: rows that share blocks store their tokens once.
     """
     return _write_and_attend(
         query, key, value, key_cache, value_cache, slot_mapping,
-        block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
+        block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks, key_scales, value_scales,
     )  # fmt: skip
+
+
+def latent_attention(
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    query_rope: torch.Tensor,  # [num_tokens, num_heads, rope_dim]
+    latent_cache: torch.Tensor,  # [num_blocks, 1, block_size, rank]
+    rope_cache: torch.Tensor,  # [num_blocks, 1, block_size, rope_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:  # [num_tokens, num_heads, rank]
+    """Absorbed attention over latents (MLA): `paged_attention` whose keys and values are one latent for all heads.
+
+    A score is ``query_latent . latent + query_rope . rope``, and a result the weighted sum of latents. The caller
+    turns queries into `query_latent` by the part of the expansion that makes keys, and results by the part that makes
+    values (DeepSeek-V2, arXiv:2405.04434). `write_kv` stores latents as keys and rope parts as values.
+
+    Parameters
+    ----------
+    query_latent, query_rope : torch.Tensor
+        Packed query tokens; any strides.
+    latent_cache, rope_cache : torch.Tensor
+        The pages: one latent and one rope part for each token.
+    block_tables, context_lens, cu_seqlens_q, scale, window
+        As in `paged_attention`.
+
+    Returns
+    -------
+    torch.Tensor
+        In the dtype of `query_latent`. Slots that hold no token of the row never matter, even if they are NaN.
+    """
+    return _latent_attention(
+        query_latent, query_rope, latent_cache, rope_cache, block_tables, context_lens, cu_seqlens_q, scale, window
+    )

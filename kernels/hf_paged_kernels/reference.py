@@ -2,6 +2,8 @@
 
 import torch
 
+from hf_paged_kernels.quantized import dequantize, quantize, rotate
+
 
 def write_kv(
     key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
@@ -9,13 +11,19 @@ def write_kv(
     key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
     value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
     slot_mapping: torch.Tensor,  # [num_tokens] int64
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> None:
     """See `ops.write_kv`."""
+    pages = [(key_cache, key), (value_cache, value)]
+    if key_scales is not None and value_scales is not None:
+        keys, values = quantize(rotate(key), key_cache.dtype), quantize(value, value_cache.dtype)
+        pages = [(key_cache, keys[0]), (key_scales, keys[1]), (value_cache, values[0]), (value_scales, values[1])]
     block_size = key_cache.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
-            key_cache[slot // block_size, :, slot % block_size] = key[token]
-            value_cache[slot // block_size, :, slot % block_size] = value[token]
+            for cache, states in pages:
+                cache[slot // block_size, :, slot % block_size] = states[token]
 
 
 def copy_blocks(
@@ -41,8 +49,18 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,  # [num_heads]
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
     """See `ops.paged_attention`."""
+    if key_scales is not None and value_scales is not None:
+        dtype, query = query.dtype, rotate(query)
+        keys, values = (
+            dequantize(key_cache, key_scales, query.dtype),
+            dequantize(value_cache, value_scales, query.dtype),
+        )
+        rows = block_tables, context_lens, cu_seqlens_q
+        return paged_attention(query, keys, values, *rows, scale, window, softcap, sinks).to(dtype)
     groups = query.shape[1] // key_cache.shape[1]
     out = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     starts = cu_seqlens_q.tolist()
@@ -69,8 +87,24 @@ def paged_attention(
 
 def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *attention) -> torch.Tensor:
     """See `ops.write_and_attend`."""
-    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    write_kv(key, value, key_cache, value_cache, slot_mapping, *attention[7:])
     return paged_attention(query, key_cache, value_cache, *attention)
+
+
+def latent_attention(
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    query_rope: torch.Tensor,  # [num_tokens, num_heads, rope_dim]
+    latent_cache: torch.Tensor,  # [num_blocks, 1, block_size, rank]
+    rope_cache: torch.Tensor,  # [num_blocks, 1, block_size, rope_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:  # [num_tokens, num_heads, rank]
+    """See `ops.latent_attention`."""
+    query, keys = torch.cat((query_latent, query_rope), 2), torch.cat((latent_cache, rope_cache), 3)
+    return paged_attention(query, keys, latent_cache, block_tables, context_lens, cu_seqlens_q, scale, window)
 
 
 def _row_tokens(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from hf_paged_kernels.quantized import dequantize, quantize, rotate
+
 
 def write_kv(
     key: torch.Tensor,  # [num_tokens, num_kv_heads, key_dim]
@@ -16,6 +18,8 @@ def write_kv(
     key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
     value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
     slot_mapping: torch.Tensor,  # [num_tokens] int64
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> None:
     """See `ops.write_kv`."""
     if not len(slot_mapping):
@@ -26,11 +30,21 @@ def write_kv(
     # Slot numbers count tokens; in memory each block holds them once per head.
     first = slots + (slots // block_size) * ((num_kv_heads - 1) * block_size)
     rows = (first[:, None] + heads).flatten()
+    pages = [(key, key_cache), (value, value_cache)]
+    if key_scales is not None and value_scales is not None:
+        keys, values = quantize(rotate(key), key_cache.dtype), quantize(value, value_cache.dtype)
+        pages = [(_bytes(keys[0]), _bytes(key_cache)), (_bytes(values[0]), _bytes(value_cache))]
+        pages += [(keys[1], key_scales), (values[1], value_scales)]
     # index_copy_ over [slot, head] rows moves whole vectors: 1.5 to 3.6 times faster than advanced indexing.
-    for states, cache in ((key, key_cache), (value, value_cache)):
+    for states, cache in pages:
         vectors = cache.view(-1, cache.shape[3])
         new = states.index_select(0, tokens).reshape(-1, cache.shape[3])
         vectors.index_copy_(0, rows, torch.where(is_stored, new, vectors.index_select(0, rows)))
+
+
+def _bytes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes as plain bytes: few of torch's operators take float8."""
+    return codes.view(torch.uint8)
 
 
 def stored_tokens(
@@ -93,8 +107,15 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,  # [num_heads]
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
     """See `ops.paged_attention`."""
+    dtype = query.dtype
+    caches: tuple[torch.Tensor, ...] = (key_cache, value_cache)
+    if key_scales is not None and value_scales is not None:
+        # In float32: states in half precision would be rounded a second time, by as much as their codes were.
+        query, caches = rotate(query), (key_cache, value_cache, key_scales, value_scales)
     num_rows = len(context_lens)
     # One copy: each waits for the device. What it costs is small beside the tokens that need not be gathered.
     numbers = torch.cat((cu_seqlens_q, context_lens)).tolist()
@@ -102,21 +123,39 @@ def paged_attention(
     per_row = [starts[row + 1] - starts[row] for row in range(num_rows)]
     options = (scale, window, softcap, sinks)
     if num_rows and len(set(per_row)) == 1:
-        return _uniform(query, key_cache, value_cache, block_tables, context_lens, lens, *options)
+        return _uniform(query, caches, block_tables, context_lens, lens, *options).to(dtype)
     out = query.new_empty(*query.shape[:2], value_cache.shape[3])
     for row, num_queries in enumerate(per_row):
         if num_queries:
             tokens, rows = slice(starts[row], starts[row + 1]), slice(row, row + 1)
-            out[tokens] = _uniform(
-                query[tokens], key_cache, value_cache, block_tables[rows], context_lens[rows], lens[rows], *options
-            )
-    return out
+            out[tokens] = _uniform(query[tokens], caches, block_tables[rows], context_lens[rows], lens[rows], *options)
+    return out.to(dtype)
 
 
 def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *attention) -> torch.Tensor:
     """See `ops.write_and_attend`."""
-    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    write_kv(key, value, key_cache, value_cache, slot_mapping, *attention[7:])
     return paged_attention(query, key_cache, value_cache, *attention)
+
+
+def latent_attention(
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    query_rope: torch.Tensor,  # [num_tokens, num_heads, rope_dim]
+    latent_cache: torch.Tensor,  # [num_blocks, 1, block_size, rank]
+    rope_cache: torch.Tensor,  # [num_blocks, 1, block_size, rope_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:  # [num_tokens, num_heads, rank]
+    """See `ops.latent_attention`."""
+    blocks = block_tables.flatten()
+    latents = latent_cache.index_select(0, blocks)  # [num_rows * max_blocks, 1, block_size, rank]
+    keys = torch.cat((latents, rope_cache.index_select(0, blocks)), 3)
+    tables = torch.arange(len(blocks), device=blocks.device).view_as(block_tables)
+    query = torch.cat((query_latent, query_rope), 2)
+    return paged_attention(query, keys, latents, tables, context_lens, cu_seqlens_q, scale, window)
 
 
 _OPS: dict[str, Callable] = {
@@ -124,6 +163,7 @@ _OPS: dict[str, Callable] = {
     "copy_blocks": copy_blocks,
     "paged_attention": paged_attention,
     "write_and_attend": write_and_attend,
+    "latent_attention": latent_attention,
 }
 
 
@@ -134,8 +174,7 @@ def find(op: str, arguments: tuple) -> Callable:
 
 def _uniform(
     query: torch.Tensor,  # [num_rows * num_queries, num_heads, key_dim]
-    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
-    value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    caches: tuple[torch.Tensor, ...],  # Each [num_blocks, num_kv_heads, block_size, size]: keys, values, their scales
     block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
     context_lens: torch.Tensor,  # [num_rows] int64
     lens: list[int],  # The same numbers, on the host.
@@ -145,13 +184,15 @@ def _uniform(
     sinks: torch.Tensor | None,  # [num_heads]
 ) -> torch.Tensor:  # [num_rows * num_queries, num_heads, value_dim]
     """`paged_attention` where every row has the same number of queries."""
-    num_rows, num_heads, num_kv_heads = len(lens), query.shape[1], key_cache.shape[1]
+    num_rows, num_heads, num_kv_heads = len(lens), query.shape[1], caches[0].shape[1]
     num_queries, groups = query.shape[0] // num_rows, num_heads // num_kv_heads
-    max_len, block_size = max(lens), key_cache.shape[2]
+    max_len, block_size = max(lens), caches[0].shape[2]
     if max_len == 0:
-        return query.new_zeros(*query.shape[:2], value_cache.shape[3])
+        return query.new_zeros(*query.shape[:2], caches[1].shape[3])
     tables = block_tables[:, : -(-max_len // block_size)]
-    key, value = (states[:, :, :max_len] for states in gather_context((key_cache, value_cache), tables))
+    key, value, *scales = (states[:, :, :max_len] for states in gather_context(caches, tables))
+    if scales:
+        key, value = dequantize(key, scales[0]), dequantize(value, scales[1])
     for row, length in enumerate(lens):
         # A masked NaN is still NaN times zero: what no query of the row sees must be finite.
         first = 0 if window is None else max(0, length - num_queries - window + 1)

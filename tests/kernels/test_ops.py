@@ -6,19 +6,23 @@ import pytest
 import torch
 
 from hf_paged_kernels import reference, torch_sdpa
+from hf_paged_kernels.quantized import dequantize, quantize, rotate
 from support.op_matrix import (
     BATCHES,
+    CODES,
     HEADS,
     IMPLEMENTATIONS,
     OPTIONS,
     SLOTS,
     assert_accurate,
     check_padded_step,
+    check_quantized_write,
     check_write_kv,
     exact,
     hide_before_window,
     implementation,
     make_pages,
+    quantized_pages,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -215,6 +219,101 @@ def test_write_and_attend(kernels, dtype):
     got = kernels.write_and_attend(query, *new, keys, values, slots, tables, contexts, starts, 0.3)
     assert_accurate(got, expected)
     torch.testing.assert_close([keys, values], expected_caches, atol=0, rtol=0, equal_nan=True)
+
+
+def check_quantized(kernels, batch, heads, codes, dtype, block_size=16, dims=(16, 16), scale=0.3, options=None):
+    arguments, sinks = make_pages(batch, heads, block_size, dtype, *dims)
+    options = {**(options or {}), **({"sinks": sinks} if "sinks" in (options or {}) else {})}
+    if "window" in options:
+        hide_before_window(arguments, options["window"])
+    query, keys, values, *rows = arguments
+    pages, scales = quantized_pages((keys, values), codes)
+    expected = exact((query, *pages, *rows), scale, **options, **scales)
+    got = kernels.paged_attention(query, *pages, *rows, scale, **options, **scales)
+    assert got.dtype == dtype
+    assert_accurate(got, expected)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_quantized_pages(kernels, batch, dtype, codes):
+    for options in OPTIONS:
+        check_quantized(kernels, BATCHES[batch], (9, 3), codes, dtype, options=options)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize(
+    "dims", [(64, 64), (24, 8), (20, 40), (80, 80), (96, 5), (1, 1), (128, 128), (256, 256)], ids=str
+)
+def test_head_sizes_of_quantized_pages(kernels, dims, codes):
+    for batch in ("decode", "mixed"):
+        for dtype in DTYPES:
+            check_quantized(kernels, BATCHES[batch], (6, 2), codes, dtype, dims=dims, scale=dims[0] ** -0.5)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_long_rows_of_quantized_pages(kernels, codes):
+    """Contexts that are split, tiles of many queries, groups of any size, blocks of any size."""
+    for dtype in DTYPES[:2]:
+        for batch in ([(1700, 1), (3, 1), (1025, 1)], [(300, 200), (130, 130)]):
+            check_quantized(kernels, batch, (6, 2), codes, dtype, 64, (64, 64))
+        for heads in ((7, 1), (17, 1), (32, 8)):
+            check_quantized(kernels, [(40, 1), (21, 3)], heads, codes, dtype, 4, (32, 32))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("slots", SLOTS)
+def test_quantized_write(kernels, slots, codes):
+    for dtype in DTYPES:
+        for dims in ((16, 8), (64, 64), (80, 24), (5, 1)):
+            check_quantized_write(kernels, SLOTS[slots], dtype, codes, dims)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_quantized_write_and_attend(kernels, codes):
+    """The new tokens are written first, from any strides: every query sees its own."""
+    arguments, _ = make_pages([(20, 1), (18, 3)], (4, 2), 16, torch.float32, 32, 24)
+    query, keys, values, tables, contexts, starts = arguments
+    new = [torch.randn(2, dim, 4).permute(2, 0, 1) for dim in (32, 24)]
+    slots = torch.tensor([int(tables[0, 1]) * 16 + 3, *(int(tables[1, t // 16]) * 16 + t % 16 for t in (15, 16, 17))])
+    pages, scales = quantized_pages((keys, values), codes)
+    rows = slots, tables, contexts, starts
+    got = kernels.write_and_attend(query, *new, *pages, *rows, 0.3, None, None, None, *scales.values())
+    assert_accurate(got, exact((query, *pages, tables, contexts, starts), 0.3, **scales))
+    written = dequantize(pages[0], scales["key_scales"]).transpose(1, 2).flatten(0, 1)[slots]
+    bound = new[0].abs().amax() * (0.01 if codes == torch.int8 else 0.07)
+    assert (rotate(written) - new[0]).abs().max() < bound
+
+
+def test_states_that_are_not_finite_stay_so(kernels):
+    """A key of infinities or NaN is NaN when it is read, as the scores of dense attention with it are."""
+    pages = [torch.zeros(1, 1, 4, 16, dtype=torch.int8) for _ in range(2)] + [torch.zeros(1, 1, 4, 1) for _ in range(2)]
+    states = torch.randn(3, 1, 16)
+    states[1, 0, 3], states[2, 0, 0] = float("inf"), float("nan")
+    kernels.write_kv(states, states, *pages[:2], torch.arange(3), *pages[2:])
+    for codes, scales in (pages[::2], pages[1::2]):
+        finite = dequantize(codes, scales)[0, 0].isfinite().all(-1).tolist()
+        assert finite == [True, False, False, True]
+
+
+@pytest.mark.parametrize("head_dim", [1, 5, 24, 64, 80, 96, 128])
+def test_a_rotation_keeps_scores_and_undoes_itself(head_dim):
+    query, key = torch.randn(2, 7, head_dim, dtype=torch.float64)
+    torch.testing.assert_close((rotate(query) * rotate(key)).sum(-1), (query * key).sum(-1))
+    torch.testing.assert_close(rotate(rotate(key)), key)
+
+
+def test_a_rotation_saves_scores_from_an_outlier():
+    """One channel of keys is 100 times the others: without a rotation its scale leaves them two bits."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 400, 64, generator=generator, dtype=torch.float64)
+    key[:, 5] += 100
+    errors = [
+        ((f(query) * dequantize(*quantize(f(key), torch.int8), torch.float64)).sum(-1) - (query * key).sum(-1)).std()
+        for f in (rotate, lambda states: states)
+    ]
+    assert errors[0] < errors[1] / 4
 
 
 def test_torch_waits_for_a_device_once_where_it_reads_lengths(fake_device):

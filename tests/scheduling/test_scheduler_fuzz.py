@@ -14,7 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.step_buffers import StepBuffers
 from hf_paged.execution.step_inputs import prepare_inputs
+from hf_paged.generation.saved_prefix import HeldPrefix
 from hf_paged.memory.eviction import LeastRecentlyUsed
+from hf_paged.scheduling.cache_salt import cache_salt
 from hf_paged.scheduling.request import Request, RequestState
 from hf_paged.scheduling.scheduler import Scheduler, SchedulerOutput
 from hf_paged.scheduling.swap_tier import SwapTier
@@ -32,6 +34,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     """Prompts arrive, steps run, calls hand tokens back or leave, weights change, and others take blocks.
 
     Blocks that make room go to a swap space and come back, if there is one: while that pays, and until it fails.
+    Prefixes are saved and loaded meanwhile.
 
     After some steps rows run ahead: with tokens that are read when the next step has run, or before it is planned.
 
@@ -62,6 +65,12 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.costs = SimpleNamespace(spilling_pays=True, restoring_pays=True)
         tier = None if swap_blocks is None else SwapTier(swap_blocks, self.costs)
         self.scheduler = Scheduler(self.groups, token_budget, None, tier)
+        self.engine = SimpleNamespace(
+            scheduler=self.scheduler,
+            block_pools=[group.blocks for group in self.groups],
+            pool=SimpleNamespace(caches=set()),
+            is_running=True,
+        )
         self.tokens: dict[Request, list[int]] = {}  # Of every row, in order of arrival.
         self.limits: dict[Request, int] = {}
         self.sampling: dict[Request, None] = {}
@@ -135,6 +144,37 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             assert request.num_stored == self.known.longest(request, tokens, False) * self.known.size
         self.born[request] = self.weights
         self.states[request] = [(self.weights, request.salt, token) for token in tokens[: request.num_stored]]
+
+    @rule(pick=picks, shared=st.integers(0, 20), num_blocks=st.integers(1, 6), salt=st.sampled_from(["", "salt"]))
+    def save_or_load(self, pick, shared, num_blocks, salt):
+        """A prefix is saved if it is stored; if not, it comes from a file."""
+        earlier, length = list(self.tokens.values()), num_blocks * self.known.size
+        tokens = earlier[pick % len(earlier)][: min(shared, length)] if earlier else []
+        tokens += [next(self.new_tokens) for _ in range(length - len(tokens))]
+        with cache_salt(salt):
+            held = HeldPrefix(self.engine, tokens)
+        states = [(self.weights, salt, token) for token in tokens]
+        try:
+            if held.find(self.scheduler.prefix._identity):
+                assert self.known.has_prefix(held.request, tokens)
+                for table, memory in zip(held.request.tables, self.memory):
+                    assert [memory[slot] for slot in table.slots(table.base, length)] == states[table.base :]
+                return
+            assert not self.known.has_prefix(held.request, tokens)
+            spare = [group.blocks.spare_blocks for group in self.groups]
+            evictions = [group.blocks.num_evictions for group in self.groups]
+            try:
+                held.allocate()
+            except OutOfBlocksError:
+                assert spare == [group.blocks.spare_blocks for group in self.groups]
+                assert evictions == [group.blocks.num_evictions for group in self.groups]
+                return
+            for table, memory in zip(held.request.tables, self.memory):
+                memory.update(zip(table.slots(table.base, length), states[table.base :]))
+            self.known.learn(held.request, tokens, 0, length)
+            held.insert(self.scheduler.prefix._identity)
+        finally:
+            held.release()
 
     @rule(keeps_budget=st.booleans())
     def expect_blocks(self, keeps_budget):

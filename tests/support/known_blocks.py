@@ -72,7 +72,8 @@ class KnownBlocks:
         """Tokens ``start .. end - 1`` of a row with these `tokens` were stored."""
         for key, last in zip(self.keys(request, tokens, start, end), self._ends(start, end)):
             for table, known in zip(request.tables, self.blocks):
-                known.setdefault(key, table.blocks[(last - self.size - table.base) // self.size])
+                if (place := (last - self.size - table.base) // self.size) >= 0:
+                    known.setdefault(key, table.blocks[place])
 
     def keys(self, request, tokens, start, end):
         """The keys of the blocks that tokens ``start .. end - 1`` complete; none for rows that are never cached."""
@@ -80,6 +81,12 @@ class KnownBlocks:
 
     def _ends(self, start, end):
         return range(start // self.size * self.size + self.size, end + 1, self.size)
+
+    def has_prefix(self, request, tokens):
+        """Tell whether the row's blocks are there that rows see which go on after them, or end with the last."""
+        keys, before = self.keys(request, tokens, 0, len(tokens)), len(tokens) - self.size
+        seen = [0 if g.window is None else max(0, before - g.window + 1) for g in self.groups]
+        return all(key in known for known, at in zip(self.blocks, seen) for key in keys[at // self.size :])
 
     def longest(self, request, tokens, with_swapped=True):
         """Blocks of a row that every group has, as far as its window sees; the last token is always run."""

@@ -6,7 +6,9 @@ import torch
 
 from hf_paged_kernels import ops, reference, torch_sdpa
 from hf_paged_kernels.cpu import loader
+from hf_paged_kernels.quantized import quantize, rotate
 
+CODES = [torch.int8, torch.float8_e4m3fn]  # What quantised pages hold.
 ISAS = loader.isas() if loader.load() else ()
 IMPLEMENTATIONS = ["torch", *ISAS]
 HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # Of a number between 1 and 2.
@@ -74,18 +76,40 @@ def make_pages(batch, heads, block_size, dtype, key_dim=16, value_dim=16, seed=0
     return (query, *caches, tables, contexts, counts.cumsum(0)), torch.randn(num_heads, generator=generator)
 
 
+def quantized_pages(caches, dtype: torch.dtype):
+    """Pages of keys and of values as codes, and their scales: NaN, as are some codes, in slots without a token."""
+    keys, values = (quantize(states.double(), dtype) for states in (rotate(caches[0].double()), caches[1]))
+    return (keys[0], values[0]), {"key_scales": keys[1], "value_scales": values[1]}
+
+
+def make_latents(batch, num_heads, block_size, dtype, rank=16, rope_dim=8, seed=0):
+    """Arguments of `latent_attention` up to `scale`; every slot without a token of its row holds NaN."""
+    (query, *rest), _ = make_pages(batch, (num_heads, 1), block_size, dtype, rank, rope_dim, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    return (query, torch.randn(*query.shape[:2], rope_dim, generator=generator).to(dtype), *rest)
+
+
+def exact_latents(arguments, scale: float, **options) -> torch.Tensor:
+    """The oracle's answer to `latent_attention` in float64."""
+    states, rows = arguments[:4], arguments[4:]
+    return reference.latent_attention(*(x.double() for x in states), *rows, scale, **options)
+
+
 def op_arguments() -> dict[str, tuple]:
     """Arguments of every op; no slot holds NaN."""
-    arguments, sinks = make_pages([(20, 1), (9, 3)], (4, 2), 16, torch.float32, 16, 8)
+    dtype = torch.float32
+    arguments, sinks = make_pages([(20, 1), (9, 3)], (4, 2), 16, dtype, 16, 8)
     query, keys, values, *rows = (x.nan_to_num() if x.is_floating_point() else x for x in arguments)
     generator = torch.Generator().manual_seed(1)
     states = [torch.randn(4, 2, dim, generator=generator) for dim in (16, 8)]
     slots = torch.tensor([1, 2, 5, 17])
+    latents = [x.nan_to_num() if x.is_floating_point() else x for x in make_latents([(20, 1), (9, 3)], 4, 16, dtype)]
     return {
         "write_kv": (*states, keys.clone(), values.clone(), slots),
         "copy_blocks": (keys.clone(), values.clone(), torch.tensor([0, 1]), torch.tensor([3, 4])),
         "paged_attention": (query, keys, values, *rows, 0.3, 7, 2.0, sinks),
         "write_and_attend": (query, *states, keys.clone(), values.clone(), slots, *rows, 0.3),
+        "latent_attention": (*latents, 0.3, 7),
     }
 
 
@@ -99,6 +123,27 @@ def check_write_kv(kernels, slots: list[int], dtype: torch.dtype, dims=(16, 8), 
     for module, caches in ((kernels, written), (reference, expected)):
         module.write_kv(*states, *caches, torch.tensor(slots, dtype=torch.long))
     torch.testing.assert_close(written, expected, atol=0, rtol=0, equal_nan=True)
+
+
+def check_quantized_write(kernels, slots: list[int], dtype: torch.dtype, codes: torch.dtype, dims=(16, 8)) -> None:
+    """Store tokens in quantised pages: codes are those of the reference up to rounding, and no other slot changes."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(len(slots), 3, dim, generator=generator).to(dtype) for dim in dims]
+    for vectors in states:  # A channel that outweighs the others, and a vector of zeros.
+        vectors[..., :1] *= 50
+        vectors[:1, 0] = 0
+    written, expected = (
+        [torch.zeros(5, 3, 4, dim).to(codes) for dim in dims] + [torch.full((5, 3, 4, 1), float("nan"))] * 2
+        for _ in range(2)
+    )
+    for module, pages in ((kernels, written), (reference, expected)):
+        pages[2:] = [scales.clone() for scales in pages[2:]]
+        module.write_kv(*states, *pages[:2], torch.tensor(slots, dtype=torch.long), *pages[2:])
+    torch.testing.assert_close(written[2:], expected[2:], rtol=1e-5, atol=0, equal_nan=True)
+    for got, wanted in zip(written[:2], expected[:2]):
+        # Codes of float8 in steps of their own: those of one sign are ordered as the bytes are.
+        steps = (got.view(torch.int8).int() - wanted.view(torch.int8).int()).abs()
+        assert steps.max() <= 1 and (steps > 0).double().mean() < 0.02
 
 
 def check_padded_step(kernels, dtype: torch.dtype) -> None:
@@ -119,7 +164,7 @@ def check_padded_step(kernels, dtype: torch.dtype) -> None:
 
 def hide_before_window(arguments, window: int) -> None:
     """Put NaN into the slots that no query of their row sees any more; in place."""
-    _, keys, values, tables, contexts, starts = arguments
+    keys, values, tables, contexts, starts = arguments[-5:]
     block_size = keys.shape[2]
     for row, (context, begin, end) in enumerate(zip(contexts.tolist(), starts.tolist(), starts.tolist()[1:])):
         for token in range(max(0, context - (end - begin) - window + 1)):
@@ -130,7 +175,9 @@ def hide_before_window(arguments, window: int) -> None:
 def exact(arguments, scale: float, **options) -> torch.Tensor:
     """The oracle's answer in float64."""
     query, keys, values, *rows = arguments
-    return reference.paged_attention(query.double(), keys.double(), values.double(), *rows, scale, **options)
+    if "key_scales" not in options:
+        keys, values = keys.double(), values.double()
+    return reference.paged_attention(query.double(), keys, values, *rows, scale, **options)
 
 
 def assert_accurate(got: torch.Tensor, expected: torch.Tensor, share: float = 1) -> None:

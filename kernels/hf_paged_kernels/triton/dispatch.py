@@ -13,13 +13,20 @@ import torch
 
 from hf_paged_kernels.backends import BackendState
 from hf_paged_kernels.faults import is_device_fault
+from hf_paged_kernels.quantized import LARGEST_CODE
 from hf_paged_kernels.switches import is_on
 from hf_paged_kernels.triton.launch_plan import MAX_DIM
 
 _SWITCH = "HF_PAGED_TRITON"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Where the key cache and the value cache stand among the arguments of each op.
-_CACHES = {"copy_blocks": (0, 1), "paged_attention": (1, 2), "write_kv": (2, 3), "write_and_attend": (3, 4)}
+_CACHES = {
+    "copy_blocks": (0, 1),
+    "paged_attention": (1, 2),
+    "write_kv": (2, 3),
+    "write_and_attend": (3, 4),
+    "latent_attention": (2, 3),
+}
 _lock = threading.Lock()
 _launch: ModuleType | None = None
 _failure: str | None = None  # Why they will not run in this process; None: they do, or were not tried.
@@ -79,6 +86,8 @@ def find(op: str, arguments: tuple) -> Callable | None:
 
 def _serves(op: str, arguments: tuple) -> bool:
     key_cache, value_cache = (arguments[index] for index in _CACHES[op])
+    if key_cache.dtype in LARGEST_CODE and op != "copy_blocks":
+        return False
     if op == "copy_blocks":
         return key_cache[:1].is_contiguous() and value_cache[:1].is_contiguous()
     is_dense = key_cache.stride(3) == 1 and value_cache.stride(3) == 1

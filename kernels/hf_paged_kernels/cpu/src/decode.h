@@ -76,6 +76,9 @@ class Decoder {
       const Tile<T>&tile = tiles[now], &ahead = more ? tiles[1 - now] : tile;
       turn_to(tile.kv_head);
       if (tile.is_first) begin(tile);
+      if constexpr (kIsCode<T>)
+        read_scales(a_, tile.table, tile.kv_head, tile.start, tile.tokens, kMaxTile, kUnit<T>, key_scales_,
+                    value_scales_);
       score(tile, ahead);
       weigh(tile.tokens);
       add(tile, ahead);
@@ -99,12 +102,19 @@ class Decoder {
 
   void begin(const Tile<T>& tile) {
     for (int h = 0; h < group_; ++h) {
-      T query[256];
-      load_query(a_, query_of(tile).token, tile.kv_head * group_ + h, query);
-      Dot<T>::keep(query, a_.keys.head_dim, queries_ + h * key_stride_);
+      begin_head(query_of(tile).token, tile.kv_head * group_ + h, queries_ + h * key_stride_);
       max_[h] = -INFINITY, sum_[h] = 0;
     }
     memset(acc_, 0, group_ * stride_ * sizeof(float));
+  }
+
+  void begin_head(int64_t token, int head, Query* kept) const {
+    std::conditional_t<kIsCode<T>, float, T> query[kMaxHeadDim];
+    if constexpr (kIsCode<T>)
+      load_rotated_query(a_, token, head, query);
+    else
+      load_query(a_, token, head, query);
+    Dot<T>::keep(query, a_.keys.head_dim, kept);
   }
 
   void score(const Tile<T>& tile, const Tile<T>& ahead) {
@@ -135,7 +145,8 @@ class Decoder {
     for (int h = 0; h < group_; ++h) {
       float* scores = scores_ + h * kMaxTile;
       Vec largest = splat(-INFINITY);
-      for (int t = 0; t < end; t += kLanes) store(scores + t, to_log2(a_, load(scores + t)));
+      for (int t = 0; t < end; t += kLanes)
+        store(scores + t, to_log2(a_, of_codes(load(scores + t), key_scales_ + t)));
       for (int t = tokens; t < end; ++t) scores[t] = -INFINITY;
       for (int t = 0; t < end; t += kLanes) largest = max(largest, load(scores + t));
       const float before = max_[h], now = max_lane(largest);
@@ -149,11 +160,13 @@ class Decoder {
       for (int t = 0; t < end; t += kLanes) {
         const Vec weights = exp2(load(scores + t) - splat(max_[h]));
         sum = sum + weights;
-        store(scores + t, weights);
+        store(scores + t, of_codes(weights, value_scales_ + t));
       }
       sum_[h] = sum_[h] * factors_[h] + sum_lanes(sum);
     }
   }
+
+  static Vec of_codes(Vec numbers, const float* scales) { return kIsCode<T> ? numbers * load(scales) : numbers; }
 
   void add(const Tile<T>& tile, const Tile<T>& ahead) {
     add_heads<4>(tile, ahead, 0, group_ / 4);
@@ -210,6 +223,7 @@ class Decoder {
   Query* queries_;     // [group, padded key_dim]
   float* acc_;         // [group, padded value_dim], in the order of pairs.
   float *max_, *sum_;  // [group]
+  float key_scales_[kMaxTile], value_scales_[kMaxTile];  // Of the tile, where keys and values are codes.
 };
 
 }  // namespace HF_PAGED_ISA

@@ -62,6 +62,12 @@ inline int64_t state_floats(const Attention& a) {
 // Floats of scratch memory that a worker needs.
 int64_t scratch_floats(const Attention& a);
 
+// Scratch memory of the running thread, kept for its next call.
+float* scratch_of_thread(int64_t floats);
+
+// Sets the results of queries that see nothing to zero.
+void clear_blind(const Attention& a, const Plan& plan);
+
 // The code that is compiled once for each ISA: works on units until none is left.
 using Work = void (*)(const Attention&, Plan&, float* scratch);
 

@@ -11,11 +11,11 @@
 namespace hf_paged {
 namespace HF_PAGED_ISA {
 
-template <class T>
+template <class T, class Packing = std::conditional_t<kIsCode<T>, CodePack<T>, Pack<T>>>
 class Prefiller {
  public:
   Prefiller(const Attention& a, Plan& plan, float* scratch) : a_(a), plan_(plan), group_(a.group()) {
-    words_ = Pack<T>::depth(padded(a.keys.head_dim)), value_dim_ = padded(a.values.head_dim);
+    words_ = Packing::depth(padded(a.keys.head_dim)), value_dim_ = padded(a.values.head_dim);
     value_stride_ = stride_of(value_dim_);
     const int stride = stride_of(queries_per_tile(a) * group_);
     queries_ = scratch, scratch += words_ * stride;
@@ -40,7 +40,7 @@ class Prefiller {
   }
 
  private:
-  using Mul = typename Pack<T>::Mul;
+  using Mul = typename Packing::Mul;
 
   struct KeyTile {
     const T* keys[kTileKeys];
@@ -59,6 +59,9 @@ class Prefiller {
     for (; tiles[now].tokens > 0; now = 1 - now) {
       KeyTile &keys = tiles[now], &ahead = tiles[1 - now];
       find(tile, kv_head, keys.start + kTileKeys, ahead);
+      if constexpr (kIsCode<T>)
+        read_scales(a_, a_.block_tables + tile.row * a_.table_stride, kv_head, keys.start, keys.tokens, kTileKeys, 1,
+                    key_scales_, value_scales_);
       score(keys);
       weigh(tile, keys.start);
       add(keys, ahead);
@@ -75,13 +78,20 @@ class Prefiller {
     for (int row = 0; row < columns_; row += kLanes) {
       float packed[kLanes * 256];
       for (int i = 0; i < kLanes; ++i) {
-        T query[256];
         const int which = row + i < num_rows_ ? row + i : num_rows_ - 1;
-        load_query(a_, tile.token + which / group_, kv_head * group_ + which % group_, query);
-        Pack<T>::row(query, a_.keys.head_dim, packed + i * words_);
+        pack_query(tile.token + which / group_, kv_head * group_ + which % group_, packed + i * words_);
       }
       for (int w = 0; w < words_; w += kLanes) turn(packed + w, words_, kLanes, queries_ + w * stride_ + row, stride_);
     }
+  }
+
+  void pack_query(int64_t token, int head, float* to) const {
+    std::conditional_t<kIsCode<T>, float, T> query[kMaxHeadDim];
+    if constexpr (kIsCode<T>)
+      load_rotated_query(a_, token, head, query);
+    else
+      load_query(a_, token, head, query);
+    Packing::row(query, a_.keys.head_dim, to);
   }
 
   void find(const PrefillTile& tile, int kv_head, int64_t start, KeyTile& found) const {
@@ -92,11 +102,14 @@ class Prefiller {
   }
 
   void score(const KeyTile& tile) {
-    const bool is_plain = Pack<T>::kIsPlain && a_.keys.head_dim % kPad == 0;
+    const bool is_plain = !kIsCode<T> && Packing::kIsPlain && a_.keys.head_dim % kPad == 0;
     const float* rows[kTileKeys];
     for (int t = 0; t < tile.tokens; ++t) {
       rows[t] = is_plain ? (const float*)tile.keys[t] : keys_ + t * words_;
-      if (!is_plain) Pack<T>::row(tile.keys[t], a_.keys.head_dim, keys_ + t * words_);
+      if constexpr (kIsCode<T>)
+        Packing::row(tile.keys[t], key_scales_[t], a_.keys.head_dim, keys_ + t * words_);
+      else if (!is_plain)
+        Packing::row(tile.keys[t], a_.keys.head_dim, keys_ + t * words_);
     }
     // Zeros stand for tokens past the last, never what a slot may hold.
     float* zeros = keys_ + kTileKeys * words_;
@@ -123,10 +136,10 @@ class Prefiller {
       const Vec before = load(max_ + row), largest = max(before, of_tile);
       const Vec factors = exp2(before - largest), shift = splat(0) - largest;
       Vec rest_scale = splat(0);
-      if (Pack<T>::kRestSteps > 0) {
+      if (Packing::kRestSteps > 0) {
         const Vec most = exp2(of_tile - largest);
-        rest_scale = splat(Pack<T>::kRestSteps) / most;
-        store(rest_scales_ + row, most * splat(1 / Pack<T>::kRestSteps));
+        rest_scale = splat(Packing::kRestSteps) / most;
+        store(rest_scales_ + row, most * splat(1 / Packing::kRestSteps));
       }
       Vec sums[4] = {splat(0), splat(0), splat(0), splat(0)};
       for (int t = 0; t < kTileKeys; t += 4) {
@@ -137,7 +150,7 @@ class Prefiller {
           weights[i] = exp2(fma(load(at + i * stride_), factor, shift));
           sums[i] = sums[i] + weights[i];
         }
-        Pack<T>::weights(weights, rest_scale, at, stride_);
+        Packing::weights(weights, rest_scale, at, stride_);
       }
       store(max_ + row, largest), store(factors_ + row, factors);
       // A tile is summed by itself: beside all that came before, small weights would be rounded away one by one.
@@ -172,7 +185,10 @@ class Prefiller {
   void add(const KeyTile& tile, const KeyTile& ahead) {
     const T* values[kTileKeys] = {};
     for (int t = 0; t < tile.tokens; ++t) values[t] = tile.values[t];
-    Pack<T>::values(values, a_.values.head_dim, value_stride_, values_);
+    if constexpr (kIsCode<T>)
+      Packing::values(values, value_scales_, a_.values.head_dim, value_stride_, values_);
+    else
+      Packing::values(values, a_.values.head_dim, value_stride_, values_);
     constexpr int kColumns = kBlockVecs * kLanes;
     const int blocks = value_dim_ / kBlockRows * ((columns_ + kColumns - 1) / kColumns);
     const int per_block = (kTileKeys + blocks - 1) / blocks;
@@ -183,10 +199,10 @@ class Prefiller {
         prefetch(ahead.keys[next], a_.keys.head_dim * sizeof(T));
         prefetch(ahead.values[next], a_.values.head_dim * sizeof(T));
       }
-      Pack<T>::start(sums, product, row, column);
+      Packing::start(sums, product, row, column);
     };
-    multiply<Mul>(Columns{values_, value_stride_}, scores_, Pack<T>::kWeightRows * stride_, value_dim_, columns_,
-                  Pack<T>::depth((tile.tokens + 1) / 2 * 2), acc_, stride_, start);
+    multiply<Mul>(Columns{values_, value_stride_}, scores_, Packing::kWeightRows * stride_, value_dim_, columns_,
+                  Packing::depth((tile.tokens + 1) / 2 * 2), acc_, stride_, start);
   }
 
   void end(const PrefillTile& tile, int kv_head) {
@@ -217,6 +233,7 @@ class Prefiller {
   float* acc_;                    // [value_dim, stride]
   float *max_, *sum_, *factors_, *rest_scales_;  // [stride]
   float* places_;                 // [stride]; a query's place in the tile.
+  float key_scales_[kTileKeys], value_scales_[kTileKeys];  // Of the tile, where keys and values are codes.
 };
 
 }  // namespace HF_PAGED_ISA
