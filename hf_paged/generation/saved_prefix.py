@@ -267,7 +267,7 @@ def _header(engine: Engine, model: PreTrainedModel, identity: Identity, num_toke
         f"layer.{index}": {
             "window": group.window,
             "states": str(storage.states_dtype),
-            "format": type(storage.kv_format).__name__,
+            "format": storage.kv_format.name,
             "blocks": engine.scheduler.prefix.num_lasting(number, num_blocks),
             "pages": [[str(page.dtype), *page.shape[1:]] for page in storage.pages],
         }
