@@ -49,7 +49,10 @@ class Expansion(NamedTuple):
         summed: torch.Tensor,  # [num_tokens, num_heads, rank]
     ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
         """Turn weighted sums of latents into those of values."""
-        return torch.bmm(summed.transpose(0, 1), self.value_weight.transpose(1, 2)).transpose(0, 1)
+        weight = self.value_weight
+        if weight.device.type == "cpu" and weight.itemsize == 2:
+            weight = weight.contiguous()  # Else torch copies it turned around, number by number.
+        return torch.bmm(summed.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
     def makes(
         self,

@@ -20,6 +20,7 @@ from hf_paged.execution.latent import Expansion, find_expansion
 from hf_paged.execution.step_inputs import StepInputs
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.reasons import Reason, Why
+from hf_paged_kernels import ops
 
 # The keyword under which a `PackedForward` travels from the model's call to its attention function.
 PACKED_FORWARD = "hf_paged_forward"
@@ -148,7 +149,7 @@ class PackedForward:
         if expansion is not None:
             if sinks is not None or softcap is not None:
                 raise NotPackableError(Reason.UNABSORBED.of("beside sinks or a softcap"))
-            return _attend_absorbed(expansion, storage, metadata, query, *fresh, scale)[None]
+            return _attend_latents(expansion, storage, metadata, query, key, value, *fresh, scale)[None]
         out = storage.write_and_attend(
             query[0].transpose(0, 1),  # [num_tokens, num_heads, key_dim]
             key[0].transpose(0, 1),
@@ -165,26 +166,49 @@ class PackedForward:
         return out[None]
 
 
-def _attend_absorbed(
+def _attend_latents(
     expansion: Expansion,
     storage: KVStorage,
     metadata: AttentionMetadata,
     query: torch.Tensor,  # [1, num_heads, num_tokens, key_dim]
+    key: torch.Tensor,  # [1, num_heads, num_tokens, key_dim]
+    value: torch.Tensor,  # [1, num_heads, num_tokens, value_dim]
     latent: torch.Tensor,  # [1, 1, num_tokens, rank]
     rope: torch.Tensor,  # [1, 1, num_tokens, rope_dim]
     scale: float,
 ) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
-    """Store the latents of a step and attend over those in the pages."""
+    """Store the latents of a step and attend: over those in the pages, or over the expanded ones of a row's beginning.
+
+    Absorbed attention multiplies with heads as large as a latent, which takes several times the work. That is less than
+    expanding what is stored, and more than attention over what the layer has expanded anyhow.
+    """
     storage.write(latent[0].transpose(0, 1), rope[0].transpose(0, 1), metadata.slot_mapping)
-    summed = storage.attend_latents(
-        *expansion.absorb(query[0]),
-        metadata.block_tables,
-        metadata.context_lens,
-        metadata.cu_seqlens_q,
-        scale,
-        metadata.window,
-    )
-    return expansion.values_of(summed)
+    rows = (metadata.block_tables, metadata.context_lens, metadata.cu_seqlens_q)
+    # A compiled step would be compiled again for each place of the first new row.
+    if torch.compiler.is_compiling() or metadata.new_rows is None:
+        return _attend_absorbed(expansion, storage, rows, query, scale, metadata.window)
+    first_row, first_token, _ = metadata.new_rows
+    states, key, value = (x[0, :, first_token:].transpose(0, 1) for x in (query, key, value))
+    pages = (key.contiguous()[:, :, None], value.contiguous()[:, :, None])  # [num_new_tokens, num_heads, 1, head_dim]
+    new = ops.paged_attention(states, *pages, *metadata.rows_in_step, scale, metadata.window)
+    if first_row == 0:
+        return new
+    tables, context_lens, cu_seqlens_q = rows
+    rows = (tables[:first_row], context_lens[:first_row], cu_seqlens_q[: first_row + 1])
+    old = _attend_absorbed(expansion, storage, rows, query[:, :, :first_token], scale, metadata.window)
+    return torch.cat((old, new))
+
+
+def _attend_absorbed(
+    expansion: Expansion,
+    storage: KVStorage,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    query: torch.Tensor,  # [1, num_heads, num_tokens, key_dim]
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
+    """Attend over latents in pages; `rows` are block tables, context lengths and starts."""
+    return expansion.values_of(storage.attend_latents(*expansion.absorb(query[0]), *rows, scale, window))
 
 
 def _is_for(mask: torch.Tensor | None, window: int | None) -> bool:

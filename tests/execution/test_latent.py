@@ -7,6 +7,7 @@ import torch
 
 import hf_paged
 from hf_paged import PagedConfig
+from hf_paged.execution import packed_cache
 from hf_paged.execution.latent import Expansion, find_expansion
 from hf_paged.models import registry
 from hf_paged.reasons import Reason
@@ -63,6 +64,28 @@ def test_every_way_to_run_a_step(options):
     if "capture" in options:
         stats = hf_paged.stats(paged)
         assert stats.replayed_steps and not stats.dropped_captures
+
+
+def test_rows_that_begin_attend_to_what_is_expanded_anyhow(monkeypatch):
+    """Beside rows with a past, which absorb: together, alone and in chunks."""
+    seen = []
+
+    def spy(*arguments):
+        metadata, query = arguments[2], arguments[3]
+        new_rows = metadata.new_rows
+        seen.append((query.shape[2], None if new_rows is None else tuple(new_rows)))
+        return attend(*arguments)
+
+    attend = packed_cache._attend_latents
+    monkeypatch.setattr(packed_cache, "_attend_latents", spy)
+    dense, paged = new_pair()
+    hf_paged.configure(paged, PagedConfig(token_budget=16, block_size=4, prefix_cache=False))
+    inputs = zoo.prompts([11, 4, 9, 7, 13])
+    expected, got = (model.generate(**inputs, **LENGTHS) for model in (dense, paged))
+    assert_rows_equal(dense, inputs, expected, got)
+    kinds = {"none" if new is None else "all" if new[0] == 0 else "some" for _, new in seen}
+    assert kinds == {"none", "all", "some"}
+    assert (16, (0, 0, 11)) in seen, seen
 
 
 @pytest.mark.parametrize("options", [{}, {"capture": "ops"}], ids=str)
