@@ -10,6 +10,7 @@ NAMES = (
     "decode_step",
     "short_prompt",
     "prefix",
+    "saved_prefix",
     "threads",
     "programs",
     "pipeline_speed",
