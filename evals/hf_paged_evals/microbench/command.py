@@ -11,6 +11,7 @@ NAMES = (
     "latent_step",
     "short_prompt",
     "prefix",
+    "saved_prefix",
     "threads",
     "programs",
     "pipeline_speed",
