@@ -35,7 +35,7 @@ inline __m512i add_dots(__m512i sums, __m512i a, const int32_t* b) {
 // 128 to be unsigned; `starts` takes that from the sums of each part. Returns the size of a step of the last part.
 inline float split_query(const float* query, int dim, int parts, int32_t* bytes, int32_t* starts) {
   const int words = padded(dim) / 4;
-  const float steps = parts == 3 ? 127 * 128 * 128 : 127 * 128, most = largest_of(query, dim);
+  const float steps = parts == 3 ? 127 * 128 * 128 : 127 * 128, most = largest_size(query, dim);
   const float step = most == 0 ? 1 : most / steps;
   __m512i sums[3] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int d = 0; d < padded(dim); d += kLanes) {

@@ -20,8 +20,18 @@ namespace hf_paged {
 namespace HF_PAGED_ISA {
 
 template <class P>
-void code_work(const Attention& a, Plan& plan, float* scratch) {
+void prefill_codes(const Attention& a, Plan& plan, float* scratch) {
+#ifdef __AVX512VNNI__
+  // Three bytes a number, which float32 wants, would cost more than floats.
+  if constexpr (std::is_same_v<P, int8_t>)
+    if (a.dtype != Dtype::kFloat32) return Prefiller<P, BytePack>(a, plan, scratch).run();
+#endif
   Prefiller<P>(a, plan, scratch).run();
+}
+
+template <class P>
+void code_work(const Attention& a, Plan& plan, float* scratch) {
+  prefill_codes<P>(a, plan, scratch);
   Decoder<P>(a, plan, scratch).run();
 }
 

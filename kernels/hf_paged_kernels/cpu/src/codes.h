@@ -54,7 +54,7 @@ inline Words encode(Vec numbers, const float8*) {
 }
 
 // The size of the largest number; NaN if one is not finite.
-inline float largest_of(const float* numbers, int dim) {
+inline float largest_size(const float* numbers, int dim) {
   Vec most = splat(0), zeros = splat(0);
   for (int d = 0; d < dim; d += kLanes) {
     const Vec v = load(numbers + d);
@@ -67,7 +67,7 @@ inline float largest_of(const float* numbers, int dim) {
 // finite.
 template <class P>
 inline float encode(const float* numbers, int dim, P* codes) {
-  const float scale = largest_of(numbers, dim) / kLargestCode<P>;
+  const float scale = largest_size(numbers, dim) / kLargestCode<P>;
   if (scale != scale) {
     memset(codes, 0, dim * sizeof(P));
     return scale;

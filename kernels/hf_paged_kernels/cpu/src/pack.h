@@ -6,6 +6,10 @@
 namespace hf_paged {
 namespace HF_PAGED_ISA {
 
+// Keys, queries, values and weights are multiplied as bytes.
+template <class Packing>
+constexpr bool kPacksBytes = false;
+
 // Where a tile's product with the values stands: acc = acc * factors + values . weights.
 struct ValueProduct {
   const float* values;  // As Pack::values left them.
