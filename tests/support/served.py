@@ -4,8 +4,10 @@ import asyncio
 import functools
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import openai
 import uvicorn
@@ -60,7 +62,7 @@ class Served:
     port: int
     service: Service
     loop: asyncio.AbstractEventLoop
-    keys: dict[str, str] = field(default_factory=dict)
+    stop: asyncio.Event
 
     @property
     def url(self) -> str:
@@ -74,40 +76,39 @@ class Served:
 
 
 @contextmanager
-def served(model=None, config: PagedConfig | None = None, chat_template: str | None = TEMPLATE, **settings):
+def served(model=None, config: PagedConfig | None = None, **settings) -> Iterator[Served]:
     """Serve a model until the block ends; every block of its pool must be free then."""
     model = pair()[1] if model is None else model
     hf_paged.configure(model, PagedConfig(block_size=4, token_budget=64) if config is None else config)
-    ready: list[Served] = []
+    given, started = ServerSettings(model_name=NAME, **settings), Future[Served]()
+    thread = threading.Thread(target=lambda: asyncio.run(_run(model, given, started)), name="server")
+    thread.start()
+    server = started.result(60)
+    try:
+        yield server
+    finally:
+        server.loop.call_soon_threadsafe(server.stop.set)
+        thread.join(60)
+        assert not thread.is_alive() and empty(model)
 
-    async def run() -> None:
-        service = Service(model, tokenizer(), ServerSettings(model_name=NAME, **settings))
+
+async def _run(model, settings: ServerSettings, started: "Future[Served]") -> None:
+    try:
+        service = Service(model, tokenizer(), settings)
         server = uvicorn.Server(uvicorn.Config(make_app(service), "127.0.0.1", 0, log_level="warning"))
         task = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        ready.append(Served(port, service, asyncio.get_running_loop()))
-        stop.wait_in = asyncio.Event()
-        await stop.wait_in.wait()
-        await service.shutdown()
-        server.should_exit = True
-        await task
-
-    class stop:
-        wait_in: asyncio.Event
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()), name="server")
-    thread.start()
-    while not ready:
-        time.sleep(0.005)
-    try:
-        yield ready[0]
-    finally:
-        ready[0].loop.call_soon_threadsafe(stop.wait_in.set)
-        thread.join(30)
-        assert not thread.is_alive()
-        assert empty(model)
+    except BaseException as error:
+        started.set_exception(error)
+        raise
+    port = server.servers[0].sockets[0].getsockname()[1]
+    running = Served(port, service, asyncio.get_running_loop(), asyncio.Event())
+    started.set_result(running)
+    await running.stop.wait()
+    await service.shutdown()
+    server.should_exit = True
+    await task
 
 
 def empty(model) -> bool:

@@ -30,6 +30,7 @@ from hf_paged_integrations.serving.openai.service import Service
 
 Result = TypeVar("Result")
 _PING_SECONDS = 15  # A comment keeps proxies from closing a stream that waits in the queue.
+_LINE_END = "\n"  # Simple clients know no other.
 _CLIENT_GONE = 499  # Nobody gets it; a log and the metrics do.
 
 
@@ -121,7 +122,7 @@ class _AnswerStream(EventSourceResponse):
 
     def __init__(self, answer: Answer, form: Form, includes_usage: bool):
         self._answer = answer
-        super().__init__(_events(answer, form, includes_usage), ping=_PING_SECONDS, sep="\n")
+        super().__init__(_events(answer, form, includes_usage), ping=_PING_SECONDS, sep=_LINE_END)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -134,17 +135,21 @@ async def _events(answer: Answer, form: Form, includes_usage: bool) -> AsyncIter
     """The chunks of a stream; of one that fails, at last its error."""
     try:
         for chunk in form.begin(answer.num_choices):
-            yield ServerSentEvent(dumped(chunk))
+            yield _event(dumped(chunk))
         async with contextlib.aclosing(answer.pieces()) as pieces:
             async for piece in pieces:
                 for chunk in form.chunk(piece):
-                    yield ServerSentEvent(dumped(chunk))
+                    yield _event(dumped(chunk))
         if includes_usage:
             total = usage(answer.prompt_tokens, answer.completion_tokens)
-            yield ServerSentEvent(dumped(form.usage_chunk(total)))
+            yield _event(dumped(form.usage_chunk(total)))
     except Exception as error:
-        yield ServerSentEvent(dumped(as_api_error(error).body))
-    yield ServerSentEvent("[DONE]")
+        yield _event(dumped(as_api_error(error).body))
+    yield _event("[DONE]")
+
+
+def _event(data: str) -> ServerSentEvent:
+    return ServerSentEvent(data, sep=_LINE_END)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:

@@ -17,8 +17,8 @@ Json = dict[str, Any]
 
 
 def dumped(value: Json) -> str:
-    """JSON without spaces, as it is sent."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """JSON as it is sent: in ASCII, for clients that end a line at every character that Unicode ends it at."""
+    return json.dumps(value, separators=(",", ":"))
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:

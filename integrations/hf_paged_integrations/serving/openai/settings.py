@@ -50,7 +50,7 @@ class ServerSettings:
     drain_seconds: float = 30.0
 
     def __post_init__(self):
-        least = {"max_queue": 0, "drain_seconds": 0}
+        least = {"max_queue": 0, "drain_seconds": 0, "request_seconds": 0}
         for name, value in vars(self).items():
             if isinstance(value, int | float) and value < least.get(name, 1):
                 raise ValueError(f"{name} must be at least {least.get(name, 1)}; got {value}")
