@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedConfig
 
-from hf_paged.cli.plan.footprint import footprint
+from hf_paged.cli.plan.footprint import LayerStates, footprint
 from hf_paged.errors import PagedError
 from hf_paged_kernels.triton.launch_plan import Device, describe
 
@@ -68,8 +68,20 @@ def model_layers(config: PreTrainedConfig, dtype: torch.dtype, block_size: int) 
                     "heads, which the kernels do not serve: name the heads of a layer with --heads"
                 )
             sizes = (num_heads, states.num_kv_heads, states.key_dim, states.value_dim, block_size)
-            layers.append(AttentionLayer(*sizes, dtype, group.window, has_softcap, found.sinks_dtype))
+            if _are_latents(states, text):
+                key_dim = text.qk_nope_head_dim + text.qk_rope_head_dim
+                layers.append(AttentionLayer(*sizes, dtype, group.window, expanded_dim=key_dim))
+                # Rows that begin attend to the expanded keys and values of a step, whose blocks are single tokens.
+                layers.append(AttentionLayer(num_heads, num_heads, key_dim, text.v_head_dim, 1, dtype, group.window))
+            else:
+                layers.append(AttentionLayer(*sizes, dtype, group.window, has_softcap, found.sinks_dtype))
     return layers
+
+
+def _are_latents(states: LayerStates, config: PreTrainedConfig) -> bool:
+    """Tell whether a layer caches latents and their rope parts, which its attention absorbs."""
+    sizes = (getattr(config, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    return (states.num_kv_heads, states.key_dim, states.value_dim) == (1, *sizes)
 
 
 def layer_of_heads(heads: str, dtype: torch.dtype, block_size: int) -> "AttentionLayer":

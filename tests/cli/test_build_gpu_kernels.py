@@ -12,7 +12,7 @@ from hf_paged_evals.triton.compile import specialisations
 from hf_paged_evals.triton.targets import TARGETS
 from hf_paged_kernels import backends, torch_sdpa
 from hf_paged_kernels.triton.ahead import AttentionLayer, layer_calls
-from hf_paged_kernels.triton.kernel_calls import attention_calls, copy_call, write_call
+from hf_paged_kernels.triton.kernel_calls import attention_calls, copy_call, latent_calls, write_call
 from support import zoo
 
 SM90 = TARGETS["sm90"]
@@ -25,6 +25,8 @@ def kernel_calls(op, arguments):
     if op == "copy_blocks":
         return [copy_call(*arguments)]
     query, *rest = arguments
+    if op == "latent_attention":
+        return latent_calls(SM90.device, torch.empty_like(query), query, *rest)
     writes = []
     if op == "write_and_attend":
         writes, rest = [write_call(*rest[:5])], [*rest[2:4], *rest[5:]]
@@ -46,13 +48,15 @@ def asked():
         yield keys
     finally:
         backends.unregister("recorder")
-    assert {"write_and_attend", "copy_blocks"} <= set(ops)
+    assert "copy_blocks" in ops and {"write_and_attend", "latent_attention"} & set(ops)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_a_model_asks_for_no_kernel_that_is_not_compiled_ahead(name, asked):
     """Prompts in chunks, mixed steps, decode steps, beams, and blocks that are copied."""
-    _, model = zoo.pair(name, torch.bfloat16)
+    # Sizes of real models are multiples of 16, by which Triton tells kernels apart.
+    sizes = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "head_dim": 16} if name == "deepseek_v3" else {}
+    model = zoo.build(name, "paged", torch.bfloat16, **sizes)
     hf_paged.configure(model, hf_paged.PagedConfig(block_size=16, token_budget=24))
     inputs = zoo.prompts([40, 3, 21])
     model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
@@ -65,6 +69,9 @@ def test_a_model_asks_for_no_kernel_that_is_not_compiled_ahead(name, asked):
 def test_layers_are_those_of_the_config():
     (llama,) = model_layers(zoo.build("llama", None).config, torch.float16, 32)
     assert llama == AttentionLayer(4, 2, 16, 16, 32, torch.float16)
+    latents, expanded = model_layers(zoo.build("deepseek_v3", None).config, torch.bfloat16, 32)
+    assert latents == AttentionLayer(4, 1, 16, 8, 32, torch.bfloat16, expanded_dim=16)
+    assert expanded == AttentionLayer(4, 4, 16, 16, 1, torch.bfloat16)
     full, window = model_layers(zoo.build("gpt_oss", None).config, torch.bfloat16, 16)
     assert full.window is None and window.window and full.sinks == window.sinks == torch.bfloat16
     assert all(layer.has_softcap for layer in model_layers(zoo.build("gemma2", None).config, torch.float32, 16))

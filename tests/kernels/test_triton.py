@@ -17,7 +17,7 @@ from hf_paged_evals.triton.measure import judge, measure
 from hf_paged_evals.triton.targets import TARGETS
 from hf_paged_evals.triton.thresholds import THRESHOLDS
 from hf_paged_kernels.triton.ahead import AttentionLayer, compile_layers, gpu_target, layer_calls
-from hf_paged_kernels.triton.kernel_calls import attention_calls, copy_call, write_call
+from hf_paged_kernels.triton.kernel_calls import attention_calls, copy_call, latent_calls, write_call
 from hf_paged_kernels.triton.launch_plan import Device
 
 
@@ -109,6 +109,30 @@ def test_steps_ask_for_no_kernel_that_is_not_compiled_ahead(layer):
         )
     assert asked == ahead
     assert len(ahead) == {"llama": 11, "window": 11, "short_window": 5, "large_group": 5}[layer]
+
+
+def test_steps_of_latents_ask_for_no_kernel_that_is_not_compiled_ahead():
+    target, chance = TARGETS["sm90"], random.Random(0)
+    layer = AttentionLayer(16, 1, 512, 64, 16, torch.bfloat16, expanded_dim=192)
+    ahead = compile.specialisations(layer_calls(target.device, layer), target)
+    asked = set()
+    for number in range(60):
+        num_rows, width = chance.choice([1, 2, 7, 33]), chance.choice([1, 5, 300])
+        rows = [chance.choice([1, 1, 2, 40]) for _ in range(num_rows)] if number % 2 else [1] * num_rows
+        caches = [torch.empty(2, 1, 16, dim, dtype=layer.dtype) for dim in (512, 64)]
+        numbers = torch.zeros(sum(rows) + num_rows * width + 4, dtype=torch.long)[chance.randrange(3) :]
+        # As products with the weights leave them: head by head, the rope part inside the model's own queries.
+        query_latent = torch.empty(16, sum(rows), 512, dtype=layer.dtype).transpose(0, 1)
+        query_rope = torch.empty(sum(rows), 16, 192, dtype=layer.dtype)[..., 128:]
+        slots, states = numbers[: sum(rows)], [torch.empty(sum(rows), 1, dim, dtype=layer.dtype) for dim in (512, 64)]
+        tables = numbers[: num_rows * width].view(num_rows, width)
+        rows_of_step = (tables, numbers[:num_rows], numbers[: num_rows + 1], 0.1)
+        calls = latent_calls(
+            target.device, torch.empty_like(query_latent), query_latent, query_rope, *caches, *rows_of_step
+        )
+        moved = [write_call(*states, *caches, slots), copy_call(*caches, slots[:1], slots[:1])]
+        asked |= compile.specialisations([*moved, *calls], target)
+    assert asked == ahead and len(ahead) == 11
 
 
 def test_kernels_are_compiled_ahead_by_several_processes():

@@ -14,7 +14,15 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hf_paged_kernels.triton.kernel_calls import KernelCall, copy_call, heads_of, planned_calls, write_call
+from hf_paged_kernels.triton.kernel_calls import (
+    KernelCall,
+    copy_call,
+    heads_of,
+    latent_heads_of,
+    planned_calls,
+    planned_latent_calls,
+    write_call,
+)
 from hf_paged_kernels.triton.launch_plan import Device, possible_plans
 
 _TOKENS = 17  # No size that Triton would take for a special one.
@@ -34,6 +42,9 @@ class AttentionLayer:
     has_softcap : bool
     sinks : torch.dtype or None
         Of a score per head without a value; None: there are none.
+    expanded_dim : int
+        Where keys are latents and values their rope parts, which absorbed attention reads: the size of the keys that
+        they are expanded into. 0: they are not.
     """
 
     num_heads: int
@@ -45,6 +56,7 @@ class AttentionLayer:
     window: int | None = None
     has_softcap: bool = False
     sinks: torch.dtype | None = None
+    expanded_dim: int = 0
 
 
 def layer_calls(device: Device, layer: AttentionLayer) -> list[KernelCall]:
@@ -61,8 +73,11 @@ def layer_calls(device: Device, layer: AttentionLayer) -> list[KernelCall]:
     for heads_first in (False, True):
         key, value = (_states(layer.num_kv_heads, dim, layer.dtype, heads_first) for dim in dims)
         calls.append(write_call(key, value, key_cache, value_cache, slots))
-        query = _states(layer.num_heads, layer.key_dim, layer.dtype, heads_first)
-        calls += _attention_calls(device, layer, query, key_cache, value_cache)
+        if layer.expanded_dim:
+            calls += _latent_calls(device, layer, heads_first, key_cache, value_cache)
+        else:
+            query = _states(layer.num_heads, layer.key_dim, layer.dtype, heads_first)
+            calls += _attention_calls(device, layer, query, key_cache, value_cache)
     return calls
 
 
@@ -151,6 +166,24 @@ def _attention_calls(
     return planned_calls(
         device, heads, possible_plans(device, heads, layer.window), out, query, key_cache, value_cache,
         numbers[:, None], numbers, numbers, 0.1, layer.window, softcap, sinks,
+    )  # fmt: skip
+
+
+def _latent_calls(
+    device: Device,
+    layer: AttentionLayer,
+    heads_first: bool,
+    latent_cache: torch.Tensor,  # [num_blocks, 1, block_size, key_dim]
+    rope_cache: torch.Tensor,  # [num_blocks, 1, block_size, value_dim]
+) -> list[KernelCall]:
+    numbers = torch.empty(_TOKENS, dtype=torch.int64, device="meta")
+    # A product of each head with its weights; and the last part of the queries, which lies where they do.
+    query_latent = _states(layer.num_heads, layer.key_dim, layer.dtype, heads_first=True)
+    query_rope = _states(layer.num_heads, layer.expanded_dim, layer.dtype, heads_first)[..., -layer.value_dim :]
+    heads = latent_heads_of(query_latent, rope_cache)
+    return planned_latent_calls(
+        device, heads, possible_plans(device, heads, layer.window), torch.empty_like(query_latent), query_latent,
+        query_rope, latent_cache, rope_cache, numbers[:, None], numbers, numbers, 0.1, layer.window,
     )  # fmt: skip
 
 
