@@ -5,6 +5,7 @@ prefix is for. The digest is over every byte of the file, its own digits apart: 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hf_paged.atomic import Undo
 from hf_paged.errors import SavedPrefixError
 
 _HEADER = "hf_paged.prefix"  # The only key of the metadata.
@@ -85,6 +87,7 @@ def write(path: str, header: Mapping[str, Any], tensors: dict[str, torch.Tensor]
     """
     folder = os.path.dirname(os.path.abspath(path))
     temporary = os.path.join(folder, f".hf_paged-{secrets.token_hex(8)}.tmp")
+    undo = Undo(functools.partial(_remove, temporary))
     try:
         save_file(tensors, temporary, {_HEADER: json.dumps({**header, _DIGEST: _BLANK}, sort_keys=True)})
         os.chmod(temporary, 0o600)
@@ -98,9 +101,13 @@ def write(path: str, header: Mapping[str, Any], tensors: dict[str, torch.Tensor]
             "bytes beside what it replaces: free as much, or name a path in a folder that you may write"
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # It is not there where all went well.
-            os.unlink(temporary)
+        undo.now()
     _sync_folder(folder)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):  # It is not there where all went well.
+        os.unlink(path)
 
 
 def _seal(file: BinaryIO) -> None:

@@ -11,19 +11,21 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import DynamicCache
 
 import hf_paged
 from hf_paged import PagedConfig
+from hf_paged.atomic import atomically
 from hf_paged.generation import prefix_file
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.models import registry
 from hf_paged_integrations.transformers import saved_prefix
-from support import zoo
+from support import interrupts, zoo
 from support.installed import CHECKOUT
+from support.interrupts import Interrupt, InterruptedAt
 from support.packing import LENGTHS, compare
 from support.parity import assert_rows_equal
 from support.prefixes import found, own_pair
@@ -624,6 +626,50 @@ def test_blocks_that_are_evicted_before_they_are_read_are_an_error(path, monkeyp
     with pytest.raises(hf_paged.SavedPrefixError, match="evicted before they could be read, 3 times: save it while"):
         hf_paged.save_prefix(model, path, PREFIX)
     assert not path.exists()
+
+
+# Where a save or a load is interrupted: the inspection of the model, which is most of it, changes nothing.
+INTERRUPTED = ("hf_paged.atomic", "hf_paged.generation.", "hf_paged_integrations.transformers.saved_prefix")
+
+
+@settings(max_examples=60)
+@given(at=st.integers(1, 420), is_saving=st.booleans())
+def test_an_interrupt_at_any_line_leaves_a_whole_pool_and_no_half_file(at, is_saving, saved, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    model = build()
+    if is_saving:  # The trial of the model, and its first run, are for other tests.
+        model.generate(**INPUTS, max_new_tokens=1, pad_token_id=0)
+    else:
+        model.generate(**zoo.prompts([6], seed=9), max_new_tokens=1, pad_token_id=0)
+    tracer = InterruptedAt(at)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupt), tracer:
+        patch.setattr(interrupts, "_PACKAGES", INTERRUPTED)
+        if is_saving:
+            hf_paged.save_prefix(model, folder / "prefix", PREFIX)
+        else:
+            hf_paged.load_prefix(model, saved)
+    atomically(lambda: None)  # What a finalizer had to leave to the worker has run.
+    assert hf_paged.stats(model).used_blocks == 0, tracer.fired
+    assert os.listdir(folder) in ([], ["prefix"]), tracer.fired
+    for pool in registry.pools_under(model):
+        pool.check_integrity()
+    if os.listdir(folder):
+        assert hf_paged.load_prefix(build(), folder / "prefix") == TOKENS
+    assert hf_paged.load_prefix(model, saved) == TOKENS
+    compare((zoo.pair("llama")[0], model), INPUTS, max_new_tokens=2)
+
+
+def test_a_prefix_is_loaded_on_another_device(saved, path, fake_device):
+    config = PagedConfig(block_size=4, memory_budget="1MiB")
+    inputs = {key: value.to(fake_device.device) for key, value in INPUTS.items()}
+    expected = zoo.pair("llama")[0].generate(**INPUTS, **LENGTHS)
+    model = build(config=config).to(fake_device.device)
+    assert hf_paged.load_prefix(model, saved) == TOKENS
+    assert torch.equal(model.generate(**inputs, **LENGTHS).cpu(), expected) and found(model) == TOKENS
+    assert hf_paged.save_prefix(model, path, inputs["input_ids"][:, :TOKENS]) == TOKENS
+    model = build()
+    assert hf_paged.load_prefix(model, path) == TOKENS
+    assert torch.equal(model.generate(**INPUTS, **LENGTHS), expected) and found(model) == TOKENS
 
 
 WRITER = """
