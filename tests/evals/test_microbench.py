@@ -19,6 +19,7 @@ TAKES = {
     "decode_step": (MODEL,),
     "short_prompt": (MODEL,),
     "prefix": (MODEL,),
+    "swap": (MODEL,),
     "threads": (MODEL, DATASET),
     "programs": (),
     "pipeline_speed": (MODEL, DATASET),

@@ -10,6 +10,7 @@ NAMES = (
     "decode_step",
     "short_prompt",
     "prefix",
+    "swap",
     "threads",
     "programs",
     "pipeline_speed",
