@@ -307,8 +307,10 @@ class Engine:
         spills, restores = order.planned.spills, order.planned.restores
         if self._swap_space is None or not (any(spills) or any(restores)):
             return
-        report.moved, error = attempt(functools.partial(self._swap_space.move, spills, restores))
+        moved, error = attempt(functools.partial(self._swap_space.move, spills, restores))
+        error = moved.error if moved is not None else error
         if error is None:
+            report.moved = moved
             return
         logger.warning_once(
             f"hf_paged: the swap space is out of use from now on ({type(error).__name__}: {error}); blocks that make "

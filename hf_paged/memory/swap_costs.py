@@ -15,12 +15,16 @@ _FADING = 0.995
 
 @dataclass
 class Moved:
-    """Bytes that were moved to the swap space and back, and how long it took, in seconds; None: it was not timed."""
+    """Bytes that were moved to the swap space and back, and how long it took, in seconds; None: it was not timed.
+
+    With an `error` of the system's, not all of it was moved.
+    """
 
     spilled: int = 0
     spill_seconds: float | None = None
     restored: int = 0
     restore_seconds: float | None = None
+    error: OSError | None = None
 
 
 class SwapCosts:

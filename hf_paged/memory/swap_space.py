@@ -74,7 +74,7 @@ class SwapSpace:
         self._is_asynchronous, self._num_moves = is_asynchronous, 0
 
     def move(self, spills: Sequence[Moves], restores: Sequence[Moves]) -> Moved:
-        """Spill, and then restore. Does the same if it is called again.
+        """Spill, and then restore. Does the same if it is called again. An error of the system's is in the result.
 
         Parameters
         ----------
@@ -85,14 +85,22 @@ class SwapSpace:
 
         Raises
         ------
-        OSError
-            If the file cannot be made, written or read.
         torch.OutOfMemoryError
             If a device has no memory for what it copies.
         """
+        moved = Moved()
+        try:
+            self._move(spills, restores, moved)
+        except OSError as error:
+            if error.errno is None:  # Not the system's: a signal handler has raised it, as a TimeoutError.
+                raise
+            moved.error = error
+        return moved
+
+    def _move(self, spills: Sequence[Moves], restores: Sequence[Moves], moved: Moved) -> None:
+        """Move, and note in `moved` what was."""
         is_timed = not self._is_asynchronous or self._num_moves % _TIMED_EVERY == 0
         self._num_moves += 1
-        moved = Moved()
         with torch.inference_mode(False), torch.no_grad():
             for store, moves in zip(self._stores, spills, strict=True):
                 if moves:
@@ -109,7 +117,6 @@ class SwapSpace:
                     moved.restored += len(moves) * store.block_bytes
             if is_timed:
                 moved.spill_seconds, moved.restore_seconds = spilled - began, self._now(is_timed) - spilled
-        return moved
 
     def renew(self) -> None:
         """Let go of all that is stored: in a forked child, where it is the parent's."""

@@ -21,6 +21,7 @@ TAKES = {
     "short_prompt": (MODEL,),
     "prefix": (MODEL,),
     "saved_prefix": (MODEL,),
+    "swap": (MODEL,),
     "threads": (MODEL, DATASET),
     "programs": (),
     "pipeline_speed": (MODEL, DATASET),

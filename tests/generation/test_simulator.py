@@ -36,7 +36,7 @@ def test_a_fault_costs_the_calls_that_it_hits_and_nothing_else(first):
     for seed in range(first, first + PART):
         run = check(seed)
         fired[run.plan.fault] += run.fired is not None
-    wanted = {"allocation", "device", "forward", "refused", "interrupt", "weights"}
+    wanted = {"allocation", "device", "forward", "refused", "interrupt", "weights", simulator.SWAP_FAULT}
     missing = wanted - {kind for kind in fired if fired[kind]}
     assert not missing, f"never injected: {missing}"
 
@@ -70,6 +70,11 @@ def go_on_without_copies(self, order, report):
     return order.planned.chunks
 
 
+def go_on_without_moves(self, order, report):
+    self._swap_space.move(order.planned.spills, order.planned.restores)
+
+
+settle_moves = PrefixCache.settle_moves
 MUTATIONS = {
     "an interrupt cuts sections in two": (
         "interrupt",
@@ -87,6 +92,14 @@ MUTATIONS = {
     "a step goes on without the copies that a device refused": (
         "device",
         [(engine.Engine, "_make_ready", go_on_without_copies)],
+    ),
+    "a step goes on without the blocks that were not restored": (
+        simulator.SWAP_FAULT,
+        [(engine.Engine, "_move", go_on_without_moves)],
+    ),
+    "what an interrupted step was to spill is found": (
+        "interrupt",
+        [(PrefixCache, "settle_moves", lambda self, is_done: settle_moves(self, True))],
     ),
     "criteria are asked ahead of the slowest row": (
         "none",

@@ -48,7 +48,8 @@ def poison_new_slots() -> None:
         for group, moves in zip(groups_of(self), spills):
             fill(group, [block for block, _ in moves])
         second = move(self, [[] for _ in spills], restores)
-        return replace(second, spilled=first.spilled, spill_seconds=first.spill_seconds)
+        error = first.error or second.error
+        return replace(second, spilled=first.spilled, spill_seconds=first.spill_seconds, error=error)
 
     def tracked_init(self, config):
         init(self, config)

@@ -9,16 +9,18 @@ numbers for each token and reads their mean back through the real kernels; the n
 tells every token that was lost, doubled, or read from somewhere else. Unused slots hold NaN.
 
 One fault is planned in each run: the n-th allocation, copy or forward fails, for once or for good; a device has no
-memory for the n-th thing that it does (a layer's copies, a layer's writes, the inputs of a step); a copy is
-interrupted; a prompt that the model refuses; an interrupt before the n-th line of hf_paged's own code in one thread;
-weights that change during the n-th forward, and back during a later one. In every other run steps run one ahead of
-their tokens, as on an asynchronous device. Each call's rows come again with what they got, as a chat does. Some calls
-bring a criterion that counts its calls and ends all rows at once. Afterwards the pool must be whole and empty, and each
-call that met no fault must have the tokens of the reference.
+memory for the n-th thing that it does (a layer's copies, a layer's writes, the inputs of a step); a swap space cannot
+be written or read; a copy is interrupted; a prompt that the model refuses; an interrupt before the n-th line of
+hf_paged's own code in one thread; weights that change during the n-th forward, and back during a later one. Some pools
+have a swap space, to which everything goes that makes room. In every other run steps run one ahead of their tokens, as
+on an asynchronous device. Each call's rows come again with what they got, as a chat does. Some calls bring a criterion
+that counts its calls and ends all rows at once. Afterwards the pool must be whole and empty, and each call that met no
+fault must have the tokens of the reference.
 """
 
 import argparse
 import contextlib
+import errno
 import gc
 import random
 import sys
@@ -42,7 +44,7 @@ from hf_paged.execution.packed_cache import packed_mask
 from hf_paged.generation import engine as engine_module
 from hf_paged.generation.engine import CallState, Engine
 from hf_paged.generation.generate_call import GenerateCall
-from hf_paged.memory import reservation, stall_detector
+from hf_paged.memory import reservation, stall_detector, swap_space
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from support.interrupts import Interrupt, InterruptedAt
 
@@ -50,6 +52,7 @@ VOCAB, END, DIM = 61, 1, 8
 BLOCK_SIZE = 4
 VERBOSE = False
 FAULTS = ("none", "allocation", "copy", "interrupted copy", "device", "forward", "refused", "interrupt", "weights")
+SWAP_FAULT = "swap space"
 
 
 class InjectedError(RuntimeError):
@@ -261,6 +264,7 @@ class Plan:
     for_good: bool
     victim: int
     is_ahead: bool
+    swap_blocks: int | None
 
     @classmethod
     def of(cls, seed: int) -> "Plan":
@@ -278,7 +282,10 @@ class Plan:
         at = int(10 ** chance.uniform(0, 3.4)) if fault == "interrupt" else chance.randint(1, 12)
         blocks = chance.choice([12, 16, 24, 60])
         budget, for_good, victim = chance.choice([3, 8, 32]), chance.random() < 0.3, chance.randrange(len(calls))
-        return cls(seed, blocks, budget, calls, fault, at, for_good, victim, is_ahead=seed % 2 == 1)
+        swap_blocks = chance.choice([None, 5, 100])
+        if swap_blocks is not None and fault in ("none", "copy") and chance.random() < 0.7:
+            fault, blocks = SWAP_FAULT, 12
+        return cls(seed, blocks, budget, calls, fault, at, for_good, victim, seed % 2 == 1, swap_blocks)
 
 
 class Run:
@@ -303,7 +310,8 @@ class Run:
 
     def go(self) -> "Run":
         call_state, engine = simulated(self.baton)
-        clock = SimpleNamespace(monotonic=self.baton.monotonic, sleep=self.baton.sleep, time=self.baton.monotonic)
+        now = self.baton.monotonic
+        clock = SimpleNamespace(monotonic=now, sleep=self.baton.sleep, time=now, perf_counter=now)
         with contextlib.ExitStack() as patches:
             for module, name, value in (
                 (engine_module, "CallState", call_state),
@@ -312,6 +320,7 @@ class Run:
                 (ModelRunner, "is_asynchronous", self.plan.is_ahead),
                 (reservation, "time", clock),
                 (stall_detector, "time", clock),
+                (swap_space, "time", clock),
             ):
                 patches.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, value)
@@ -331,9 +340,13 @@ class Run:
     def _make(self, engine) -> None:
         states = torch.zeros(1, 1, 1, DIM)
         block_bytes = 2 * BLOCK_SIZE * DIM * 4 * 2
+        plan = self.plan
         self.pool = KVPool(
             PagedConfig(
-                block_size=BLOCK_SIZE, memory_budget=self.plan.blocks * block_bytes, token_budget=self.plan.token_budget
+                block_size=BLOCK_SIZE,
+                memory_budget=plan.blocks * block_bytes,
+                token_budget=plan.token_budget,
+                swap_space=None if plan.swap_blocks is None else plan.swap_blocks * block_bytes,
             )
         )
         key = KVCacheSpec(None, torch.float32, states.device)
@@ -354,6 +367,10 @@ class Run:
             self._fail(self.group.blocks, "allocate", lambda count: OutOfBlocksError(count, 0, self.plan.blocks))
         elif plan.fault == "device":
             self._fail_on_device(patches)
+        elif plan.fault == SWAP_FAULT:
+            [store] = self.engine._swap_space._stores
+            name, plan.at = "spill" if plan.victim else "restore", 1 + plan.at % 3
+            self._fail(store, name, lambda moves: OSError(errno.EIO, "the disk fails"))
         elif plan.fault == "interrupted copy":
             self.plan.for_good = False
             self._fail(self.group, "copy_blocks", lambda copies: Interrupt())
@@ -530,6 +547,10 @@ class Run:
             self.pool.check_integrity()
             self.engine.scheduler.prefix.check_integrity()
             assert not blocks.used_blocks, f"{blocks.used_blocks} blocks are left in use"
+            tier = self.engine.scheduler.prefix.tier
+            assert tier is None or not tier.pools[0].used_blocks, "a swap block is left in use"
+            self.counts["spilled"] += self.pool.swap_counts.spilled
+            self.counts["restored"] += self.pool.swap_counts.restored
             assert not blocks.reserved and not self.pool.reservations and not self.pool.waiting, "a promise is left"
             assert not self.engine._state_of and not self.engine._is_driven, "a call is left in the engine"
             assert blocks.free_blocks + blocks.cached_blocks + blocks.used_blocks == blocks.total_blocks

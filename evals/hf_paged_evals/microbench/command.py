@@ -12,6 +12,7 @@ NAMES = (
     "short_prompt",
     "prefix",
     "saved_prefix",
+    "swap",
     "threads",
     "programs",
     "pipeline_speed",
