@@ -1,4 +1,4 @@
-"""What KV formats cost, on a tiny model: each contender stores what it is named after, and native pages cost nothing."""
+"""What KV formats cost, on a tiny model: contenders store what they are named after, and native pages cost nothing."""
 
 import pytest
 
