@@ -15,7 +15,7 @@ import torch
 
 from hf_paged import exit_report
 from hf_paged.config import PagedConfig
-from hf_paged.errors import BlockError, OutOfBlocksError, PagedError, UnsupportedError
+from hf_paged.errors import BlockError, OutOfBlocksError, PagedError, SavedPrefixError, UnsupportedError
 from hf_paged.metrics import Stats, stats
 from hf_paged.models import registry
 from hf_paged.sampling.cancellation import Cancellation
@@ -23,6 +23,7 @@ from hf_paged.scheduling.cache_salt import cache_salt
 from hf_paged_integrations.serving.async_engine import AsyncEngine, EngineClosedError, QueueFullError
 from hf_paged_integrations.serving.streaming import BatchTextIteratorStreamer
 from hf_paged_integrations.transformers.hooks import disable, enable, is_enabled
+from hf_paged_integrations.transformers.saved_prefix import load_prefix, save_prefix
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PagedConfig",
     "PagedError",
     "QueueFullError",
+    "SavedPrefixError",
     "Stats",
     "UnsupportedError",
     "cache_salt",
@@ -42,7 +44,9 @@ __all__ = [
     "disable",
     "enable",
     "is_enabled",
+    "load_prefix",
     "release",
+    "save_prefix",
     "stats",
 ]
 

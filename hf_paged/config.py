@@ -24,6 +24,7 @@ VARIABLES = {
     "capture": "HF_PAGED_CAPTURE",
     "kv_dtype": "HF_PAGED_KV_DTYPE",
     "kv_dtype_window": "HF_PAGED_KV_DTYPE_WINDOW",
+    "swap_space": "HF_PAGED_SWAP_SPACE",
 }
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -84,6 +85,10 @@ class PagedConfig:
     kv_dtype_window : str or None
         The same for layers with a sliding window, which `kv_dtype` leaves alone: they keep a few tokens only, so
         there is little to save. ``None``: in the model's dtype.
+    swap_space : int, str or None
+        Bytes to which blocks may be moved that make room in the pool, as for `memory_budget`; a row that needs them
+        again brings them back where that was measured to be sooner than computing them. On the CPU a temporary file,
+        on a GPU the host's memory. Blocks are found there by the hashes of the prefix cache. ``None``: none.
 
     Examples
     --------
@@ -102,6 +107,7 @@ class PagedConfig:
     capture: str = "auto"
     kv_dtype: str | None = None
     kv_dtype_window: str | None = None
+    swap_space: int | str | None = None
 
     def __post_init__(self):
         size = self.block_size
@@ -135,6 +141,11 @@ class PagedConfig:
                 raise ValueError(
                     f"{dtype} must be one of {names}; got {name!r}: leave it out for the model's own dtype"
                 )
+        if parse_bytes(self.swap_space, "swap_space") is not None and not self.prefix_cache:
+            raise ValueError(
+                f"swap_space needs the prefix cache, by whose hashes blocks are found again; got {self.swap_space!r} "
+                "with prefix_cache=False: leave one of them out"
+            )
 
     @classmethod
     def from_environment(cls) -> "PagedConfig":
@@ -157,7 +168,11 @@ class PagedConfig:
                 cls(**{field.name: stated[field.name]})
             except ValueError as error:
                 raise PagedError(f"{variable}={text} cannot be used: {error}") from None
-        return cls(**stated)
+        try:
+            return cls(**stated)
+        except ValueError as error:
+            variables = ", ".join(VARIABLES[name] for name in stated)
+            raise PagedError(f"{variables} cannot be used together: {error}") from None
 
 
 def _read(variable: str, text: str, default: Any) -> Any:
@@ -172,8 +187,8 @@ def _read(variable: str, text: str, default: Any) -> Any:
         return text
 
 
-def parse_bytes(amount: int | str | None) -> int | None:
-    """Turn ``"1.5GiB"``, ``1024`` or ``None`` into bytes (or ``None``).
+def parse_bytes(amount: int | str | None, field: str = "memory_budget") -> int | None:
+    """Turn ``"1.5GiB"``, ``1024`` or ``None`` into bytes (or ``None``). `field` names what it is read for.
 
     Raises
     ------
@@ -185,10 +200,8 @@ def parse_bytes(amount: int | str | None) -> int | None:
     if isinstance(amount, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", amount)
         if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(f'memory_budget must be bytes or a text such as "512MiB" or "2GB"; got {amount!r}')
+            raise ValueError(f'{field} must be bytes or a text such as "512MiB" or "2GB"; got {amount!r}')
         amount = int(Fraction(match[1]) * _UNITS[match[2].upper()])
     if not isinstance(amount, int) or isinstance(amount, bool) or amount <= 0:
-        raise ValueError(
-            f"memory_budget must be a positive number of bytes; got {amount!r}: leave it out for the default"
-        )
+        raise ValueError(f"{field} must be a positive number of bytes; got {amount!r}: leave it out for the default")
     return amount

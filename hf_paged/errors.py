@@ -54,3 +54,7 @@ class MissingPackageError(PagedError, ImportError):
 
 class UnsupportedError(PagedError, ValueError):
     """A request that pages cannot serve and for which no equal dense path exists."""
+
+
+class SavedPrefixError(PagedError, ValueError):
+    """A saved prefix cannot be written, or its file is refused. Nothing was changed: no block, and no file."""

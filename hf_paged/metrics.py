@@ -50,6 +50,12 @@ class Stats:
         Tokens that they found there, and did not compute.
     evictions : int
         Cached blocks that were given up because others needed them.
+    preemptions : int
+        Times that a packed row gave its blocks up to rows that came earlier; it computes its tokens again.
+    spilled_blocks, restored_blocks : int
+        Of these, blocks that went to the swap space; and blocks that came back from there for a row.
+    swapped_bytes : int
+        Bytes of the blocks that are in the swap space.
     captured_buckets : tuple of int
         Sizes in rows of the decode steps that are captured now.
     replayed_steps : int
@@ -83,6 +89,10 @@ class Stats:
     prefix_lookups: int
     prefix_hit_tokens: int
     evictions: int
+    preemptions: int
+    spilled_blocks: int
+    restored_blocks: int
+    swapped_bytes: int
     captured_buckets: tuple[int, ...]
     replayed_steps: int
     eager_steps: dict[str, int]
@@ -102,8 +112,10 @@ def stats(model: torch.nn.Module) -> Stats:
     Stats
     """
     pools = registry.pools_under(model)
-    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = together = token_bytes = 0
+    total = used = cached = free = tokens = reads = packed = lookups = hits = evictions = preemptions = together = 0
+    token_bytes = 0
     formats: list[str] = []
+    spilled = restored = swapped = 0
     gathers: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
     in_turn: Counter[str] = Counter()
@@ -121,8 +133,11 @@ def stats(model: torch.nn.Module) -> Stats:
             reads += pool.page_reads
             lookups += pool.prefix_counts.lookups
             hits += pool.prefix_counts.hit_tokens
+            spilled, restored = spilled + pool.swap_counts.spilled, restored + pool.swap_counts.restored
+            swapped += sum(engine.swapped_bytes for engine in pool.engines)
             gathers.update(pool.gathers)
             captures.add(pool.capture_counts)
+            preemptions += sum(engine.num_preemptions for engine in pool.engines)
             buckets += [bucket for engine in pool.engines for bucket in engine.captured_buckets]
     for counts in registry.counts_under(model):
         packed += counts.packed
@@ -152,6 +167,10 @@ def stats(model: torch.nn.Module) -> Stats:
         prefix_lookups=lookups,
         prefix_hit_tokens=hits,
         evictions=evictions,
+        preemptions=preemptions,
+        spilled_blocks=spilled,
+        restored_blocks=restored,
+        swapped_bytes=swapped,
         captured_buckets=tuple(sorted(buckets)),
         replayed_steps=captures.replays,
         eager_steps=dict(captures.eager_steps),

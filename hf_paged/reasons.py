@@ -98,11 +98,19 @@ class Reason(enum.Enum):
     MODULE_STATE = "the model keeps what it computes in a module, not in the cache (...)", _OWN_LOOP
     MIXED_ROWS = "the model mixes the rows of a packed forward", _DENSE, False
     EARLY_COMPUTATION = "the model computes with its keys and values before it attends", _OWN_LOOP
+    UNABSORBED = (
+        "the model expands latents by a kv_b_proj that attention cannot absorb (...)",
+        "merge adapters into its weight, load it unquantised and without hooks",
+    )
     OTHER_PATTERN = "the attention pattern of a layer is not that of its cache", _OWN_LOOP
     OWN_ATTENTION = "some layers attend to their keys and values in their own way", _OWN_LOOP
     LOST_KEYWORDS = "the model does not pass its keyword arguments on to its attention", _OWN_LOOP
     # Keys and values that are gathered.
     APPLIED_OPERATION = "the model applies ... to them", _DENSE, False
+    EXPANDED_LATENTS = (
+        "the model expands latents before it attends",
+        "use greedy decoding or sampling, whose packed steps leave latents in their pages",
+    )
     TWO_SOURCES = "keys and values come from different places", _DENSE
     NO_MASK = "the attention has no mask", _DENSE, False
     CUSTOM_MASK = "the attention mask is a custom one", "pass a 2D attention_mask"

@@ -25,6 +25,7 @@ GOOD = {
     "HF_PAGED_CAPTURE": ("ops", "capture", "ops"),
     "HF_PAGED_KV_DTYPE": ("int8", "kv_dtype", "int8"),
     "HF_PAGED_KV_DTYPE_WINDOW": ("fp8_e4m3", "kv_dtype_window", "fp8_e4m3"),
+    "HF_PAGED_SWAP_SPACE": ("1GiB", "swap_space", "1GiB"),
 }
 WRONG = {
     "HF_PAGED_BLOCK_SIZE": [("24", "a power of two, at least 4; got 24: try"), ("a lot", "got 'a lot': try 16, 32")],
@@ -35,6 +36,7 @@ WRONG = {
     "HF_PAGED_CAPTURE": [("on", "must be one of 'auto', 'off', 'ops', 'compile'; got 'on': leave it out for 'auto'")],
     "HF_PAGED_KV_DTYPE": [("int4", "must be one of 'int8', 'fp8_e4m3'; got 'int4': leave it out for the model's own")],
     "HF_PAGED_KV_DTYPE_WINDOW": [("8", "must be one of 'int8', 'fp8_e4m3'; got 8: leave it out")],
+    "HF_PAGED_SWAP_SPACE": [("some", 'a text such as "512MiB" or "2GB"; got'), ("0", "a positive number of bytes")],
 }
 FIELDS = {variable: field for field, variable in VARIABLES.items()}
 CASES = [(variable, *case) for variable, cases in WRONG.items() for case in cases]
@@ -52,6 +54,12 @@ def test_a_variable_sets_its_field_alone(variable, monkeypatch):
     assert PagedConfig.from_environment() == PagedConfig(**{field: value})
     monkeypatch.setenv(variable, " ")
     assert PagedConfig.from_environment() == PagedConfig()
+
+
+def test_variables_that_do_not_go_together_are_refused(monkeypatch):
+    monkeypatch.setenv("HF_PAGED_SWAP_SPACE", "1GiB"), monkeypatch.setenv("HF_PAGED_PREFIX_CACHE", "0")
+    with pytest.raises(PagedError, match="HF_PAGED_PREFIX_CACHE, HF_PAGED_SWAP_SPACE cannot be used together: swap_s"):
+        PagedConfig.from_environment()
 
 
 @pytest.mark.parametrize(("variable", "text", "words"), CASES)

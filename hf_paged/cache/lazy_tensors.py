@@ -17,6 +17,7 @@ from hf_paged.cache.append_step import AppendStep
 from hf_paged.cache.batch_state import BatchState, GroupRows
 from hf_paged.cache.edits import same_bits
 from hf_paged.compat.torch import TO_COPY, make_wrapper_subclass, tree_map_only, writes_to_input
+from hf_paged.models import forward_context
 from hf_paged.reasons import Reason, Why, count_and_log
 
 if TYPE_CHECKING:
@@ -125,8 +126,17 @@ class PagedStates(LazyTensor):
             return self.fresh.clone(memory_format=torch.contiguous_format)
         self.pages.check()
         batch, step = self.pages.batch, self.pages.step
-        count_and_log(batch.pool.gathers, reason, "keys or values are gathered")
+        why = Reason.EXPANDED_LATENTS if self._is_latent() else reason
+        count_and_log(batch.pool.gathers, why, "keys or values are gathered")
         return batch.gather(self.pages.layer, self.is_key, step.end - self.shape[2], step.end)
+
+    def _is_latent(self) -> bool:
+        """Tell whether these are latents, or their rope parts, by what the model's config says of itself."""
+        forward = forward_context.running_forward()
+        if forward is None or self.shape[1] != 1:
+            return False
+        rank = getattr(forward.model.config.get_text_config(decoder=True), "kv_lora_rank", None)
+        return self.pages.rows.group.layers[self.pages.layer].head_dim(is_key=True) == rank
 
     def take_edits(self) -> bool:
         """Tell whether the model wrote into parts of the dense tensor (``keys[:, :, 0] = 0``); the cache follows."""

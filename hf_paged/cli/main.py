@@ -13,6 +13,7 @@ from hf_paged.cli.doctor.report import run_doctor
 from hf_paged.cli.gpu_kernels import build_gpu_kernels, layer_of_heads, model_layers
 from hf_paged.cli.plan.footprint import read_config
 from hf_paged.cli.plan.report import DTYPES, own_dtype, run_plan
+from hf_paged.cli.serve import add_serve
 from hf_paged.config import VARIABLES, PagedConfig
 from hf_paged.errors import PagedError
 from hf_paged.memory.kv_format import KV_FORMATS
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_doctor(commands)
     _add_plan(commands)
+    add_serve(commands)
     # Its arguments are its own: `main` hands them over before anything is parsed.
     commands.add_parser("eval", help="measure accuracy, speed and memory, dense and paged, and write a report")
     _add_build(commands)

@@ -59,11 +59,19 @@ def entered(stream: Any, device: torch.device) -> Iterator[None]:
         yield
 
 
-def upload(numbers: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+def upload(numbers: Sequence[Sequence[int]] | Sequence[int], device: torch.device) -> torch.Tensor:
     """Numbers as an int64 tensor on a device. The host does not wait for what the device has to do before."""
     tensor = torch.tensor(numbers)
     # Pinned memory is given to no other tensor before the copy is over.
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def host_memory(shape: Sequence[int]) -> torch.Tensor:
+    """Bytes of the host's that a device copies to and from while the host goes on: pinned, if the system pins them."""
+    try:
+        return torch.empty(*shape, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(*shape, dtype=torch.uint8)
 
 
 def keep_for(tensor: torch.Tensor, stream: Any) -> None:

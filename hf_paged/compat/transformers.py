@@ -20,6 +20,7 @@ from transformers import (
     Pipeline,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TextGenerationPipeline,
     masking_utils,
     modeling_layers,
@@ -388,3 +389,8 @@ attend_to_continuous_batch_with_sdpa = (
 
 attend_to_continuous_batch = eager_paged.eager_paged_attention_forward
 """Eager attention over a `ContinuousBatchingCache`: what transformers registers as "paged|eager"."""
+
+
+def sanitizes_chats(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a tokenizer can encode the names of control tokens in a chat's messages as plain text."""
+    return "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters

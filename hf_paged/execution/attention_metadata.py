@@ -1,8 +1,26 @@
 """AttentionMetadata: how the kernels find the rows of one forward in the pages of one KV cache group."""
 
+import functools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+
+
+class NewRows(NamedTuple):
+    """Rows of a packed step that have nothing stored before it, from one row to the last.
+
+    Attributes
+    ----------
+    first_row, first_token : int
+        The first of these rows, and its first token in the step.
+    longest : int
+        Tokens of the longest of them.
+    """
+
+    first_row: int
+    first_token: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +46,8 @@ class AttentionMetadata:
         Sliding window in tokens; None: queries see all tokens before them.
     query_index : torch.Tensor or None
         ``[num_queries]`` int64: the queries among all positions ``[batch * positions]``. None: all, in order.
+    new_rows : NewRows or None
+        The last rows of a packed step, if they have nothing stored before it. None: not known.
     """
 
     slot_mapping: torch.Tensor
@@ -36,6 +56,19 @@ class AttentionMetadata:
     cu_seqlens_q: torch.Tensor
     window: int | None
     query_index: torch.Tensor | None = None
+    new_rows: "NewRows | None" = None
+
+    @functools.cached_property
+    def rows_in_step(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Block tables, context lengths and starts of `new_rows` over the tokens of the step, each a block of its own.
+
+        Counted from the first of these tokens.
+        """
+        assert self.new_rows is not None, "asked for where there are new rows"
+        first_row, first_token, longest = self.new_rows
+        starts = self.cu_seqlens_q[first_row:] - first_token  # [num_new_rows + 1]
+        tokens = starts[:-1, None] + torch.arange(longest, device=starts.device)  # [num_new_rows, longest]
+        return tokens.minimum(starts[-1] - 1), starts.diff(), starts
 
     def on(self, device: torch.device) -> "AttentionMetadata":
         """The same with its tensors on `device`: itself if they are there."""

@@ -181,7 +181,7 @@ class ModelRunner:
     def try_out(self, model: torch.nn.Module, chunks: Sequence[Chunk]) -> torch.Tensor:
         """As `run`, with all checks and none of the means that make later steps fast."""
         with torch.inference_mode(False), torch.no_grad():
-            return self.forward(model, self.prepare(chunks))
+            return self.forward(model, self.prepare(chunks), is_trial=True)
 
     def prepare(self, chunks: Sequence[Chunk]) -> StepInputs:
         """Fill `buffers` with a step. The step before was launched: its inputs are overwritten behind it."""
@@ -193,9 +193,9 @@ class ModelRunner:
         with contextlib.nullcontext() if self.linears is None else self.linears.used_by(model):
             return self.forward(model, inputs)
 
-    def forward(self, model: torch.nn.Module, inputs: StepInputs) -> torch.Tensor:
+    def forward(self, model: torch.nn.Module, inputs: StepInputs, is_trial: bool = False) -> torch.Tensor:
         """Call the model once, and check that all its layers attended through the pages. Not to be overridden."""
-        forward = PackedForward(inputs)
+        forward = PackedForward(inputs, is_trial)
         output = model(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,

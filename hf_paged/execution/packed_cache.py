@@ -15,8 +15,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_paged.execution.attention_metadata import AttentionMetadata
+from hf_paged.execution.latent import Expansion, find_expansion
 from hf_paged.execution.step_inputs import StepInputs
+from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.reasons import Reason, Why
+from hf_paged_kernels import ops
 
 # The keyword under which a `PackedForward` travels from the model's call to its attention function.
 PACKED_FORWARD = "hf_paged_forward"
@@ -66,6 +70,8 @@ class PackedForward:
     Parameters
     ----------
     inputs : StepInputs
+    is_trial : bool
+        Whether the numbers of latents that a layer expands are checked.
 
     Attributes
     ----------
@@ -75,8 +81,8 @@ class PackedForward:
         Attention calls so far.
     """
 
-    def __init__(self, inputs: StepInputs):
-        self.inputs = inputs
+    def __init__(self, inputs: StepInputs, is_trial: bool = False):
+        self.inputs, self.is_trial = inputs, is_trial
         self.fresh: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.page_reads = 0
 
@@ -95,7 +101,10 @@ class PackedForward:
         scaling: float | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Store the new states of one layer and attend over its pages.
+        """Store the new states of one layer and attend over its pages: those that the layer's `update` got.
+
+        The layer may attend to them as they are. Or they are latents, and it attends to keys and values that it has
+        expanded them into: then the expansion is absorbed, see `latent`.
 
         Parameters
         ----------
@@ -114,12 +123,19 @@ class PackedForward:
         Raises
         ------
         NotPackableError
-            If these are not the states that `update` got, or the mask is not that of the layer's window.
+            If these are neither the states that `update` got nor expanded latents, or the mask is not that of the
+            layer's window.
         """
         index: Any = getattr(module, "layer_idx", None)
         fresh = self.fresh.pop(index, None)
-        if fresh is None or fresh[0] is not key or fresh[1] is not value:
+        if fresh is None:
             raise NotPackableError(Reason.EARLY_COMPUTATION)
+        expansion: Expansion | None = None
+        if fresh[0] is not key or fresh[1] is not value:
+            found = find_expansion(module, *fresh, key, value, self.is_trial)
+            if not isinstance(found, Expansion):
+                raise NotPackableError(found)
+            expansion = found
         storage, metadata = self.inputs.layers[index]
         if key.dtype != storage.states_dtype or key.device != storage.device:
             raise NotPackableError(Reason.CHANGED_PLACE)
@@ -127,7 +143,13 @@ class PackedForward:
         if not is_packed_mask(mask) or not (torch.compiler.is_compiling() or _is_for(mask, metadata.window)):
             raise NotPackableError(Reason.OTHER_PATTERN)
         sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
+        softcap = kwargs.get("softcap")
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
         self.page_reads += 1
+        if expansion is not None:
+            if sinks is not None or softcap is not None:
+                raise NotPackableError(Reason.UNABSORBED.of("beside sinks or a softcap"))
+            return _attend_latents(expansion, storage, metadata, query, key, value, *fresh, scale)[None]
         out = storage.write_and_attend(
             query[0].transpose(0, 1),  # [num_tokens, num_heads, key_dim]
             key[0].transpose(0, 1),
@@ -136,12 +158,57 @@ class PackedForward:
             metadata.block_tables,
             metadata.context_lens,
             metadata.cu_seqlens_q,
-            query.shape[3] ** -0.5 if scaling is None else scaling,
+            scale,
             metadata.window,
-            kwargs.get("softcap"),
+            softcap,
             sinks,
         )
         return out[None]
+
+
+def _attend_latents(
+    expansion: Expansion,
+    storage: KVStorage,
+    metadata: AttentionMetadata,
+    query: torch.Tensor,  # [1, num_heads, num_tokens, key_dim]
+    key: torch.Tensor,  # [1, num_heads, num_tokens, key_dim]
+    value: torch.Tensor,  # [1, num_heads, num_tokens, value_dim]
+    latent: torch.Tensor,  # [1, 1, num_tokens, rank]
+    rope: torch.Tensor,  # [1, 1, num_tokens, rope_dim]
+    scale: float,
+) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
+    """Store the latents of a step and attend: over those in the pages, or over the expanded ones of a row's beginning.
+
+    Absorbed attention multiplies with heads as large as a latent, which takes several times the work. That is less than
+    expanding what is stored, and more than attention over what the layer has expanded anyhow.
+    """
+    storage.write(latent[0].transpose(0, 1), rope[0].transpose(0, 1), metadata.slot_mapping)
+    rows = (metadata.block_tables, metadata.context_lens, metadata.cu_seqlens_q)
+    # A compiled step would be compiled again for each place of the first new row.
+    if torch.compiler.is_compiling() or metadata.new_rows is None:
+        return _attend_absorbed(expansion, storage, rows, query, scale, metadata.window)
+    first_row, first_token, _ = metadata.new_rows
+    states, key, value = (x[0, :, first_token:].transpose(0, 1) for x in (query, key, value))
+    pages = (key.contiguous()[:, :, None], value.contiguous()[:, :, None])  # [num_new_tokens, num_heads, 1, head_dim]
+    new = ops.paged_attention(states, *pages, *metadata.rows_in_step, scale, metadata.window)
+    if first_row == 0:
+        return new
+    tables, context_lens, cu_seqlens_q = rows
+    rows = (tables[:first_row], context_lens[:first_row], cu_seqlens_q[: first_row + 1])
+    old = _attend_absorbed(expansion, storage, rows, query[:, :, :first_token], scale, metadata.window)
+    return torch.cat((old, new))
+
+
+def _attend_absorbed(
+    expansion: Expansion,
+    storage: KVStorage,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    query: torch.Tensor,  # [1, num_heads, num_tokens, key_dim]
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:  # [num_tokens, num_heads, value_dim]
+    """Attend over latents in pages; `rows` are block tables, context lengths and starts."""
+    return expansion.values_of(storage.attend_latents(*expansion.absorb(query[0]), *rows, scale, window))
 
 
 def _is_for(mask: torch.Tensor | None, window: int | None) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from hf_paged.execution.attention_metadata import AttentionMetadata
+from hf_paged.execution.attention_metadata import AttentionMetadata, NewRows
 from hf_paged.execution.step_buffers import StepBuffers, StepSize
 from hf_paged.memory.kv_pool import KVCacheGroup
 from hf_paged.memory.kv_storage import KVStorage
@@ -93,7 +93,16 @@ def prepare_inputs(
         host[f"context_lens {number}"][: own.num_rows] = ends - bases
     num_samples = len(samples) + _pad(host, own, size, len(samples))
     buffers.upload(size.num_rows)
-    return _as_tensors(buffers, groups, size, num_samples)
+    return _as_tensors(buffers, groups, size, num_samples, _new_rows(chunks) if size is own else None)
+
+
+def _new_rows(chunks: Sequence[Chunk]) -> NewRows | None:
+    """The rows behind the last one that has a past, if there are any."""
+    first = next((index for index in range(len(chunks), 0, -1) if chunks[index - 1].start > 0), 0)
+    if first == len(chunks):
+        return None
+    lengths = [chunk.end - chunk.start for chunk in chunks]
+    return NewRows(first, sum(lengths[:first]), max(lengths[first:]))
 
 
 def _pad(host: dict[str, np.ndarray], own: StepSize, size: StepSize, num_samples: int) -> int:
@@ -111,7 +120,13 @@ def _pad(host: dict[str, np.ndarray], own: StepSize, size: StepSize, num_samples
     return num_pads
 
 
-def _as_tensors(buffers: StepBuffers, groups: Sequence[KVCacheGroup], size: StepSize, num_samples: int) -> StepInputs:
+def _as_tensors(
+    buffers: StepBuffers,
+    groups: Sequence[KVCacheGroup],
+    size: StepSize,
+    num_samples: int,
+    new_rows: NewRows | None,
+) -> StepInputs:
     """The step that `buffers` were filled with."""
     cu_seqlens_q = buffers.tensor("cu_seqlens_q", size.num_rows + 1)
     layers: dict[int, tuple[KVStorage, AttentionMetadata]] = {}
@@ -122,6 +137,7 @@ def _as_tensors(buffers: StepBuffers, groups: Sequence[KVCacheGroup], size: Step
             buffers.tensor(f"context_lens {number}", size.num_rows),
             cu_seqlens_q,
             group.window,
+            new_rows=new_rows,
         )
         layers.update({index: (storage, metadata) for index, storage in group.layers.items()})
     return StepInputs(

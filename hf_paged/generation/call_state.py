@@ -10,6 +10,7 @@ import torch
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.pending_tokens import PendingTokens
 from hf_paged.generation.generate_call import Choice, GenerateCall
+from hf_paged.memory.swap_costs import Moved
 from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, SchedulerOutput
@@ -190,7 +191,8 @@ class StepReport:
         Those that have run. Chunks that ran ahead, and failed, are in none of the lists: their rows run them again
         when their tokens are known. What is wrong past the end of a row is no error.
     lost : list of Chunk
-        Such chunks that have not run because their blocks could not be made ready.
+        Such chunks that have not run because their blocks could not be made ready, and any whose blocks were not
+        restored from the swap space.
     errors : list of (CallState, Exception)
         Calls that cannot go on.
     is_same_model : bool
@@ -199,6 +201,10 @@ class StepReport:
         Tokens of the unread step that the order named.
     unread : Unread or None
         What was chosen, if it is not read yet; then there are no deliveries.
+    moved : Moved or None
+        What was moved to the swap space and back.
+    has_swap_space : bool
+        Whether there is one still, if there was: not if it could not be read or written.
     """
 
     began: float
@@ -209,6 +215,8 @@ class StepReport:
     is_same_model: bool = True
     tokens_before: list[int] = field(default_factory=list)
     unread: Unread | None = None
+    moved: Moved | None = None
+    has_swap_space: bool = True
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_paged.atomic import Undo, atomically, is_in_section
 from hf_paged.errors import UnsupportedError
@@ -65,14 +66,18 @@ from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.memory.reservation import entered, is_inside
 from hf_paged.memory.sizing import step_tokens
 from hf_paged.memory.stall_detector import StallDetector
+from hf_paged.memory.swap_costs import SwapCosts
+from hf_paged.memory.swap_space import SwapSpace, make_swap_space
 from hf_paged.models.fingerprint import Identity, identify
 from hf_paged.sampling.next_tokens import NextTokens
 from hf_paged.sampling.sampler import sample_together
 from hf_paged.scheduling.cache_salt import current_salt
 from hf_paged.scheduling.request import Request
 from hf_paged.scheduling.scheduler import Chunk, Scheduler, SchedulerOutput
+from hf_paged.scheduling.swap_tier import SwapTier
 from hf_paged_kernels.faults import is_device_fault, is_out_of_memory
 
+logger = logging.get_logger(__name__)
 Result = TypeVar("Result")
 _IDLE_SECONDS = 0.005  # Until a driver without work looks for some again.
 _SAMPLING_GRACE = 0.25  # Share of a step's time that the next step waits for calls that still sample from it.
@@ -100,7 +105,9 @@ class Engine:
         self.pool = pool
         self.specs = list(pool.groups)
         tokens = step_tokens(pool.config, self.specs[0].device)
-        self.scheduler = Scheduler(list(pool.groups.values()), tokens, pool.prefix_counts)
+        self._swap_space = make_swap_space(pool)
+        tier = None if self._swap_space is None else _tier_of(self._swap_space, pool)
+        self.scheduler = Scheduler(list(pool.groups.values()), tokens, pool.prefix_counts, tier)
         self.runner = make_runner(pool)
         self._stall_detector = StallDetector(pool)
         self._identity: Identity | None = None  # Of the model that the prefix cache serves, while rows run.
@@ -109,6 +116,7 @@ class Engine:
         self._driver: CallState | None = None
         self._under_way: SchedulerOutput | None = None  # The step that the driver runs.
         self._unread: Unread | None = None  # The step before it, if its tokens are not known yet.
+        self._unread_tokens = 0  # That this step has run.
         self._leaving: list[CallState] = []  # Calls that have ended while their rows are in that step.
         self._last_step = (0.0, 0.0)  # When the last step ended, and how long it took, in seconds.
         pool.caches.add(self)
@@ -125,9 +133,22 @@ class Engine:
         return bool(self._state_of)
 
     @property
+    def num_preemptions(self) -> int:
+        """Times that a row gave its blocks up to rows that came earlier."""
+        return self.scheduler.num_preemptions
+
+    @property
     def captured_buckets(self) -> tuple[int, ...]:
         """Sizes in rows of the decode steps that are captured now."""
         return self.runner.captured_buckets
+
+    @property
+    def swapped_bytes(self) -> int:
+        """Bytes of the blocks that are in the swap space."""
+        tier, space = self.scheduler.prefix.tier, self._swap_space
+        if tier is None or space is None:
+            return 0
+        return sum(pool.cached_blocks * size for pool, size in zip(tier.pools, space.block_bytes))
 
     @property
     def _is_driven(self) -> bool:
@@ -142,6 +163,16 @@ class Engine:
         held = BlockTable(self.block_pools[number])
         held.blocks = list(self.scheduler.held[number])
         return [held, *(request.tables[number] for request in self.scheduler.running)]
+
+    def identify(self, model: PreTrainedModel) -> Identity | None:
+        """Inspect the model, with all else that what is stored on this engine depends on.
+
+        Returns
+        -------
+        Identity or None
+            None if a change of the model could not be seen: nothing is found or stored then.
+        """
+        return identify(model, self.pool.config.cache_salt, self.specs)
 
     def run(self, model: PreTrainedModel, call: GenerateCall) -> torch.Tensor:
         """Run a call to its end in this thread, together with the calls of other threads.
@@ -183,7 +214,7 @@ class Engine:
             self.runner.begin()
         is_needed = config.prefix_cache or self.runner.needs_identity
         if is_needed and (identity is None or not identity.is_found_again()):
-            identity = identify(model, config.cache_salt, self.specs)
+            identity = self.identify(model)
         has_prefixes = config.prefix_cache and identity is not None
 
         def enter() -> None:
@@ -255,6 +286,7 @@ class Engine:
 
     def _make_ready(self, order: Drive, report: StepReport) -> list[Chunk]:
         """Make the step's blocks ready. Returns its chunks, without those whose blocks are not, and their calls'."""
+        self._move(order, report)
         lost: dict[Chunk, Exception] = {}
         for number, copies in enumerate(order.planned.copies):
             _, error = attempt(functools.partial(self.runner.make_ready, number, copies))
@@ -263,11 +295,31 @@ class Engine:
                 for chunk in order.planned.chunks:
                     if not destinations.isdisjoint(chunk.request.tables[number].blocks):
                         lost[chunk] = error
-        report.lost = [chunk for chunk in lost if chunk.is_ahead]
+        unrestored = set(report.lost)
+        report.lost += [chunk for chunk in lost if chunk.is_ahead and chunk not in unrestored]
         report.errors += [(order.states[chunk.request], error) for chunk, error in lost.items() if not chunk.is_ahead]
         failed = {state for state, _ in report.errors}
-        whole = [chunk for chunk in order.planned.chunks if chunk not in lost]
+        whole = [chunk for chunk in order.planned.chunks if chunk not in lost and chunk not in unrestored]
         return [chunk for chunk in whole if order.states[chunk.request] not in failed]
+
+    def _move(self, order: Drive, report: StepReport) -> None:
+        """Move blocks to the swap space and back. Where that fails it is the end of the space, and of no call."""
+        spills, restores = order.planned.spills, order.planned.restores
+        if self._swap_space is None or not (any(spills) or any(restores)):
+            return
+        report.moved, error = attempt(functools.partial(self._swap_space.move, spills, restores))
+        if error is None:
+            return
+        logger.warning_once(
+            f"hf_paged: the swap space is out of use from now on ({type(error).__name__}: {error}); blocks that make "
+            "room are computed again. Set a smaller swap_space, or TMPDIR to a folder with room for it."
+        )
+        report.has_swap_space = False
+        for chunk in order.planned.chunks:
+            for moves, table in zip(restores, chunk.request.tables):
+                if any(block in table.blocks for _, block in moves):
+                    report.lost.append(chunk)
+                    break
 
     def _forward_all(
         self, model: PreTrainedModel, driver: CallState, order: Drive, chunks: list[Chunk], report: StepReport
@@ -463,7 +515,8 @@ class Engine:
             self._accept(*choice)
         if not report.is_same_model:
             self.scheduler.prefix.suspend()
-        self.scheduler.abort(SchedulerOutput(report.lost, planned.copies, []))
+        self.scheduler.lose(SchedulerOutput(report.lost, planned.copies, []))
+        self._note_moves(report)
         self.scheduler.commit(SchedulerOutput(report.chunks, planned.copies, []))
         for state, error in report.errors:
             self._fail(state, error)
@@ -477,6 +530,23 @@ class Engine:
         self._take_out_leaving()
         self._last_step = (time.monotonic(), time.monotonic() - report.began)
         self._cancel_calls()
+
+    def _note_moves(self, report: StepReport) -> None:
+        """Note what moving blocks and running tokens has cost; or that there is no swap space any more."""
+        if not report.has_swap_space:
+            self.scheduler.prefix.stop_swapping()
+            self._swap_space = None
+        tier = self.scheduler.prefix.tier
+        if tier is None:
+            return
+        seconds = time.monotonic() - report.began
+        if report.moved is not None:
+            seconds -= tier.costs.note_move(report.moved)
+        # The tokens of steps for which the host has waited since this one was planned.
+        count, self._unread_tokens = self._unread_tokens, sum(chunk.end - chunk.start for chunk in report.chunks)
+        if report.unread is None:
+            count, self._unread_tokens = count + self._unread_tokens, 0
+        tier.costs.note_step(count, seconds)
 
     def _run_ahead(self, unread: Unread) -> None:
         """Leave a step unread: its rows go on without their tokens, but for those that end by their length."""
@@ -592,13 +662,23 @@ class Engine:
             self._unread = None
 
     def forget_other_threads(self) -> None:
-        """Drop the calls of all threads but this one: in a forked child they are gone."""
+        """Drop the calls of all threads but this one, and the swap space: in a forked child they are the parent's."""
         here = threading.get_ident()
         for state in [self._driver, *self._state_of.values()]:
             if state is not None and state.thread != here:
                 self._drop(state)
         if self._under_way is None:
             self._take_out_leaving()
+        if self._swap_space is not None:
+            self._swap_space.renew()
+        if self.scheduler.prefix.tier is not None:
+            self.scheduler.prefix.tier.drop()
+
+
+def _tier_of(space: SwapSpace, pool: KVPool) -> SwapTier:
+    """The swap blocks of an empty swap space."""
+    costs = SwapCosts(sum(space.block_bytes), pool.config.block_size)
+    return SwapTier([space.num_blocks] * len(space.block_bytes), costs, pool.swap_counts)
 
 
 def _is_ahead(chunks: Sequence[Chunk]) -> bool:

@@ -45,8 +45,12 @@ class BlockTable:
 
     def reuse(self, blocks: list[int], num_tokens: int) -> None:
         """Let an empty table, once it starts where they do, own cached or used `blocks` up to token `num_tokens`."""
-        assert not self.blocks and self.base + len(blocks) * self.pool.block_size == num_tokens
         self.pool.touch(blocks)
+        self.adopt(blocks, num_tokens)
+
+    def adopt(self, blocks: list[int], num_tokens: int) -> None:
+        """As `reuse`, of blocks that the caller owns: his references are the table's now."""
+        assert not self.blocks and self.base + len(blocks) * self.pool.block_size == num_tokens
         self.blocks, self.num_tokens = list(blocks), num_tokens
         self.num_edits += 1
 

@@ -158,6 +158,25 @@ class KVFormat(abc.ABC):
         self.write(pages, key, value, slot_mapping)
         return self.attend(pages, query, block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks)
 
+    def attend_latents(
+        self,
+        pages: Pages,
+        query_latent: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+        query_rope: torch.Tensor,  # [num_tokens, num_heads, value_dim]
+        block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+        context_lens: torch.Tensor,  # [num_rows] int64
+        cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:  # [num_tokens, num_heads, key_dim]
+        """Attend to stored latents, the keys, and their rope parts, the values, as `ops.latent_attention` does."""
+        blocks = block_tables.flatten()
+        latents, ropes = (self.gather(pages, is_key, blocks) for is_key in (True, False))
+        tables = torch.arange(blocks.shape[0], device=blocks.device).view_as(block_tables)
+        return ops.latent_attention(
+            query_latent, query_rope, latents, ropes, tables, context_lens, cu_seqlens_q, scale, window
+        )
+
     def gather(self, pages: Pages, is_key: bool, blocks: torch.Tensor) -> torch.Tensor:
         """Copy whole blocks out of the pages, keys or values.
 
@@ -219,6 +238,14 @@ class NativeFormat(KVFormat):
             query, key, value, key_cache, value_cache, slot_mapping,
             block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
         )  # fmt: skip
+
+    def attend_latents(
+        self, pages, query_latent, query_rope, block_tables, context_lens, cu_seqlens_q, scale, window
+    ):  # fmt: skip
+        latent_cache, rope_cache = pages
+        return ops.latent_attention(
+            query_latent, query_rope, latent_cache, rope_cache, block_tables, context_lens, cu_seqlens_q, scale, window
+        )
 
     def copy_blocks(self, pages, source, destination):
         key_cache, value_cache = pages

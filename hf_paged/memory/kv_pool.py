@@ -186,6 +186,20 @@ class PrefixCounts:
 
 
 @dataclass
+class SwapCounts:
+    """Blocks of a pool that were moved to its swap space and back so far.
+
+    Attributes
+    ----------
+    spilled, restored : int
+        Each block of a KV cache group counts.
+    """
+
+    spilled: int = 0
+    restored: int = 0
+
+
+@dataclass
 class CaptureCounts:
     """How the packed steps of a pool ran so far whose engine captures decode steps.
 
@@ -228,8 +242,16 @@ class PackedEngine(Protocol):
         """Tell whether rows of calls are under way, which hold blocks."""
 
     @property
+    def num_preemptions(self) -> int:
+        """Times that a row gave its blocks up to rows that came earlier."""
+
+    @property
     def captured_buckets(self) -> tuple[int, ...]:
         """Sizes in rows of the decode steps that are captured now."""
+
+    @property
+    def swapped_bytes(self) -> int:
+        """Bytes of the blocks that the engine has in its swap space."""
 
     def forget_other_threads(self) -> None:
         """Drop the calls of all threads but this one: in a forked child they are gone."""
@@ -264,6 +286,7 @@ class KVPool:
     gathers : Counter of str
         Copies out of the pages, by reason.
     prefix_counts : PrefixCounts
+    swap_counts : SwapCounts
     capture_counts : CaptureCounts
     """
 
@@ -280,6 +303,7 @@ class KVPool:
         self.page_reads = 0
         self.gathers: Counter[str] = Counter()
         self.prefix_counts = PrefixCounts()
+        self.swap_counts = SwapCounts()
         self.capture_counts = CaptureCounts()
         _all.add(self)
 

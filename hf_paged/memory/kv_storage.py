@@ -126,6 +126,21 @@ class KVStorage:
             block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
         )  # fmt: skip
 
+    def attend_latents(
+        self,
+        query_latent: torch.Tensor,  # [num_tokens, num_heads, key_dim]
+        query_rope: torch.Tensor,  # [num_tokens, num_heads, value_dim]
+        block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+        context_lens: torch.Tensor,  # [num_rows] int64
+        cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:  # [num_tokens, num_heads, key_dim]
+        """Absorbed attention where keys are latents and values their rope parts: `ops.latent_attention`."""
+        return self.kv_format.attend_latents(
+            self.pages, query_latent, query_rope, block_tables, context_lens, cu_seqlens_q, scale, window
+        )
+
     def gather(self, is_key: bool, blocks: torch.Tensor) -> torch.Tensor:
         """Copy whole blocks ``[num_blocks]`` out of the pages: ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
         return self.kv_format.gather(self.pages, is_key, blocks)
@@ -133,6 +148,37 @@ class KVStorage:
     def copy_blocks(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy blocks ``[num_copies]`` to others: the copy of copy-on-write."""
         self.kv_format.copy_blocks(self.pages, source, destination)
+
+    def read_blocks(self, blocks: torch.Tensor) -> Pages:
+        """Copy whole blocks out of the pages, as they lie there, to keep them elsewhere.
+
+        Parameters
+        ----------
+        blocks : torch.Tensor
+            ``[num_blocks]`` int64, on the storage's device.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            One for each of `pages`, ``[num_blocks, num_kv_heads, block_size, size]`` on the same device.
+        """
+        return tuple(page[blocks] for page in self.pages)
+
+    def write_blocks(self, blocks: torch.Tensor, parts: Pages) -> None:
+        """Put back what `read_blocks` has copied, into these blocks or others. Mutates them, bit for bit.
+
+        Parameters
+        ----------
+        blocks : torch.Tensor
+            ``[num_blocks]`` int64, on the storage's device, each once. The caller owns them, and no one else does.
+        parts : tuple of torch.Tensor
+            As `read_blocks` returns them, from a storage of the same format and shape. On any device.
+        """
+        assert len(parts) == len(self.pages), "parts of another KV format"
+        for page, part in zip(self.pages, parts):
+            # An assignment would convert and repeat what does not fit.
+            assert part.dtype == page.dtype and part.shape == (len(blocks), *page.shape[1:]), "blocks of another shape"
+            page[blocks] = part.to(page.device)
 
     def _allocate(self, part: Part) -> torch.Tensor:
         shape = self.num_blocks, self.num_kv_heads, self.shape.block_size, part.size

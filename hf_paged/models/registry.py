@@ -88,7 +88,7 @@ def _make_pool(model: PreTrainedModel) -> None:
     new, old = KVPool(_configs.get(model) or PagedConfig.from_environment()), _pools.get(model)
     if old is not None:
         new.page_reads, new.gathers, new.prefix_counts = old.page_reads, old.gathers, old.prefix_counts
-        new.capture_counts = old.capture_counts
+        new.capture_counts, new.swap_counts = old.capture_counts, old.swap_counts
         for owner in [owner for owner, kept in _engines.items() if getattr(kept.made, "pool", None) is old]:
             del _engines[owner]
     _pools[model], _made_for[model] = new, (model.dtype, model.device)

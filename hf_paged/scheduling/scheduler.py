@@ -12,7 +12,7 @@ import bisect
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from hf_paged.errors import OutOfBlocksError
@@ -22,6 +22,7 @@ from hf_paged.memory.kv_pool import PrefixCounts
 from hf_paged.memory.sizing import row_blocks
 from hf_paged.scheduling.prefix_cache import Hit, PrefixCache
 from hf_paged.scheduling.request import Request, RequestState
+from hf_paged.scheduling.swap_tier import Moves, SwapTier
 
 _GroupCopy = tuple[int, tuple[int, int]]  # Number of a group, and (source, destination) in it.
 
@@ -81,11 +82,17 @@ class SchedulerOutput:
         sources until the step is committed or aborted.
     failed : list of (Request, OutOfBlocksError)
         Rows that the whole pool cannot hold; they are out.
+    spills : list of list of (block, swap block)
+        For each group what to move to the swap space, before anything else of the step.
+    restores : list of list of (swap block, block)
+        For each group what to bring back from there, before anything is copied or written.
     """
 
     chunks: list[Chunk]
     copies: list[list[tuple[int, int]]]
     failed: list[tuple[Request, OutOfBlocksError]]
+    spills: Moves = field(default_factory=list)
+    restores: Moves = field(default_factory=list)
 
 
 class Scheduler:
@@ -101,6 +108,8 @@ class Scheduler:
         Tokens that one step may run.
     prefix_counts : PrefixCounts or None
         Counted up by the prefix cache; None: new ones.
+    tier : SwapTier or None
+        The swap blocks of the groups; None: there is no swap space.
 
     Attributes
     ----------
@@ -108,10 +117,16 @@ class Scheduler:
         Of the groups' pools.
     """
 
-    def __init__(self, groups: Sequence[CacheGroup], token_budget: int, prefix_counts: PrefixCounts | None = None):
+    def __init__(
+        self,
+        groups: Sequence[CacheGroup],
+        token_budget: int,
+        prefix_counts: PrefixCounts | None = None,
+        tier: SwapTier | None = None,
+    ):
         self.groups, self.token_budget = groups, token_budget
         pools, windows = [group.blocks for group in groups], [group.window for group in groups]
-        self.prefix = PrefixCache(pools, windows, prefix_counts)
+        self.prefix = PrefixCache(pools, windows, prefix_counts, tier)
         self.waiting: list[Request] = []  # Both in order of arrival.
         self.running: list[Request] = []
         self.held: list[list[int]] = [[] for _ in groups]  # Sources of the copies of the step under way.
@@ -157,13 +172,20 @@ class Scheduler:
             it waits for them.
         """
         try:
-            return self._schedule(admits_waiting, may_exceed_budget)
+            self.prefix.plan_moves()
+            step = self._schedule(admits_waiting, may_exceed_budget)
         except BaseException:
             # Rows may own blocks whose copies are in no step.
             for request in reversed(self.running[:]):
                 self._preempt(request)
             self._let_go()
+            self.prefix.settle_moves(is_done=False)
             raise
+        if not step.chunks:
+            self._let_go()
+            self.prefix.settle_moves(is_done=False)
+        spills, restores = self.prefix.planned_moves()
+        return replace(step, spills=spills, restores=restores)
 
     def _schedule(self, admits_waiting: bool, may_exceed_budget: bool) -> SchedulerOutput:
         step = SchedulerOutput([], [[] for _ in self.groups], [])
@@ -177,8 +199,6 @@ class Scheduler:
         has_preempted = self.num_preemptions > preemptions
         if self.waiting and left and not has_preempted and (admits_waiting or not self.running):
             self._admit(left, step, may_exceed_budget)
-        if not step.chunks:
-            self._let_go()
         return step
 
     def commit(self, step: SchedulerOutput) -> None:
@@ -191,6 +211,7 @@ class Scheduler:
             of that counts.
         """
         self._let_go()
+        self.prefix.settle_moves(is_done=True)
         for chunk in step.chunks:
             if chunk.request.state is RequestState.OUT:
                 continue
@@ -200,16 +221,22 @@ class Scheduler:
                 chunk.request.num_sampled = chunk.end
 
     def abort(self, step: SchedulerOutput) -> None:
-        """Note that a step has not run, or not to its end: its rows are as before it.
+        """Note that a step has not run, or not to its end: its rows are as before it, but for those that `lose` names.
 
-        Those whose copies may be missing give their blocks up.
+        What was evicted for it is lost.
         """
+        self.lose(step)
+        self._let_go()
+        self.prefix.settle_moves(is_done=False)
+
+    def lose(self, step: SchedulerOutput) -> None:
+        """Have those rows of a step give their blocks up that may lack a copy, or what was to be restored."""
         missing = [{destination for _, destination in copies} for copies in step.copies]
         for chunk in step.chunks:
             is_short = any(not copied.isdisjoint(t.blocks) for copied, t in zip(missing, chunk.request.tables))
+            is_short = is_short or self.prefix.is_restoring(chunk.request)
             if is_short and chunk.request.state is RequestState.RUNNING:
                 self._preempt(chunk.request)
-        self._let_go()
 
     def _let_go(self) -> None:
         """Free the sources of the last step's copies."""
@@ -265,8 +292,8 @@ class Scheduler:
     def _admit(self, left: int, step: SchedulerOutput, may_exceed_budget: bool) -> None:
         """Start waiting rows, the first that came first, until one does not fit beside those that run.
 
-        A row whose next block is computed in this very step, for another row, starts in the next one and finds it;
-        the blocks that it will need are kept for it.
+        A row whose next block is computed or moved in this very step, for another row, starts in the next one and finds
+        it; the blocks that it will need are kept for it.
         """
         spare = [self._spare(index) for index in range(len(self.groups))]
         underway: set[bytes] = set()
@@ -286,7 +313,7 @@ class Scheduler:
             if (self.running or not may_exceed_budget) and any(map(operator.gt, blocks, spare)):
                 break
             spare = list(map(operator.sub, spare, blocks))
-            if self.prefix.first_missing_hash(request, hit) in underway:
+            if self.prefix.first_missing_hash(request, hit) in underway or self.prefix.comes_soon(request, hit):
                 continue
             self.prefix.take(request, hit)
             self._move(request, RequestState.RUNNING)
@@ -352,7 +379,8 @@ class Scheduler:
             self._fail(request, error, step)
 
     def _withdraw(self, request: Request, step: SchedulerOutput) -> None:
-        """Take a row's chunk out of the step that is being chosen: one that waited may run beside later ones."""
+        """Take a row out of the step that is being chosen: one that waited may run beside later ones."""
+        self.prefix.withdraw_moves(request)
         if all(chunk.request is not request for chunk in step.chunks):
             return
         step.chunks[:] = [chunk for chunk in step.chunks if chunk.request is not request]
@@ -368,6 +396,7 @@ class Scheduler:
 
     def _fail(self, request: Request, error: OutOfBlocksError, step: SchedulerOutput) -> None:
         step.failed.append((request, error))
+        self.prefix.withdraw_moves(request)
         self.remove(request)
 
     def _spare(self, index: int) -> int:

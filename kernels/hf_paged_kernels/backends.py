@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-OPS = ("write_kv", "copy_blocks", "paged_attention", "write_and_attend")
+OPS = ("write_kv", "copy_blocks", "paged_attention", "write_and_attend", "latent_attention")
 Find = Callable[[str, tuple], Callable | None]
 
 

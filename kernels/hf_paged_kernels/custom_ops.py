@@ -21,6 +21,8 @@ _SCHEMAS = {
     "copy_blocks": "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source, Tensor destination) -> ()",
     "paged_attention": f"(Tensor query, {_READ}, {_ROWS}, {_OPTIONS}, {_SCALES}) -> Tensor",
     "write_and_attend": f"(Tensor query, {_WRITE}, {_ROWS}, {_OPTIONS}, {_WRITTEN_SCALES}) -> Tensor",
+    "latent_attention": "(Tensor query_latent, Tensor query_rope, Tensor latent_cache, Tensor rope_cache, "
+    f"{_ROWS}, float scale, int? window=None) -> Tensor",
 }
 _library = torch.library.Library("hf_paged", "DEF")
 
@@ -47,11 +49,19 @@ def _write_and_attend_output(
     return query.new_empty(*query.shape[:2], value.shape[2])
 
 
+def _latent_attention_output(
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    *arguments,
+) -> torch.Tensor:  # [num_tokens, num_heads, rank]
+    return query_latent.new_empty(query_latent.shape)
+
+
 _FAKES: dict[str, Callable] = {
     "write_kv": _no_output,
     "copy_blocks": _no_output,
     "paged_attention": _attention_output,
     "write_and_attend": _write_and_attend_output,
+    "latent_attention": _latent_attention_output,
 }
 
 

@@ -31,6 +31,7 @@ _write_kv = torch.ops.hf_paged.write_kv.default
 _copy_blocks = torch.ops.hf_paged.copy_blocks.default
 _paged_attention = torch.ops.hf_paged.paged_attention.default
 _write_and_attend = torch.ops.hf_paged.write_and_attend.default
+_latent_attention = torch.ops.hf_paged.latent_attention.default
 
 
 def write_kv(
@@ -137,3 +138,39 @@ def write_and_attend(
         query, key, value, key_cache, value_cache, slot_mapping,
         block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks, key_scales, value_scales,
     )  # fmt: skip
+
+
+def latent_attention(
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    query_rope: torch.Tensor,  # [num_tokens, num_heads, rope_dim]
+    latent_cache: torch.Tensor,  # [num_blocks, 1, block_size, rank]
+    rope_cache: torch.Tensor,  # [num_blocks, 1, block_size, rope_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:  # [num_tokens, num_heads, rank]
+    """Absorbed attention over latents (MLA): `paged_attention` whose keys and values are one latent for all heads.
+
+    A score is ``query_latent . latent + query_rope . rope``, and a result the weighted sum of latents. The caller
+    turns queries into `query_latent` by the part of the expansion that makes keys, and results by the part that makes
+    values (DeepSeek-V2, arXiv:2405.04434). `write_kv` stores latents as keys and rope parts as values.
+
+    Parameters
+    ----------
+    query_latent, query_rope : torch.Tensor
+        Packed query tokens; any strides.
+    latent_cache, rope_cache : torch.Tensor
+        The pages: one latent and one rope part for each token.
+    block_tables, context_lens, cu_seqlens_q, scale, window
+        As in `paged_attention`.
+
+    Returns
+    -------
+    torch.Tensor
+        In the dtype of `query_latent`. Slots that hold no token of the row never matter, even if they are NaN.
+    """
+    return _latent_attention(
+        query_latent, query_rope, latent_cache, rope_cache, block_tables, context_lens, cu_seqlens_q, scale, window
+    )

@@ -91,6 +91,22 @@ def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *a
     return paged_attention(query, key_cache, value_cache, *attention)
 
 
+def latent_attention(
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    query_rope: torch.Tensor,  # [num_tokens, num_heads, rope_dim]
+    latent_cache: torch.Tensor,  # [num_blocks, 1, block_size, rank]
+    rope_cache: torch.Tensor,  # [num_blocks, 1, block_size, rope_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:  # [num_tokens, num_heads, rank]
+    """See `ops.latent_attention`."""
+    query, keys = torch.cat((query_latent, query_rope), 2), torch.cat((latent_cache, rope_cache), 3)
+    return paged_attention(query, keys, latent_cache, block_tables, context_lens, cu_seqlens_q, scale, window)
+
+
 def _row_tokens(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
     """The first `length` tokens of a row, [length, num_kv_heads, head_dim]."""
     _, num_kv_heads, block_size, head_dim = cache.shape

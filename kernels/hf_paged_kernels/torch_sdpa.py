@@ -138,11 +138,32 @@ def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *a
     return paged_attention(query, key_cache, value_cache, *attention)
 
 
+def latent_attention(
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    query_rope: torch.Tensor,  # [num_tokens, num_heads, rope_dim]
+    latent_cache: torch.Tensor,  # [num_blocks, 1, block_size, rank]
+    rope_cache: torch.Tensor,  # [num_blocks, 1, block_size, rope_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:  # [num_tokens, num_heads, rank]
+    """See `ops.latent_attention`."""
+    blocks = block_tables.flatten()
+    latents = latent_cache.index_select(0, blocks)  # [num_rows * max_blocks, 1, block_size, rank]
+    keys = torch.cat((latents, rope_cache.index_select(0, blocks)), 3)
+    tables = torch.arange(len(blocks), device=blocks.device).view_as(block_tables)
+    query = torch.cat((query_latent, query_rope), 2)
+    return paged_attention(query, keys, latents, tables, context_lens, cu_seqlens_q, scale, window)
+
+
 _OPS: dict[str, Callable] = {
     "write_kv": write_kv,
     "copy_blocks": copy_blocks,
     "paged_attention": paged_attention,
     "write_and_attend": write_and_attend,
+    "latent_attention": latent_attention,
 }
 
 

@@ -11,7 +11,7 @@ from hf_paged.cli import demo_model, main
 from support import zoo
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("demo", "doctor", "plan", "eval", "build")
+COMMANDS = ("demo", "doctor", "plan", "serve", "eval", "build")
 
 
 def said(arguments, capsys) -> str:

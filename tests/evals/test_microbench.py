@@ -17,8 +17,10 @@ from support import tiny_eval, zoo
 MODEL, DATASET = "--model", "--dataset"
 TAKES = {
     "decode_step": (MODEL,),
+    "latent_step": (),
     "short_prompt": (MODEL,),
     "prefix": (MODEL,),
+    "saved_prefix": (MODEL,),
     "threads": (MODEL, DATASET),
     "programs": (),
     "pipeline_speed": (MODEL, DATASET),
@@ -79,6 +81,8 @@ def test_rows_of_the_prefix_and_threads_equal_dense_in_float32(files, tmp_path):
         figures["rows equal to dense: with prefix cache"] == figures["rows equal to dense: without prefix cache"] == 3
     )
     assert figures["prompt tokens found"] > 50
+    figures = measured("saved_prefix", files, tmp_path, "--dtype", "float32")
+    assert figures["prompt tokens found"] == 48 and figures["first tokens equal to dense: prefix loaded"] == 1
     figures = measured("threads", files, tmp_path, "--dtype", "float32")
     assert figures["rows equal to dense: paged, all at once"] == 3
 

@@ -18,6 +18,7 @@ RUNS = [
     ("lm_eval_harness.py", "", r"complete +exact_match +paged (0\.[1-9]\d*) +dense \1"),
     ("trl_grpo.py", "--completions 2 --max-completion-length 8", r"paged .* 2 packed calls, .* fallbacks \{\}"),
     ("peft_adapters.py", "--steps 2 --max-new-tokens 8", r"6 of 6 answers equal .*; 6 calls ran packed"),
+    ("saved_prefix.py", "--books 12", r"A new process, with the file: .* s, [1-9]\d\d of \d+ prompt tokens found"),
     ("long_context.py", "--days 40", r"  first token after .* s, [1-9]\d* of \d+ prompt tokens from the prefix cache"),
 ]
 NEEDED_MODULES = {"lm_eval_harness.py": "lm_eval", "trl_grpo.py": "trl"}

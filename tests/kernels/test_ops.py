@@ -221,15 +221,15 @@ def test_write_and_attend(kernels, dtype):
     torch.testing.assert_close([keys, values], expected_caches, atol=0, rtol=0, equal_nan=True)
 
 
-def check_quantized(kernels, batch, heads, codes, dtype, block_size=16, dims=(16, 16), options=None):
+def check_quantized(kernels, batch, heads, codes, dtype, block_size=16, dims=(16, 16), scale=0.3, options=None):
     arguments, sinks = make_pages(batch, heads, block_size, dtype, *dims)
     options = {**(options or {}), **({"sinks": sinks} if "sinks" in (options or {}) else {})}
     if "window" in options:
         hide_before_window(arguments, options["window"])
     query, keys, values, *rows = arguments
     pages, scales = quantized_pages((keys, values), codes)
-    expected = exact((query, *pages, *rows), 0.3, **options, **scales)
-    got = kernels.paged_attention(query, *pages, *rows, 0.3, **options, **scales)
+    expected = exact((query, *pages, *rows), scale, **options, **scales)
+    got = kernels.paged_attention(query, *pages, *rows, scale, **options, **scales)
     assert got.dtype == dtype
     assert_accurate(got, expected)
 
@@ -249,7 +249,7 @@ def test_quantized_pages(kernels, batch, dtype, codes):
 def test_head_sizes_of_quantized_pages(kernels, dims, codes):
     for batch in ("decode", "mixed"):
         for dtype in DTYPES:
-            check_quantized(kernels, BATCHES[batch], (6, 2), codes, dtype, dims=dims)
+            check_quantized(kernels, BATCHES[batch], (6, 2), codes, dtype, dims=dims, scale=dims[0] ** -0.5)
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)

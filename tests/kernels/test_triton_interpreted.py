@@ -25,7 +25,9 @@ from support.op_matrix import (
     check_padded_step,
     check_write_kv,
     exact,
+    exact_latents,
     hide_before_window,
+    make_latents,
     make_pages,
 )
 
@@ -153,6 +155,60 @@ def test_copy_blocks(dtype, copies):
 
 def generators():
     return (torch.Generator().manual_seed(1) for _ in range(2))
+
+
+def check_latents(batch, num_heads, block_size=16, dtype=torch.float32, dims=(32, 16), scale=0.3, share=1, **options):
+    arguments = make_latents(batch, num_heads, block_size, dtype, *dims)
+    if "window" in options:
+        hide_before_window(arguments, options["window"])
+    got = launch.latent_attention(*arguments, scale, **options)
+    assert got.dtype == dtype
+    assert_accurate(got, exact_latents(arguments, scale, **options), share)
+
+
+@pytest.mark.parametrize("batch", [*BATCHES, *UNEVEN])
+def test_latents_of_batches(batch, splits):
+    for number, options in enumerate([{}, {"window": 7}]):
+        check_latents((BATCHES | UNEVEN)[batch], (4, 20)[number], dtype=DTYPES[number], **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", [(80, 20), (5, 3)], ids=str)
+def test_latents_of_any_size(dtype, dims):
+    for batch in ([(1, 1), (50, 1), (70, 1)], [(1, 1), (70, 9), (0, 0), (31, 1)]):
+        check_latents(batch, 6, dtype=dtype, dims=dims, scale=sum(dims) ** -0.5)
+
+
+def test_latents_of_deepseek(splits):
+    """Of so many numbers, some are further from the exact ones than those of small heads."""
+    check_latents([(1, 1), (50, 1), (70, 9), (0, 1)], 24, dtype=torch.bfloat16, dims=(512, 64), scale=0.04, share=1.5)
+
+
+@pytest.mark.parametrize("num_heads", [7, 17])
+def test_latents_of_any_number_of_heads(num_heads, splits):
+    for dtype in DTYPES[:2]:
+        check_latents([(40, 1), (21, 3)], num_heads, dtype=dtype)
+
+
+@pytest.mark.parametrize("block_size", [4, 24, 32, 128])
+def test_blocks_of_latents(block_size):
+    edges = [(context, 1) for context in (1, block_size - 1, block_size, block_size + 1, 2 * block_size + 3)]
+    check_latents(edges, 6, block_size)
+    check_latents(edges, 6, block_size, torch.bfloat16, window=block_size)
+    check_latents([(2 * block_size + 1, block_size + 2), (block_size, 2)], 6, block_size, torch.float16)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scales_of_latents_that_are_not_positive(scale):
+    check_latents(BATCHES["mixed"], 4, scale=scale)
+
+
+def test_strides_of_latent_queries_do_not_matter():
+    """Queries as products of each head with the weights leave them, and such whose last dimension is not dense."""
+    queries, rest = (lambda x: (x[:2], x[2:]))(make_latents(BATCHES["mixed"], 4, 16, torch.float32))
+    for order in ((1, 2, 0), (1, 0, 2)):
+        strided = [x.permute(order).contiguous().permute([order.index(axis) for axis in range(3)]) for x in queries]
+        assert_accurate(launch.latent_attention(*strided, *rest, 0.3), exact_latents((*queries, *rest), 0.3))
 
 
 def test_write_and_attend():

@@ -161,6 +161,20 @@ def test_the_prefix_cache_serves_it(format_name):
     assert found(models[1]) >= 5 * 24
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_a_prefix_is_saved_with_all_its_parts_and_for_no_other_format(name, format_name, tmp_path):
+    models, path = pair(format_name, name), tmp_path / "prefix"
+    inputs = prompts([30], shared=24)
+    assert hf_paged.save_prefix(models[1], path, inputs["input_ids"][:, :24]) == 24
+    hf_paged.release(models[1])
+    assert hf_paged.load_prefix(models[1], path) == 24
+    compare(models, inputs)
+    assert found(models[1]) == 24
+    pair(None, name)
+    with pytest.raises(hf_paged.SavedPrefixError, match=f"{format_name}.*native"):
+        hf_paged.load_prefix(models[1], path)
+
+
 def test_a_small_pool_evicts_and_preempts(format_name):
     shape = BlockShape(num_kv_heads=2, block_size=4, key_dim=16, value_dim=16)
     block_bytes = FORMATS[format_name](torch.float64).block_bytes(shape)
@@ -244,6 +258,26 @@ def test_what_is_written_is_gathered_and_copied(format_class):
         wanted[2], wanted[0] = wanted[1], wanted[3]
         blocks = torch.tensor([4, 0, 2, 2, 1, 3])
         assert torch.equal(pages.gather(is_key, blocks), wanted[blocks])
+
+
+@pytest.mark.parametrize("format_class", [NativeFormat, *FORMATS.values()])
+def test_blocks_come_back_bit_for_bit_in_other_places(format_class):
+    """Whatever lies there, in every part: NaN in unused slots, too."""
+    torch.manual_seed(0)
+    pages, other = storage(format_class), storage(format_class)
+    for page in (*pages.pages, *other.pages):
+        page.view(torch.uint8).random_()
+    blocks, places = torch.tensor([3, 0, 4]), torch.tensor([1, 4, 0])
+    rest = [page[[2, 3]].view(torch.uint8).clone() for page in other.pages]
+    parts = pages.read_blocks(blocks)
+    assert [part.shape for part in parts] == [(3, *page.shape[1:]) for page in pages.pages]
+    other.write_blocks(places, parts)
+    for page, written, kept in zip(pages.pages, other.pages, rest, strict=True):
+        assert torch.equal(page[blocks].view(torch.uint8), written[places].view(torch.uint8))
+        assert torch.equal(written[[2, 3]].view(torch.uint8), kept)
+    for wrong in (parts[1:], [part[:1] for part in parts], [part.double() for part in parts]):
+        with pytest.raises(AssertionError, match="another"):
+            other.write_blocks(places, tuple(wrong))
 
 
 @pytest.mark.parametrize("format_class", [NativeFormat, *FORMATS.values()])

@@ -5,6 +5,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_paged
+from hf_paged.reasons import Reason
 from hf_paged_evals.models.tiny import tiny_config, tiny_model
 from support import one_ahead, zoo
 from support.parity import assert_rows_equal
@@ -13,7 +14,10 @@ PAGES = (
     "llama qwen2 qwen3 smollm3 mistral gemma2 gemma3_text gemma3n_text gemma4_text gpt_oss mixtral olmo2 granite "
     "starcoder2 phi phi3 stablelm cohere cohere2 gpt2 opt gpt_neox qwen3_next granitemoehybrid jamba"
 ).split()
-GATHERS = "deepseek_v3 bloom diffllama jetmoe doge llama4_text gpt_neox_japanese moshi".split()
+# Latents in pages. Upstream's loop expands them for each forward, and so gathers; packed steps absorb the expansion.
+LATENTS = "axk1 deepseek_v2 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 youtu".split()
+HYBRID_LATENTS = ["bailing_hybrid", "kimi_linear"]  # Their recurrent layers keep them in upstream's loop.
+GATHERS = "bloom diffllama jetmoe doge llama4_text gpt_neox_japanese moshi".split()
 OWN = ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text", "falcon_h1", "mamba", "recurrent_gemma"]
 MODES = {
     "greedy": {},
@@ -34,7 +38,7 @@ def outcome(model, inputs, options):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", PAGES + GATHERS + OWN)
+@pytest.mark.parametrize("name", PAGES + LATENTS + HYBRID_LATENTS + GATHERS + OWN)
 def test_every_mode_of_every_architecture(name, mode):
     dense_model, paged_model = zoo.pair(name)
     inputs = zoo.prompts([11] if mode == "assisted" else [11, 4])
@@ -48,13 +52,22 @@ def test_every_mode_of_every_architecture(name, mode):
     assert_rows_equal(dense_model, inputs, dense, paged)
     stats = hf_paged.stats(paged_model)
     assert (stats.page_reads > 0) or name not in PAGES, "no attention call read pages: this is sdpa in disguise"
-    if name in GATHERS:
+    if name in LATENTS:
+        check_latents(stats, is_packed=mode in ("greedy", "sample", "chunked"))
+    elif name in HYBRID_LATENTS:
+        assert list(stats.gathers) == [Reason.EXPANDED_LATENTS.text]
+    elif name in GATHERS:
         assert stats.gathers
     elif name != "gemma4_text" or mode not in ("chunked", "assisted"):  # There it cuts its mask to the last queries.
         assert not stats.gathers, stats.gathers
 
 
-@pytest.mark.parametrize("name", PAGES)
+def check_latents(stats, is_packed: bool) -> None:
+    assert (stats.packed_calls > 0) == (stats.page_reads > 0) == is_packed, stats.fallbacks
+    assert list(stats.gathers) == ([] if is_packed else [Reason.EXPANDED_LATENTS.text])
+
+
+@pytest.mark.parametrize("name", PAGES + LATENTS)
 def test_greedy_steps_one_ahead(name, monkeypatch):
     dense_model, paged_model = zoo.pair(name)
     inputs, options = zoo.prompts([11, 4]), {"max_new_tokens": 14, "pad_token_id": 0, "eos_token_id": None}

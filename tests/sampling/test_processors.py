@@ -13,6 +13,7 @@ import hf_paged
 from hf_paged.sampling import processors
 from hf_paged.sampling.processors import PROPERTIES, Properties, properties_of, register, shared_properties
 from hf_paged.sampling.stopping import StoppingRules
+from hf_paged_integrations.serving.openai.processors import LogitBias, Penalties
 from support import texts, zoo
 from support.packing import LENGTHS, SAMPLE, compare, pair
 from support.threads import in_threads
@@ -43,6 +44,8 @@ EXAMPLES = {
     lp.TopKLogitsWarper: lambda: lp.TopKLogitsWarper(4),
     lp.TopPLogitsWarper: lambda: lp.TopPLogitsWarper(0.8),
     lp.TypicalLogitsWarper: lambda: lp.TypicalLogitsWarper(0.6),
+    Penalties: lambda: Penalties(0.7, 0.4, 2),
+    LogitBias: lambda: LogitBias({3: 5.0, 7: -100.0}, torch.device("cpu")),
     hf_paged.Cancellation: lambda: hf_paged.Cancellation(),
     sc.EosTokenCriteria: lambda: sc.EosTokenCriteria([1, 2]),
     sc.MaxLengthCriteria: lambda: sc.MaxLengthCriteria(8),

@@ -211,6 +211,44 @@ def test_a_row_finds_the_longest_beginning_that_was_run_under_its_salt(prompts):
         seen.update((salt, *tokens[:end]) for end in range(4, len(tokens) + 1, 4))
 
 
+def test_blocks_that_no_row_has_run_are_inserted_and_found():
+    """Of a window what rows see that go on after them, or end with the last of them."""
+    full, window = FakeGroup(32), FakeGroup(32, window=6)
+    rows = Rows(full, window)
+    row = _row(rows, range(20))
+    assert rows.prefix.stored(row) is None
+    assert [rows.prefix.num_lasting(number, 5) for number in (0, 1)] == [5, 3]
+    for table, count in zip(row.tables, (5, 3)):
+        table.start_at(20 - 4 * count)
+        table.blocks, table.num_tokens = table.pool.allocate(count), 20
+    row.num_stored = 20
+    rows.prefix.insert(row)
+    assert rows.prefix.stored(row) == [table.blocks for table in row.tables]
+    row.release()
+    rows.prefix.check_integrity()
+    assert (full.blocks.cached_blocks, window.blocks.cached_blocks) == (5, 3)
+    assert rows.run(range(20)) == 16 and rows.run(range(21)) == 20 and rows.run(range(15)) == 0
+
+
+def test_what_is_inserted_twice_is_kept_once():
+    rows = Rows(group := FakeGroup(32))
+    rows.run(range(10))
+    row = _row(rows, range(12))
+    row.tables[0].blocks, row.num_stored = group.blocks.allocate(3), 12
+    rows.prefix.insert(row)
+    row.release()
+    rows.prefix.check_integrity()
+    assert group.blocks.cached_blocks == 3 and group.blocks.free_blocks == 29
+
+
+def test_nothing_is_stored_while_it_is_suspended():
+    rows = Rows(FakeGroup(32))
+    rows.run(range(10))
+    assert rows.prefix.serves(b"model") and not rows.prefix.serves(b"trained")
+    rows.prefix.suspend()
+    assert rows.prefix.stored(_row(rows, range(8))) is None and not rows.prefix.serves(b"model")
+
+
 def test_the_salt_belongs_to_the_thread_that_set_it():
     seen = []
     with hf_paged.cache_salt("outer"):

@@ -4,6 +4,7 @@ Its steps are made tensors as well, in buffers that know the tables of the step 
 """
 
 import itertools
+from types import SimpleNamespace
 
 import torch
 from hypothesis import settings
@@ -13,9 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.step_buffers import StepBuffers
 from hf_paged.execution.step_inputs import prepare_inputs
+from hf_paged.generation.saved_prefix import HeldPrefix
 from hf_paged.memory.eviction import LeastRecentlyUsed
+from hf_paged.scheduling.cache_salt import cache_salt
 from hf_paged.scheduling.request import Request, RequestState
-from hf_paged.scheduling.scheduler import Scheduler
+from hf_paged.scheduling.scheduler import Scheduler, SchedulerOutput
+from hf_paged.scheduling.swap_tier import SwapTier
 from support.fake_groups import FakeGroup
 from support.known_blocks import KnownBlocks
 from support.policies import AnyBlock
@@ -28,6 +32,9 @@ picks = st.integers(0, 10**6)
 
 class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     """Prompts arrive, steps run, calls hand tokens back or leave, weights change, and others take blocks.
+
+    Blocks that make room go to a swap space and come back, if there is one: while that pays, and until it fails.
+    Prefixes are saved and loaded meanwhile.
 
     After some steps rows run ahead: with tokens that are read when the next step has run, or before it is planned.
 
@@ -45,8 +52,9 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         token_budget=st.integers(1, 12),
         cache_blocks=st.integers(0, 20),
         policy=st.sampled_from([LeastRecentlyUsed, AnyBlock]),
+        swap_blocks=st.one_of(st.none(), st.tuples(st.integers(1, 12), st.integers(1, 12))),
     )
-    def begin(self, budgets, slack, block_size, window, token_budget, cache_blocks, policy):
+    def begin(self, budgets, slack, block_size, window, token_budget, cache_blocks, policy, swap_blocks):
         self.groups = [
             FakeGroup(total, length, total + slack, block_size, policy(), layer)
             for layer, (total, length) in enumerate(zip(budgets, (None, window)))
@@ -54,19 +62,30 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         for group in self.groups:
             group.blocks.cache_blocks = cache_blocks
         self.buffers = StepBuffers(torch.device("cpu"))
-        self.scheduler = Scheduler(self.groups, token_budget)
+        self.costs = SimpleNamespace(spilling_pays=True, restoring_pays=True)
+        tier = None if swap_blocks is None else SwapTier(swap_blocks, self.costs)
+        self.scheduler = Scheduler(self.groups, token_budget, None, tier)
+        self.engine = SimpleNamespace(
+            scheduler=self.scheduler,
+            block_pools=[group.blocks for group in self.groups],
+            pool=SimpleNamespace(caches=set()),
+            is_running=True,
+        )
         self.tokens: dict[Request, list[int]] = {}  # Of every row, in order of arrival.
+        self.prefixes: list[list[int]] = []  # Loaded ones.
         self.limits: dict[Request, int] = {}
         self.sampling: dict[Request, None] = {}
         self.unread: dict[Request, tuple[int, bool]] = {}  # A row's next token, and whether it ends with it.
         self.out: dict[Request, None] = {}
         self.held: list[dict[int, None]] = [{} for _ in self.groups]
         self.memory: list[dict[int, tuple]] = [{} for _ in self.groups]
+        self.swap_space: list[dict[int, list]] = [{} for _ in self.groups]
         self.states: dict[Request, list[tuple]] = {}  # What each row has stored, by token.
         self.keeps_budget = False
         self.weights = 0
         self.born: dict[Request, int] = {}  # The weights that a row started with.
-        self.known = KnownBlocks(self.groups)
+        self.known = KnownBlocks(self.groups, tier)
+        self.moved = []
         self.step = None
         self.new_tokens = itertools.count()
         self.take, self.scheduler.prefix.take = self.scheduler.prefix.take, self.check_hit
@@ -93,7 +112,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "salt", None]),
     )
     def arrive(self, pick, shared, length, more, duplicates, salt):
-        earlier = list(self.tokens.values())
+        earlier = [*self.tokens.values(), *self.prefixes]
         prompt = earlier[pick % len(earlier)][: min(shared, length)] if earlier else []
         prompt += [next(self.new_tokens) for _ in range(length - len(prompt))]
         rows = [Request(list(prompt), [group.blocks for group in self.groups]) for _ in range(1 + duplicates)]
@@ -102,12 +121,19 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             self.tokens[row], self.limits[row], row.salt = list(prompt), length + more, salt
         self.scheduler.add(rows[0])
 
+    @rule(pick=picks, shared=st.integers(0, 20), lengths=st.lists(st.integers(4, 24), min_size=2, max_size=6))
+    def crowd_in(self, pick, shared, lengths):
+        """Several rows arrive, some of which begin like earlier ones; more than there are blocks for."""
+        for place, length in enumerate(lengths):
+            self.arrive(pick + place, shared, length, 4, 0, "")
+
     @rule(identity=st.sampled_from([b"weights", b"other weights"]))
     def call(self, identity):
         """A call finds the model as it is now."""
         if identity != self.scheduler.prefix._identity:
             self.weights += 1
             self.known.clear()
+            self.moved = []
         self.scheduler.prefix.use(identity)
 
     def check_hit(self, request, hit):
@@ -115,13 +141,52 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         tokens = self.tokens[request]
         assert hit.num_blocks == self.known.longest(request, tokens)
         self.take(request, hit)
+        if request.num_stored != hit.num_blocks * self.known.size:  # Too few blocks to restore into.
+            assert request.num_stored == self.known.longest(request, tokens, False) * self.known.size
         self.born[request] = self.weights
         self.states[request] = [(self.weights, request.salt, token) for token in tokens[: request.num_stored]]
+
+    @rule(pick=picks, shared=st.integers(0, 20), num_blocks=st.integers(1, 6), salt=st.sampled_from(["", "salt"]))
+    def save_or_load(self, pick, shared, num_blocks, salt):
+        """A prefix is saved if it is stored; if not, it comes from a file."""
+        earlier, length = [*self.tokens.values(), *self.prefixes], num_blocks * self.known.size
+        tokens = earlier[pick % len(earlier)][: min(shared, length)] if earlier else []
+        tokens += [next(self.new_tokens) for _ in range(length - len(tokens))]
+        with cache_salt(salt):
+            held = HeldPrefix(self.engine, tokens)
+        states = [(self.weights, salt, token) for token in tokens]
+        try:
+            if held.find(self.scheduler.prefix._identity):
+                assert self.known.has_prefix(held.request, tokens)
+                for table, memory in zip(held.request.tables, self.memory):
+                    assert [memory[slot] for slot in table.slots(table.base, length)] == states[table.base :]
+                return
+            assert not self.known.has_prefix(held.request, tokens)
+            spare = [group.blocks.spare_blocks for group in self.groups]
+            evictions = [group.blocks.num_evictions for group in self.groups]
+            try:
+                held.allocate()
+            except OutOfBlocksError:
+                assert spare == [group.blocks.spare_blocks for group in self.groups]
+                assert evictions == [group.blocks.num_evictions for group in self.groups]
+                return
+            for table, memory in zip(held.request.tables, self.memory):
+                memory.update(zip(table.slots(table.base, length), states[table.base :]))
+            self.known.learn(held.request, tokens, 0, length)
+            self.prefixes.append(tokens)
+            held.insert(self.scheduler.prefix._identity)
+        finally:
+            held.release()
 
     @rule(keeps_budget=st.booleans())
     def expect_blocks(self, keeps_budget):
         """Another call will give its blocks back soon, or will not."""
         self.keeps_budget = keeps_budget
+
+    @rule(spilling=st.booleans(), restoring=st.booleans())
+    def measure(self, spilling, restoring):
+        """Moving blocks pays, or does not."""
+        self.costs.spilling_pays, self.costs.restoring_pays = spilling, restoring
 
     @between_steps
     @rule()
@@ -134,14 +199,16 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             self.check_failure(request, error, totals)
             assert request not in ahead, "a row that may have ended fails"
             self.out.update(dict.fromkeys([request, *request.duplicates]))
+        self.moved = self.known.moved(step)
         self.check_chunks(step)
         if step.chunks:
             assert_describes(prepare_inputs(step.chunks, self.groups, self.buffers), step.chunks, self.groups)
         self.check_queues(running, waiting)
         if all(row in ahead or self.waits(row) for row in running):
             assert all(row.state is RequestState.RUNNING for row in running), "a row that may have ended takes blocks"
-        for number, copies in enumerate(step.copies):
-            self.check_copies(number, copies)
+        for number in range(len(self.groups)):
+            self.check_moves(number)
+            self.check_copies(number, step.copies[number])
         ready = [row for row in (*running, *waiting) if not self.waits(row)]
         is_free = not any(row in self.sampling or row in self.unread for row in running)
         if self.keeps_budget:
@@ -184,12 +251,14 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         assert all(arrivals[row] > last for row in preempted), "not the last one was preempted"
 
     def finds_more(self, request):
-        """Tell whether the step computes a block that the row could find."""
+        """Tell whether the step computes or moves a block that the row could find."""
         computed = set()
         for chunk in self.step.chunks:
             if self.born[chunk.request] == self.weights:
                 tokens = self.tokens[chunk.request]
                 computed.update(self.known.keys(chunk.request, tokens, chunk.start, min(chunk.end, len(tokens))))
+        for spilled, restored in self.moved:
+            computed.update(spilled.values(), restored.values())
         tokens = self.tokens[request]
         return not computed.isdisjoint(self.known.keys(request, tokens, 0, len(tokens) - 1))
 
@@ -198,14 +267,48 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         assert len(set(destinations)) == len(copies) and not set(sources) & set(destinations)
         owned = {block for chunk in self.step.chunks for block in chunk.request.tables[number].blocks}
         assert set(destinations) <= owned
-        size, memory = self.groups[number].blocks.block_size, self.memory[number]
-        for source, destination in copies:
+
+    def check_moves(self, number):
+        spills, restores = self.step.spills[number], self.step.restores[number]
+        owned = {block for chunk in self.step.chunks for block in chunk.request.tables[number].blocks}
+        assert {block for block, _ in spills} <= owned, "a block that others may take is spilled"
+        new = [block for _, block in restores]
+        assert set(new) <= owned and len(set(new)) == len(new)
+        assert not any(self.groups[number].blocks.is_shared(block) for block in new)
+        places = [*(swap_block for _, swap_block in spills), *(swap_block for swap_block, _ in restores)]
+        assert len(set(places)) == len(places), "a swap block is in two moves"
+
+    def make_ready(self, number):
+        """Spill, restore and copy blocks, in this order."""
+        size, memory, swap_space = self.known.size, self.memory[number], self.swap_space[number]
+        for block, swap_block in self.step.spills[number]:
+            swap_space[swap_block] = [memory.get(block * size + offset) for offset in range(size)]
+        for swap_block, block in self.step.restores[number]:
+            memory.update({block * size + offset: state for offset, state in enumerate(swap_space[swap_block])})
+        for source, destination in self.step.copies[number]:
             for offset in range(size):
                 memory[destination * size + offset] = memory.get(source * size + offset)
 
     @within_a_step
+    @rule()
+    def lose_swap_space(self):
+        """The swap space fails: rows give up that were to get blocks from there, and the others go on."""
+        step = self.step
+        lost = [chunk for chunk in step.chunks if self.scheduler.prefix.is_restoring(chunk.request)]
+        self.scheduler.lose(SchedulerOutput(lost, step.copies, []))
+        self.scheduler.prefix.stop_swapping()
+        self.known.tier, self.moved = None, []
+        for known in self.known.swapped:
+            known.clear()
+        chunks = [chunk for chunk in step.chunks if chunk not in lost]
+        self.step = SchedulerOutput(chunks, step.copies, [], [[] for _ in self.groups], [[] for _ in self.groups])
+        self.end_step(False, set())
+
+    @within_a_step
     @rule(is_left_unread=st.booleans(), ends=st.sets(st.integers(0, 20)))
     def end_step(self, is_left_unread, ends):
+        for number in range(len(self.groups)):
+            self.make_ready(number)
         step, self.step = self.step, None
         for chunk in step.chunks:
             states, tokens = self.states[chunk.request], self.tokens_of(chunk)
@@ -220,6 +323,8 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
                 found = [memory[slot] for slot in chunk.request.tables[number].slots(seen, chunk.end)]
                 assert found == self.states[chunk.request][seen : chunk.end]
         self.read()
+        owned = [{b for row in self.scheduler.running for b in row.tables[n].blocks} for n in range(len(self.groups))]
+        self.known.learn_moved(self.moved, owned)
         for chunk in step.chunks:
             if self.born[chunk.request] == self.weights and chunk.request not in self.out:
                 self.known.learn(chunk.request, self.tokens[chunk.request], chunk.start, chunk.end)
@@ -281,6 +386,17 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
     def hand_all_back(self):
         while self.sampling:
             self.hand_back(0, False)
+
+    @between_steps
+    @rule(count=st.integers(2, 12))
+    def go_on(self, count):
+        """Steps follow each other: blocks make room."""
+        for _ in range(count):
+            self.schedule()
+            self.end_step(False, set())
+            self.hand_all_back()
+            self.pools_are_whole()
+            self.what_can_be_found_is_there()
 
     @precondition(lambda self: self.live)
     @rule(pick=picks)
@@ -352,6 +468,10 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         for group, known in zip(self.groups, self.known.blocks):
             kept = filter(group.blocks.is_kept, range(group.blocks.high_water))
             assert sorted(known.values()) == list(kept)
+        if (tier := self.scheduler.prefix.tier) is not None:
+            for pool, known in zip(tier.pools, self.known.swapped):
+                assert sorted(known.values()) == list(filter(pool.is_kept, range(pool.high_water)))
+                assert self.step is not None or not pool.used_blocks, "a swap block is in use and none moves"
 
     def teardown(self):
         """Whatever happened, every row gets to its end, even if no blocks are given back."""
@@ -359,13 +479,16 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
             return
         self.keeps_budget = False
         longest = sum(self.limits.values()) + 1
-        for _ in range(longest * (1 + len(self.live))):
+        for number in range(longest * (1 + len(self.live))):
             if not self.live:
                 break
+            if number % 16 == 15:
+                self.call([b"weights", b"other weights"][number // 16 % 2])
             if self.step is None:
                 self.schedule()
             self.end_step(False, set())
             self.hand_all_back()
+            self.what_can_be_found_is_there()
         assert not self.live, "steps go on without end"
         self.pools_are_whole()
         for group, held in zip(self.groups, self.held):

@@ -43,8 +43,8 @@ class FakeGroup:
 class Rows:
     """A scheduler over fake groups with blocks of 4 tokens, and rows that run through it."""
 
-    def __init__(self, *groups, budget=64):
-        self.groups, self.scheduler = groups, Scheduler(groups, budget)
+    def __init__(self, *groups, budget=64, tier=None):
+        self.groups, self.scheduler = groups, Scheduler(groups, budget, None, tier)
         self.prefix = self.scheduler.prefix
         self.prefix.use(b"model")
 

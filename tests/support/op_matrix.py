@@ -82,18 +82,34 @@ def quantized_pages(caches, dtype: torch.dtype):
     return (keys[0], values[0]), {"key_scales": keys[1], "value_scales": values[1]}
 
 
+def make_latents(batch, num_heads, block_size, dtype, rank=16, rope_dim=8, seed=0):
+    """Arguments of `latent_attention` up to `scale`; every slot without a token of its row holds NaN."""
+    (query, *rest), _ = make_pages(batch, (num_heads, 1), block_size, dtype, rank, rope_dim, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    return (query, torch.randn(*query.shape[:2], rope_dim, generator=generator).to(dtype), *rest)
+
+
+def exact_latents(arguments, scale: float, **options) -> torch.Tensor:
+    """The oracle's answer to `latent_attention` in float64."""
+    states, rows = arguments[:4], arguments[4:]
+    return reference.latent_attention(*(x.double() for x in states), *rows, scale, **options)
+
+
 def op_arguments() -> dict[str, tuple]:
     """Arguments of every op; no slot holds NaN."""
-    arguments, sinks = make_pages([(20, 1), (9, 3)], (4, 2), 16, torch.float32, 16, 8)
+    dtype = torch.float32
+    arguments, sinks = make_pages([(20, 1), (9, 3)], (4, 2), 16, dtype, 16, 8)
     query, keys, values, *rows = (x.nan_to_num() if x.is_floating_point() else x for x in arguments)
     generator = torch.Generator().manual_seed(1)
     states = [torch.randn(4, 2, dim, generator=generator) for dim in (16, 8)]
     slots = torch.tensor([1, 2, 5, 17])
+    latents = [x.nan_to_num() if x.is_floating_point() else x for x in make_latents([(20, 1), (9, 3)], 4, 16, dtype)]
     return {
         "write_kv": (*states, keys.clone(), values.clone(), slots),
         "copy_blocks": (keys.clone(), values.clone(), torch.tensor([0, 1]), torch.tensor([3, 4])),
         "paged_attention": (query, keys, values, *rows, 0.3, 7, 2.0, sinks),
         "write_and_attend": (query, *states, keys.clone(), values.clone(), slots, *rows, 0.3),
+        "latent_attention": (*latents, 0.3, 7),
     }
 
 
@@ -148,7 +164,7 @@ def check_padded_step(kernels, dtype: torch.dtype) -> None:
 
 def hide_before_window(arguments, window: int) -> None:
     """Put NaN into the slots that no query of their row sees any more; in place."""
-    _, keys, values, tables, contexts, starts = arguments
+    keys, values, tables, contexts, starts = arguments[-5:]
     block_size = keys.shape[2]
     for row, (context, begin, end) in enumerate(zip(contexts.tolist(), starts.tolist(), starts.tolist()[1:])):
         for token in range(max(0, context - (end - begin) - window + 1)):

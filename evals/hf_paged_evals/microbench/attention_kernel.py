@@ -8,6 +8,8 @@ with one.
 
 In random order, blocks stand as in a pool that has served for long, which costs most. In order, each row's blocks
 follow each other in memory, as a fresh pool hands them out to prompts.
+
+Quantised pages take turns with those of the states' own dtype, over pools of the same tokens.
 """
 
 import argparse
@@ -27,14 +29,16 @@ from hf_paged_evals.runner.options import DTYPES
 from hf_paged_evals.runner.script import Script
 from hf_paged_evals.runner.section import Figure, Section, Table
 from hf_paged_kernels import ops, torch_sdpa
+from hf_paged_kernels.quantized import quantize
 
 NAME = "attention_kernel"
 QUICK = {"shape": ["9q/3kv/64"], "case": ["8x2048", "32x1024", "prefill"], "repeats": 1}
 # Query heads, KV heads, head size.
 SHAPES = {"9q/3kv/64": (9, 3, 64), "32q/8kv/128": (32, 8, 128), "4q/1kv/256": (4, 1, 256)}
 BLOCK_SIZES = (16, 32, 64, 128)
-PREFILL_BLOCK_SIZES = (16, 64)
+PREFILL_BLOCK_SIZES = (16, 64)  # Of quantised pages as well.
 PREFILL_NEW, PREFILL_PAST = 512, 2048
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def _ragged() -> list[int]:
@@ -85,6 +89,19 @@ class Pools:
         self.used_bytes = self.bytes * sum(lengths) // self.tokens
         first = torch.randn(2, self.tokens * self.num_kv_heads * self.head_dim).to(dtype)
         self.sets = [first] + [first.clone() for _ in range(min(15, _CACHE_BYTES // self.bytes) + 1)]
+        self._quantized: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+
+    def quantized_pages(self, turn: int, block_size: int, codes: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The turn's set as codes ``[num_blocks, num_kv_heads, block_size, head_dim]`` and scales ``[..., 1]``."""
+        if codes not in self._quantized:
+            first = quantize(torch.randn(2, self.tokens * self.num_kv_heads, self.head_dim), CODES[codes])
+            count = min(15, _CACHE_BYTES // sum(part.nbytes for part in first)) + 2
+            self._quantized[codes] = [tuple(part.clone() for part in first) for _ in range(count)]
+        parts = self._quantized[codes][turn % len(self._quantized[codes])]
+        keys_and_values, scales = (
+            [states.view(-1, self.num_kv_heads, block_size, states.shape[-1]) for states in part] for part in parts
+        )
+        return keys_and_values, scales
 
     def pages(self, turn: int, block_size: int) -> list[torch.Tensor]:
         """Keys and values ``[num_blocks, num_kv_heads, block_size, head_dim]`` of the turn's set."""
@@ -123,6 +140,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="(default: all)")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="(default: all)")
     parser.add_argument("--order", nargs="+", choices=ORDERS, default=["random"], help="(default: random)")
+    parser.add_argument("--codes", nargs="*", choices=CODES, default=list(CODES), help="quantised pages (default: all)")
     parser.add_argument("--repeats", type=int, default=15, help="timed turns (default: %(default)s)")
 
 
@@ -134,11 +152,12 @@ def measure(given: argparse.Namespace) -> Section:
     for shape, case, order in itertools.product(given.shape, given.case, given.order):
         pools, name = Pools(CASES[case], SHAPES[shape], dtype, order == "in-order"), f"{case}, {shape}, {ORDERS[order]}"
         if case == "prefill":
-            times = prefill(pools, given.repeats)
+            times = prefill(pools, given.codes, given.repeats)
             figures += _prefill_figures(name, times)
         else:
-            times = decode(pools, stream_read, given.repeats)
+            times = decode(pools, stream_read, given.codes, given.repeats)
             figures += _decode_figures(name, times)
+        figures += _quantized_figures(name, times, given.codes)
         rows += [[name, contender, value] for contender, value in times.items()]
     return Section(
         NAME,
@@ -150,10 +169,13 @@ def measure(given: argparse.Namespace) -> Section:
     )
 
 
-def decode(pools: Pools, stream_read: Callable[[torch.Tensor], int], repeats: int) -> dict[str, float]:
+def decode(
+    pools: Pools, stream_read: Callable[[torch.Tensor], int], codes: list[str], repeats: int
+) -> dict[str, float]:
     """Median microseconds of a decode step's attention, by contender; of reads, those of the best of five."""
     query = torch.randn(len(pools.lengths), pools.num_heads, pools.head_dim).to(pools.dtype)
     kernels = {f"paged {size}": _paged(ops, pools, query, size) for size in BLOCK_SIZES}
+    kernels |= _quantized(pools, query, codes)
     read = {"read": lambda turn: [stream_read(states) for states in pools.sets[turn % len(pools.sets)]]}
     seconds = take_turns({**read, **kernels}, repeats)
     reads = [min(seconds["read"][first : first + _READS]) for first in range(0, repeats, _READS)]
@@ -164,7 +186,7 @@ def decode(pools: Pools, stream_read: Callable[[torch.Tensor], int], repeats: in
     return {name: 1e6 * median(times) for name, times in seconds.items()}
 
 
-def prefill(pools: Pools, repeats: int) -> dict[str, float]:
+def prefill(pools: Pools, codes: list[str], repeats: int) -> dict[str, float]:
     """Median microseconds of attending PREFILL_NEW tokens on PREFILL_PAST, by contender."""
     query = torch.randn(PREFILL_NEW, pools.num_heads, pools.head_dim).to(pools.dtype)
     contenders = {
@@ -172,6 +194,7 @@ def prefill(pools: Pools, repeats: int) -> dict[str, float]:
         for size in PREFILL_BLOCK_SIZES
         for name, backend in (("paged", ops), ("gather", torch_sdpa))
     }
+    contenders |= _quantized(pools, query, codes)
     return {name: 1e6 * median(times) for name, times in take_turns(contenders, repeats).items()}
 
 
@@ -180,6 +203,21 @@ def _paged(backend, pools: Pools, query: torch.Tensor, block_size: int) -> Calla
     rows = pools.rows(block_size, len(query) // len(pools.lengths))
     scale = pools.head_dim**-0.5
     return lambda turn: backend.paged_attention(query, *pools.pages(turn, block_size), *rows, scale)
+
+
+def _quantized(pools: Pools, query: torch.Tensor, codes: list[str]) -> dict[str, Callable[[int], torch.Tensor]]:
+    """Calls of the kernels for quantised pages."""
+
+    def contender(size: int, name: str) -> Callable[[int], torch.Tensor]:
+        rows = pools.rows(size, len(query) // len(pools.lengths))
+
+        def run(turn: int) -> torch.Tensor:
+            pages, scales = pools.quantized_pages(turn, size, name)
+            return ops.paged_attention(query, *pages, *rows, pools.head_dim**-0.5, None, None, None, *scales)
+
+        return run
+
+    return {f"paged {size} {name}": contender(size, name) for size in PREFILL_BLOCK_SIZES for name in codes}
 
 
 def _dense(pools: Pools, query: torch.Tensor) -> dict[str, Callable[[int], object]]:
@@ -201,6 +239,19 @@ def _decode_figures(name: str, times: dict[str, float]) -> list[Figure]:
             for size in BLOCK_SIZES
         ),
         Figure(f"{name}: better dense over block 16", dense / times["paged 16 again"], "x", better="higher"),
+    ]
+
+
+def _quantized_figures(name: str, times: dict[str, float], codes: list[str]) -> list[Figure]:
+    return [
+        Figure(
+            f"{name}: {kind} over unquantised, block {size}",
+            times[f"paged {size} {kind}"] / times[f"paged {size}"],
+            "x",
+            better="lower",
+        )
+        for size in PREFILL_BLOCK_SIZES
+        for kind in codes
     ]
 
 

@@ -8,8 +8,10 @@ from types import ModuleType
 NAMES = (
     "attention_kernel",
     "decode_step",
+    "latent_step",
     "short_prompt",
     "prefix",
+    "saved_prefix",
     "threads",
     "programs",
     "pipeline_speed",

@@ -45,13 +45,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def filled_cache(model: PreTrainedModel, batch: int, length: int) -> DynamicCache:
     """A cache of random states, `length` tokens per row. The rows own their blocks; none is shared."""
-    config, cache = model.config, DynamicCache(config=model.config)
+    config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = (batch, config.num_key_value_heads, length, head_dim)
-    key, value = (torch.randn(shape).to(model.dtype) for _ in range(2))
+    return cache_of(model, *(torch.randn(shape).to(model.dtype) for _ in range(2)))
+
+
+def cache_of(model: PreTrainedModel, key: torch.Tensor, value: torch.Tensor) -> DynamicCache:
+    """A cache that holds these states, ``[batch, num_kv_heads, length, head_dim]``, in every layer."""
+    cache = DynamicCache(config=model.config)
 
     def fill(module, args, kwargs) -> None:
-        for layer in range(config.num_hidden_layers):
+        for layer in range(model.config.num_hidden_layers):
             cache.update(key, value, layer)
         raise _CacheIsFilledError
 
@@ -59,7 +64,7 @@ def filled_cache(model: PreTrainedModel, batch: int, length: int) -> DynamicCach
     hook = model.base_model.register_forward_pre_hook(fill, with_kwargs=True)
     try:
         with contextlib.suppress(_CacheIsFilledError):
-            model.base_model(torch.ones(batch, 1, dtype=torch.long))
+            model.base_model(torch.ones(len(key), 1, dtype=torch.long))
     finally:
         hook.remove()
     return cache
@@ -67,7 +72,13 @@ def filled_cache(model: PreTrainedModel, batch: int, length: int) -> DynamicCach
 
 def stepper(model: PreTrainedModel, batch: int, length: int, with_mask: bool = False) -> Callable[[int], None]:
     """A function that appends one token to every row of a cache of `length` - 1 tokens."""
-    cache = filled_cache(model, batch, length - 1)
+    return stepper_over(model, filled_cache(model, batch, length - 1), batch, with_mask)
+
+
+def stepper_over(
+    model: PreTrainedModel, cache: DynamicCache, batch: int, with_mask: bool = False
+) -> Callable[[int], None]:
+    """A function that appends one token to every row of a cache."""
     tokens = torch.randint(model.config.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(0))
 
     def step(turn: int) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from hf_paged_evals.triton.targets import TARGETS, Target
-from hf_paged_kernels.triton.kernel_calls import KernelCall, attention_calls, copy_call, write_call
-from hf_paged_kernels.triton.launch_plan import BY_TOKEN
+from hf_paged_kernels.triton.kernel_calls import KernelCall, attention_calls, copy_call, latent_calls, write_call
+from hf_paged_kernels.triton.launch_plan import BY_TILE, BY_TOKEN
 
 HEAD_DIMS, BLOCK_SIZES = (64, 80, 96, 128, 256), (16, 32, 64, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -21,10 +21,10 @@ class Case:
     ----------
     kernel : str
         ``decode`` (one query per row), ``rows`` (decode of rows with a few queries), ``prefill``, ``reduce``,
-        ``write`` or ``copy``.
+        ``write`` or ``copy``; ``latent`` (one query per row) and ``latent_tiles`` (rows of many) of `latent_attention`.
     dtype : str
     dims : tuple of int
-        Key and value head size.
+        Key and value head size; rank and size of the rope part of latents.
     block_size, group, num_kv_heads : int
     is_full : bool
         With window, softcap and sinks.
@@ -53,6 +53,8 @@ class Case:
             return write_call(*(torch.empty(_ROWS, heads, dim, dtype=dtype) for dim in self.dims), *caches, numbers)
         if self.kernel == "copy":
             return copy_call(*caches, numbers, numbers)
+        if self.kernel.startswith("latent"):
+            return self._latent_call(target, caches, numbers)
         num_rows = 1 if self.kernel == "reduce" else _ROWS
         num_tokens = num_rows if self.kernel in ("decode", "reduce") else 32 * num_rows
         query = torch.empty(num_tokens, heads * self.group, self.dims[0], dtype=dtype)
@@ -63,6 +65,19 @@ class Case:
         arguments = (out, query, *caches, tables, numbers[:num_rows], starts, 0.1)
         calls = attention_calls(target.device, *arguments, **(full if self.is_full else {}))
         return next(call for call in calls if self._is(call))
+
+    def _latent_call(self, target: Target, caches: list[torch.Tensor], numbers: torch.Tensor) -> KernelCall:
+        num_tokens = _ROWS if self.kernel == "latent" else 32 * _ROWS
+        queries = [torch.empty(num_tokens, self.group, dim, dtype=DTYPES[self.dtype]) for dim in self.dims]
+        tables, starts = (
+            torch.zeros(_ROWS, _CONTEXT // self.block_size, dtype=torch.long),
+            torch.zeros(_ROWS + 1).long(),
+        )
+        window = 1000 if self.is_full else None
+        arguments = (torch.empty_like(queries[0]), *queries, *caches, tables, numbers, starts, 0.1, window)
+        mapping = BY_TOKEN if self.kernel == "latent" else BY_TILE
+        calls = latent_calls(target.device, *arguments)
+        return next(call for call in calls if call.options["MAPPING"] == mapping)
 
     def _is(self, call: KernelCall) -> bool:
         if self.kernel == "rows":
@@ -80,8 +95,15 @@ def all_cases() -> list[Case]:
     cases += [Case(kernel, dims=(192, 128), group=1) for kernel in attention]
     cases += [Case("prefill", dtype, (dim, dim), group=8) for dtype in ("bf16", "fp16") for dim in (320, 512)]
     cases += [Case("rows"), Case("decode", group=24), Case("prefill", group=48)]
+    cases += [_latents(kernel, group=group) for kernel in ("latent", "latent_tiles") for group in (16, 128)]
+    cases += [_latents(kernel, is_full=True) for kernel in ("latent", "latent_tiles")]
+    cases += [_latents("latent", dims=(256, 32)), _latents("latent", "fp32", dims=(256, 32))]
     cases += [Case(kernel, dtype, (dim, dim)) for kernel in movers for dtype in ("bf16", "fp32") for dim in (80, 128)]
     return cases
+
+
+def _latents(kernel: str, dtype: str = "bf16", dims: tuple[int, int] = (512, 64), group: int = 16, **options) -> Case:
+    return Case(kernel, dtype, dims, group=group, num_kv_heads=1, **options)
 
 
 def few_cases() -> list[tuple[Case, Target]]:
@@ -97,6 +119,9 @@ def few_cases() -> list[tuple[Case, Target]]:
         (Case("prefill"), sm80),
         (Case("prefill", dims=(80, 80)), sm100),
         (Case("prefill", dims=(512, 512), group=8), sm80),
+        (_latents("latent"), sm80),
+        (_latents("latent", group=128), sm90),
+        (_latents("latent_tiles"), sm90),
         (Case("reduce"), sm100),
         (Case("write"), sm80),
         (Case("copy"), gfx942),

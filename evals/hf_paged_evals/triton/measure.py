@@ -32,7 +32,7 @@ def measure(case: Case, target: Target) -> Measured:
         "programs": target.programs(code.registers, code.shared, warps),
         "wide": wide_share(code.hot_loop() or code.all),
     }
-    if case.kernel in ("decode", "rows", "prefill"):
+    if case.kernel not in ("reduce", "write", "copy"):
         options = call.options
         tile = options.get("TILE") or options["PARTS"] * options["PART_TOKENS"]
         figures["instructions"] = len(code.hot_loop()) * warps / tile

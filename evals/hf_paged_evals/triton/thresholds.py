@@ -66,7 +66,8 @@ class Threshold:
         return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
 
 
-_ALL = (*_ATTENTION, "reduce", "write", "copy")
+_LATENT = ("latent", "latent_tiles")
+_ALL = (*_ATTENTION, *_LATENT, "reduce", "write", "copy")
 _EVERYWHERE = (*_NVIDIA, "gfx942")
 _HALF = ("bf16", "fp16")
 _VLLM_DECODE = "vLLM split decode: 66.8 (sm90), 67.5 (sm80); SGLang grouped decode: 33.1 at page 1, 50.5 at page 16"
@@ -80,11 +81,11 @@ THRESHOLDS = (
     Threshold("wide", _ALL, _EVERYWHERE, at_least=1, dtypes=_HALF),
     Threshold("wide", ("reduce", "write", "copy"), _EVERYWHERE, at_least=1, dtypes=("fp32",)),
     # In float32 the few queries are loaded again in the loop, 32 or 64 bits a thread.
-    Threshold("wide", _ATTENTION, _EVERYWHERE, at_least=0.8, dtypes=("fp32",)),
+    Threshold("wide", (*_ATTENTION, *_LATENT), _EVERYWHERE, at_least=0.8, dtypes=("fp32",)),
     Threshold("programs", _ALL, _EVERYWHERE, at_least=1, anchor="vLLM and SGLang: 5 to 7, of smaller tiles"),
     Threshold("programs", ("decode",), _NVIDIA, at_least=2, dtypes=_HALF, dims=(64, 80, 96, 128)),
-    Threshold("buffers", _ATTENTION, _NVIDIA, at_least=2, anchor=_ONE_BUFFER),
-    Threshold("waits", _ATTENTION, _NVIDIA, at_least=1, anchor="vLLM: 0"),
+    Threshold("buffers", (*_ATTENTION, *_LATENT), _NVIDIA, at_least=2, anchor=_ONE_BUFFER),
+    Threshold("waits", (*_ATTENTION, *_LATENT), _NVIDIA, at_least=1, anchor="vLLM: 0"),
     Threshold("instructions", ("decode", "rows"), _NVIDIA, at_most=33, dtypes=_HALF, dims=(64, 80, 96, 128),
               is_full=False, max_group=16, anchor=_VLLM_DECODE),
     Threshold("instructions", ("decode", "rows"), _NVIDIA, at_most=33, is_full=True, anchor=_VLLM_FULL),

@@ -19,7 +19,7 @@ _TORCH = Path(torch.__file__).parent
 _FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -w".split()
 _AVX2 = "-mavx2 -mfma -mf16c".split()
 _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
-# Flags of each instruction set that work.cpp is compiled for; the processor's best is chosen at run time.
+# Flags of each instruction set that the work files are compiled for; the processor's best is chosen at run time.
 _X86_ISAS = {
     "baseline": [],
     "avx2": _AVX2,
@@ -62,9 +62,14 @@ def build_library(compiler: Compiler, name: str, objects: list[tuple[Path, list[
 def _kernel_objects() -> list[tuple[Path, list[str]]]:
     isas = _X86_ISAS if _IS_X86 else {"baseline": []}
     # The slowest first: the objects are compiled side by side.
-    work = [(SOURCES / "work.cpp", [*flags, f"-DHF_PAGED_ISA={name}"]) for name, flags in reversed(isas.items())]
+    work = [
+        (SOURCES / name, [*flags, f"-DHF_PAGED_ISA={isa}"])
+        for isa, flags in reversed(isas.items())
+        for name in ("work.cpp", "code_work.cpp", "latent_work.cpp")
+    ]
     rest: list[tuple[Path, list[str]]] = [(SOURCES / name, []) for name in ("binding.cpp", "plan.cpp", "copy.cpp")]
-    return [*work, *rest, (SOURCES / "isa.cpp", ["-DHF_PAGED_X86"] if _IS_X86 else [])]
+    has_isas = ["-DHF_PAGED_X86"] if _IS_X86 else []
+    return [*work, *rest, *((SOURCES / name, has_isas) for name in ("isa.cpp", "latent.cpp"))]
 
 
 def _torch_flags(include: Path, version: str) -> list[str]:

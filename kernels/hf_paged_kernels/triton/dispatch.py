@@ -20,7 +20,13 @@ from hf_paged_kernels.triton.launch_plan import MAX_DIM
 _SWITCH = "HF_PAGED_TRITON"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Where the key cache and the value cache stand among the arguments of each op.
-_CACHES = {"copy_blocks": (0, 1), "paged_attention": (1, 2), "write_kv": (2, 3), "write_and_attend": (3, 4)}
+_CACHES = {
+    "copy_blocks": (0, 1),
+    "paged_attention": (1, 2),
+    "write_kv": (2, 3),
+    "write_and_attend": (3, 4),
+    "latent_attention": (2, 3),
+}
 _lock = threading.Lock()
 _launch: ModuleType | None = None
 _failure: str | None = None  # Why they will not run in this process; None: they do, or were not tried.

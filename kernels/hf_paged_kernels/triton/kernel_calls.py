@@ -13,6 +13,7 @@ import torch
 
 from hf_paged_kernels.triton.kernels.copy import copy_kernel
 from hf_paged_kernels.triton.kernels.decode import decode_kernel
+from hf_paged_kernels.triton.kernels.latent import latent_kernel
 from hf_paged_kernels.triton.kernels.prefill import prefill_kernel
 from hf_paged_kernels.triton.kernels.reduce import reduce_kernel
 from hf_paged_kernels.triton.kernels.write import write_kernel
@@ -159,6 +160,115 @@ def planned_calls(
             grid = (plan.extra, num_head_tiles, plan.heads * plan.block_q)
             calls.append(KernelCall(reduce_kernel, grid, shares, reduce_options))
     return calls
+
+
+def latent_calls(
+    device: Device,
+    out: torch.Tensor,  # [num_tokens, num_heads, rank], contiguous
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    query_rope: torch.Tensor,  # [num_tokens, num_heads, rope_dim]
+    latent_cache: torch.Tensor,  # [num_blocks, 1, block_size, rank]
+    rope_cache: torch.Tensor,  # [num_blocks, 1, block_size, rope_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None = None,
+) -> list[KernelCall]:
+    """The kernel calls of `latent_attention` into `out`, in order; there is at least one query."""
+    num_tokens, num_rows, max_context = len(out), len(context_lens), block_tables.shape[1] * latent_cache.shape[2]
+    heads = latent_heads_of(query_latent, rope_cache)
+    plans = attention_plans(device, heads, num_tokens, num_rows, max_context, window)
+    return planned_latent_calls(
+        device, heads, plans, out, query_latent, query_rope, latent_cache, rope_cache,
+        block_tables, context_lens, cu_seqlens_q, scale, window,
+    )  # fmt: skip
+
+
+def planned_latent_calls(
+    device: Device,
+    heads: Heads,
+    plans: Iterable[AttentionPlan],
+    out: torch.Tensor,  # [num_tokens, num_heads, rank], contiguous
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    query_rope: torch.Tensor,  # [num_tokens, num_heads, rope_dim]
+    latent_cache: torch.Tensor,  # [num_blocks, 1, block_size, rank]
+    rope_cache: torch.Tensor,  # [num_blocks, 1, block_size, rope_dim]
+    block_tables: torch.Tensor,  # [num_rows, max_blocks] int64
+    context_lens: torch.Tensor,  # [num_rows] int64
+    cu_seqlens_q: torch.Tensor,  # [num_rows + 1] int64
+    scale: float,
+    window: int | None,
+) -> list[KernelCall]:
+    """The kernel calls of these plans."""
+    if scale <= 0:  # The kernel takes the maximum before it scales.
+        query_latent, query_rope = (
+            -query if scale else torch.zeros_like(query) for query in (query_latent, query_rope)
+        )
+        scale = -scale or 1.0
+    queries = (dense_lanes(query_latent), dense_lanes(query_rope))
+    block_tables = dense_lanes(block_tables)
+    rows = (context_lens.contiguous(), cu_seqlens_q.contiguous())
+    strides = tuple(query.stride(axis) for query in queries for axis in range(2))
+    pages = (latent_cache.stride()[:3], rope_cache.stride()[:3])
+    calls = []
+    for plan in plans:
+        num_head_tiles = head_tiles(heads, plan)
+        options, reduce_options = _latent_options(plan, heads, query_latent.dtype, pages, window is not None)
+        scratch = _scratch(query_latent, plan, num_head_tiles, heads.value_dim)
+        arguments = (
+            *queries, latent_cache, rope_cache, block_tables, *rows, out, *scratch, len(context_lens),
+            block_tables.stride(0), *strides, scale * math.log2(math.e), window or 0, plan.extra,
+        )  # fmt: skip
+        calls.append(KernelCall(latent_kernel, (plan.extra + plan.tiles, num_head_tiles), arguments, options))
+        if plan.extra:
+            shares = (*scratch, *rows, None, out, len(context_lens), window or 0, plan.extra)
+            grid = (plan.extra, num_head_tiles, plan.heads * plan.block_q)
+            calls.append(KernelCall(reduce_kernel, grid, shares, reduce_options))
+    return calls
+
+
+def latent_heads_of(query_latent: torch.Tensor, rope_cache: torch.Tensor) -> Heads:
+    """The sizes that a call's tensors have, where one latent is the key and the value of every head."""
+    _, num_heads, rank = query_latent.shape
+    _, _, block_size, rope_dim = rope_cache.shape
+    return Heads(1, num_heads, rank, rank, block_size, query_latent.element_size(), rope_dim)
+
+
+@functools.lru_cache(maxsize=256)
+def _latent_options(
+    plan: AttentionPlan, heads: Heads, dtype: torch.dtype, strides: tuple[_Sizes, _Sizes], has_window: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the latent kernel of a plan, and of the reduction; `strides` are those of both caches."""
+    shared: dict[str, Any] = {
+        "GROUP": heads.group,
+        "MAPPING": plan.mapping,
+        "HEADS": plan.heads,
+        "BLOCK_Q": plan.block_q,
+        "MIN_Q": plan.min_q,
+        "TILE": plan.tile,
+        "MIN_TILES": plan.min_tiles,
+        "MAX_SPLITS": MAX_SPLITS,
+        "HAS_WINDOW": has_window,
+    }
+    options = {
+        **shared,
+        "RANK": heads.key_dim,
+        "ROPE_DIM": heads.rope_dim,
+        "BLOCK_SIZE": heads.block_size,
+        "LATENT_STRIDES": strides[0],
+        "ROPE_STRIDES": strides[1],
+        "RANK_LANES": padded(heads.key_dim),
+        "ROPE_LANES": padded(heads.rope_dim),
+        "BLOCK_M": plan.block_m,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "IS_SPLIT": plan.extra > 0,
+        "num_warps": plan.warps,
+        "num_stages": plan.stages,
+        "enable_fp_fusion": True,
+    }
+    lanes = {"VALUE_DIM": heads.value_dim, "VALUE_LANES": padded(heads.value_dim), "HAS_SINKS": False}
+    return options, {**shared, **lanes, **_REDUCE}
 
 
 def heads_of(query: torch.Tensor, value_cache: torch.Tensor) -> Heads:

@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from hf_paged_kernels.triton.kernel_calls import attention_calls, copy_call, write_call
+from hf_paged_kernels.triton.kernel_calls import attention_calls, copy_call, latent_calls, write_call
 from hf_paged_kernels.triton.launch_plan import describe
 
 
@@ -72,3 +72,19 @@ def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *a
     """See `ops.write_and_attend`."""
     write_kv(key, value, key_cache, value_cache, slot_mapping)
     return paged_attention(query, key_cache, value_cache, *attention)
+
+
+@_on_their_device
+def latent_attention(
+    query_latent: torch.Tensor,  # [num_tokens, num_heads, rank]
+    query_rope: torch.Tensor,  # [num_tokens, num_heads, rope_dim]
+    *pages_rows_and_options,
+    **options,
+) -> torch.Tensor:  # [num_tokens, num_heads, rank]
+    """See `ops.latent_attention`."""
+    out = query_latent.new_empty(query_latent.shape)
+    if len(query_latent):
+        device = describe(query_latent.device)
+        for call in latent_calls(device, out, query_latent, query_rope, *pages_rows_and_options, **options):
+            call.launch()
+    return out

@@ -52,6 +52,8 @@ class Heads:
         Query heads per KV head.
     itemsize : int
         Bytes of an element.
+    rope_dim : int
+        Where keys and values are one latent, the size of its rope part; 0: they are not.
     """
 
     num_kv_heads: int
@@ -60,6 +62,7 @@ class Heads:
     value_dim: int
     block_size: int
     itemsize: int
+    rope_dim: int = 0
 
     @property
     def lanes(self) -> int:
@@ -73,7 +76,7 @@ class AttentionPlan:
     Attributes
     ----------
     kernel : str
-        ``"decode"`` or ``"prefill"``.
+        ``"decode"``, ``"prefill"`` or ``"latent"``.
     mapping : int
         How a program finds its queries: `BY_TOKEN`, `BY_ROW` or `BY_TILE`.
     heads, block_q, block_m : int
@@ -163,7 +166,11 @@ def possible_plans(device: Device, heads: Heads, window: int | None = None) -> t
 
 def _kernel_plans(device: Device, heads: Heads) -> tuple[AttentionPlan | None, AttentionPlan | None, AttentionPlan]:
     """The plans for single queries, for rows of few and for rows of many; the last for all if the others are None."""
-    few, many = decode_plan(device, heads), prefill_plan(device, heads)
+    few: AttentionPlan | None
+    if heads.rope_dim:
+        few, many = latent_plans(device, heads)
+    else:
+        few, many = decode_plan(device, heads), prefill_plan(device, heads)
     many = replace(many, min_tiles=max(1, device.min_split_tokens // many.tile))
     if few is None:
         return None, None, replace(many, min_q=0)
@@ -244,3 +251,30 @@ def prefill_plan(device: Device, heads: Heads) -> AttentionPlan:
         "prefill", BY_TILE, packed, block_m // packed, block_m, min_q=decode.block_q + 1 if decode else 0,
         parts=0, tile=tile, warps=warps, stages=stages, resident=1 if block_m > 64 else 2,
     )  # fmt: skip
+
+
+def latent_plans(device: Device, heads: Heads) -> tuple[AttentionPlan, AttentionPlan]:
+    """The latent kernel for rows of few queries, and for rows of more.
+
+    A program holds the sums of all its rows, each as long as a latent: 16 rows fill half the registers of 4 warps.
+    """
+    plain = heads.itemsize == 4 and not device.is_hip
+    is_large = heads.lanes * heads.itemsize > 512
+    # Large latents in three stages are more than the 99 KiB of small GPUs (sm86, sm89, sm120).
+    has_room = device.is_wide or device.arch == "sm80" or not is_large
+    stages = 3 if has_room and not device.is_hip else 2
+
+    def plan(mapping: int, block_m: int, warps: int, resident: int, min_q: int) -> AttentionPlan:
+        packed = min(heads.group, block_m)
+        return AttentionPlan(
+            "latent", mapping, packed, block_m // packed, block_m, min_q,
+            parts=0, tile=16 if plain else 32, warps=warps, stages=stages, resident=resident,
+        )  # fmt: skip
+
+    # 16 rows spill a few bytes on sm100, 32 rows many on CDNA.
+    if heads.lanes > 256 and device.arch in ("sm100", "sm103"):
+        few = plan(BY_ROW, 32, 8, 1, min_q=0)
+    else:
+        few = plan(BY_ROW, 16, 8 if plain else 4, 2 if device.is_wide or not is_large else 1, min_q=0)
+    many = (16, 4) if device.is_hip else (16 if plain else 32, 8)
+    return few, plan(BY_TILE, *many, 1, min_q=few.block_q + 1)

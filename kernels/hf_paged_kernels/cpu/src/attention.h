@@ -14,12 +14,28 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+// e4m3fn: four bits of exponent, three of mantissa, no infinity. As a code it is never NaN.
+struct float8 {
+  uint8_t bits;
+};
+
+// What pages hold: numbers of the query's dtype, or codes with a scale for each token and head. Keys that are codes
+// were rotated (rotate.h), and so are their queries.
+enum class Codes { kInt8, kFloat8, kNone };
+
+template <class P>
+constexpr bool kIsCode = false;
+template <>
+inline constexpr bool kIsCode<int8_t> = true;
+template <>
+inline constexpr bool kIsCode<float8> = true;
 
 // One of the two caches, [num_blocks, num_kv_heads, block_size, head_dim]; a block's tokens lie side by side.
 struct Pages {
   const void* data;
   int64_t block_stride, head_stride;  // Elements.
   int head_dim;
+  const float* scales = nullptr;  // Of codes, [num_blocks, num_kv_heads, block_size].
 };
 
 struct Attention {
@@ -38,9 +54,13 @@ struct Attention {
   int64_t window;      // INT64_MAX: none.
   float softcap;       // 0: none.
   const float* sinks;  // [num_heads] or null.
+  Codes codes = Codes::kNone;
 
   int group() const { return num_heads / num_kv_heads; }
 };
+
+// Numbers of a key or a value that the kernels serve.
+constexpr int kMaxHeadDim = 256;
 
 // Head sizes are padded to this many elements in scratch memory: two vectors of the widest ISA.
 constexpr int kPad = 32;

@@ -6,10 +6,12 @@
 
 #include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "copy.h"
 #include "isa.h"
+#include "latent.h"
 
 // Headers before torch 2.13 lack the check that gives an error of torch its message; theirs names the call alone.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
@@ -23,7 +25,8 @@ using hf_paged::Dtype;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kMaxHeadDim = 256;
+using hf_paged::Codes;
+using hf_paged::kMaxHeadDim;
 
 void parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
   if (count == 1) return body(context, 0);
@@ -94,15 +97,46 @@ hf_paged::Write write_of(const Tensor& states, const Tensor& cache, int64_t num_
           int64_t(cache.element_size())};
 }
 
+void check_scales(const Tensor& scales, const Tensor& cache) {
+  STD_TORCH_CHECK(scales.dim() == 4 && scales.size(0) == cache.size(0) && scales.size(1) == cache.size(1) &&
+                      scales.size(2) == cache.size(2) && scales.size(3) == 1,
+                  "scales must be [num_blocks, num_kv_heads, block_size, 1], as their cache has them");
+}
+
+void encode_in(hf_paged::Write& write, const Tensor& states, const Tensor& cache, const Tensor& scales, Codes codes) {
+  check_scales(scales, cache);
+  write.store = hf_paged::codes_in_use()[int(codes)].store;
+  write.dtype = *native_dtype(states);
+  write.scales = scales.mutable_data_ptr<float>();
+}
+
+// What both caches hold beside these scales; nothing if the kernels do not serve it.
+std::optional<Codes> codes_of(const Tensor& key_cache, const Tensor& value_cache,
+                              const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
+  if (!key_cache.is_contiguous() || !value_cache.is_contiguous()) return std::nullopt;
+  if (!key_scales && !value_scales) return Codes::kNone;
+  if (!key_scales || !value_scales || key_cache.scalar_type() != value_cache.scalar_type() ||
+      key_cache.size(3) > kMaxHeadDim || value_cache.size(3) > kMaxHeadDim)
+    return std::nullopt;
+  for (const Tensor* scales : {&*key_scales, &*value_scales})
+    if (scales->scalar_type() != ScalarType::Float || !scales->is_contiguous()) return std::nullopt;
+  if (key_cache.scalar_type() == ScalarType::Char) return Codes::kInt8;
+  if (key_cache.scalar_type() == ScalarType::Float8_e4m3fn) return Codes::kFloat8;
+  return std::nullopt;
+}
+
 bool can_write(const Tensor& key, const Tensor& value, const Tensor& key_cache, const Tensor& value_cache,
-               const Tensor& slots) {
-  return key.scalar_type() == key_cache.scalar_type() && value.scalar_type() == value_cache.scalar_type() &&
-         key_cache.is_contiguous() && value_cache.is_contiguous() && is_contiguous_int64(slots);
+               const Tensor& slots, std::optional<Codes> codes) {
+  if (!codes || !is_contiguous_int64(slots)) return false;
+  if (codes == Codes::kNone)
+    return key.scalar_type() == key_cache.scalar_type() && value.scalar_type() == value_cache.scalar_type();
+  return native_dtype(key) && native_dtype(value);
 }
 
 void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping,
               std::optional<Tensor> key_scales, std::optional<Tensor> value_scales) {
-  if (!can_write(key, value, key_cache, value_cache, slot_mapping)) {
+  const auto codes = codes_of(key_cache, value_cache, key_scales, value_scales);
+  if (!can_write(key, value, key_cache, value_cache, slot_mapping, codes)) {
     call_torch("hf_paged::write_kv_torch", key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales);
     return;
   }
@@ -110,7 +144,12 @@ void write_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Te
   const int64_t num_tokens = slot_mapping.numel();
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   check_slots(slots, num_tokens, key_cache.size(0) * key_cache.size(2));
-  const hf_paged::Write writes[] = {write_of(key, key_cache, num_tokens), write_of(value, value_cache, num_tokens)};
+  hf_paged::Write writes[] = {write_of(key, key_cache, num_tokens), write_of(value, value_cache, num_tokens)};
+  if (codes != Codes::kNone) {
+    encode_in(writes[0], key, key_cache, *key_scales, *codes);
+    encode_in(writes[1], value, value_cache, *value_scales, *codes);
+    writes[0].is_rotated = true;
+  }
   hf_paged::write_tokens(writes, 2, slots, num_tokens, parallel);
 }
 
@@ -141,9 +180,11 @@ void copy_blocks(Tensor key_cache, Tensor value_cache, Tensor source, Tensor des
 }
 
 bool can_attend(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
-                const Tensor& context_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& sinks) {
-  return native_dtype(query) && key_cache.scalar_type() == query.scalar_type() &&
-         value_cache.scalar_type() == query.scalar_type() && key_cache.is_contiguous() && value_cache.is_contiguous() &&
+                const Tensor& context_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& sinks,
+                std::optional<Codes> codes) {
+  return codes && native_dtype(query) &&
+         (codes != Codes::kNone || (key_cache.scalar_type() == query.scalar_type() &&
+                                    value_cache.scalar_type() == query.scalar_type())) &&
          key_cache.size(3) <= kMaxHeadDim && value_cache.size(3) <= kMaxHeadDim && has_dense_int64_rows(block_tables) &&
          is_contiguous_int64(context_lens) && is_contiguous_int64(cu_seqlens_q) &&
          (!sinks || (sinks->is_contiguous() && native_dtype(*sinks)));
@@ -164,8 +205,10 @@ std::vector<float> as_floats(const Tensor& sinks) {
   return floats;
 }
 
-hf_paged::Pages pages_of(const Tensor& cache) {
-  return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), int(cache.size(3))};
+hf_paged::Pages pages_of(const Tensor& cache, const std::optional<Tensor>& scales = std::nullopt) {
+  if (scales) check_scales(*scales, cache);
+  return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), int(cache.size(3)),
+          scales ? scales->const_data_ptr<float>() : nullptr};
 }
 
 void check_rows(const Attention& a, int64_t max_blocks, int64_t num_tokens, int64_t num_blocks) {
@@ -180,11 +223,22 @@ void check_rows(const Attention& a, int64_t max_blocks, int64_t num_tokens, int6
   }
 }
 
+// [sizes], in the dtype of `like`.
+Tensor new_tensor(const Tensor& like, const int64_t (&sizes)[3], const int64_t (&strides)[3]) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(3, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor context_lens,
                        Tensor cu_seqlens_q, double scale, std::optional<int64_t> window, std::optional<double> softcap,
                        std::optional<Tensor> sinks, std::optional<Tensor> key_scales,
                        std::optional<Tensor> value_scales) {
-  if (!can_attend(query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, sinks)) {
+  const auto codes = codes_of(key_cache, value_cache, key_scales, value_scales);
+  if (!can_attend(query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, sinks, codes)) {
     auto stack = call_torch("hf_paged::paged_attention_torch", query, key_cache, value_cache, block_tables,
                             context_lens, cu_seqlens_q, scale, window, softcap, sinks, key_scales, value_scales);
     return torch::stable::detail::to<Tensor>(stack[0]);
@@ -198,19 +252,14 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tenso
                   "block_tables, context_lens and cu_seqlens_q must speak of the same rows");
   STD_TORCH_CHECK(!sinks || sinks->numel() == num_heads, "sinks must be one per head");
   const int64_t sizes[] = {num_tokens, num_heads, value_dim}, strides[] = {num_heads * value_dim, value_dim, 1};
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(3, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor out(handle);
+  Tensor out = new_tensor(query, sizes, strides);
   const std::vector<float> sink_scores = sinks ? as_floats(*sinks) : std::vector<float>();
   const Attention attention{*native_dtype(query),
                             query.const_data_ptr(),
                             {query.stride(0), query.stride(1), query.stride(2)},
                             out.mutable_data_ptr(),
-                            pages_of(key_cache),
-                            pages_of(value_cache),
+                            pages_of(key_cache, key_scales),
+                            pages_of(value_cache, value_scales),
                             block_tables.const_data_ptr<int64_t>(),
                             block_tables.stride(0),
                             context_lens.const_data_ptr<int64_t>(),
@@ -222,10 +271,12 @@ Tensor paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tenso
                             float(scale),
                             window.value_or(INT64_MAX),
                             float(softcap.value_or(0)),
-                            sinks ? sink_scores.data() : nullptr};
+                            sinks ? sink_scores.data() : nullptr,
+                            *codes};
   check_rows(attention, block_tables.size(1), num_tokens, key_cache.size(0));
-  hf_paged::attend(attention, hf_paged::work_in_use()[int(attention.dtype)], int(torch::stable::get_num_threads()),
-                   parallel);
+  const hf_paged::Work work = codes == Codes::kNone ? hf_paged::work_in_use()[int(attention.dtype)]
+                                                    : hf_paged::codes_in_use()[int(*codes)].work;
+  hf_paged::attend(attention, work, int(torch::stable::get_num_threads()), parallel);
   return out;
 }
 
@@ -239,11 +290,73 @@ Tensor write_and_attend(Tensor query, Tensor key, Tensor value, Tensor key_cache
                          softcap, sinks, key_scales, value_scales);
 }
 
+bool can_attend_latents(const Tensor& query_latent, const Tensor& query_rope, const Tensor& latent_cache,
+                        const Tensor& rope_cache, const Tensor& block_tables, const Tensor& context_lens,
+                        const Tensor& cu_seqlens_q) {
+  for (const Tensor* part : {&query_rope, &latent_cache, &rope_cache})
+    if (part->scalar_type() != query_latent.scalar_type()) return false;
+  for (const Tensor* cache : {&latent_cache, &rope_cache})
+    if (!cache->is_contiguous() || cache->size(3) > hf_paged::kMaxRank) return false;
+  return native_dtype(query_latent) && has_dense_int64_rows(block_tables) && is_contiguous_int64(context_lens) &&
+         is_contiguous_int64(cu_seqlens_q);
+}
+
+Tensor latent_attention(Tensor query_latent, Tensor query_rope, Tensor latent_cache, Tensor rope_cache,
+                        Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q, double scale,
+                        std::optional<int64_t> window) {
+  if (!can_attend_latents(query_latent, query_rope, latent_cache, rope_cache, block_tables, context_lens,
+                          cu_seqlens_q)) {
+    auto stack = call_torch("hf_paged::latent_attention_torch", query_latent, query_rope, latent_cache, rope_cache,
+                            block_tables, context_lens, cu_seqlens_q, scale, window);
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  check_caches(latent_cache, rope_cache);
+  const int64_t num_tokens = query_latent.size(0), num_heads = query_latent.size(1), rank = latent_cache.size(3);
+  const int64_t num_rows = context_lens.numel();
+  STD_TORCH_CHECK(latent_cache.size(1) == 1, "latents have one head, the cache has ", latent_cache.size(1));
+  for (const auto& [query, cache] : {std::pair(&query_latent, &latent_cache), std::pair(&query_rope, &rope_cache)})
+    STD_TORCH_CHECK(query->dim() == 3 && query->size(0) == num_tokens && query->size(1) == num_heads &&
+                        query->size(2) == cache->size(3),
+                    "queries must be [num_tokens, num_heads, rank] and [num_tokens, num_heads, rope_dim]");
+  STD_TORCH_CHECK(block_tables.dim() == 2 && block_tables.size(0) == num_rows && cu_seqlens_q.numel() == num_rows + 1,
+                  "block_tables, context_lens and cu_seqlens_q must speak of the same rows");
+  const int64_t sizes[] = {num_tokens, num_heads, rank}, strides[] = {num_heads * rank, rank, 1};
+  Tensor out = new_tensor(query_latent, sizes, strides);
+  const auto attention = [&](const Tensor& query, const Tensor& cache) {
+    hf_paged::Pages pages = pages_of(cache);
+    pages.head_stride = 0;
+    return Attention{*native_dtype(query),
+                     query.const_data_ptr(),
+                     {query.stride(0), query.stride(1), query.stride(2)},
+                     out.mutable_data_ptr(),
+                     pages,
+                     pages,
+                     block_tables.const_data_ptr<int64_t>(),
+                     block_tables.stride(0),
+                     context_lens.const_data_ptr<int64_t>(),
+                     cu_seqlens_q.const_data_ptr<int64_t>(),
+                     num_rows,
+                     int(num_heads),
+                     hf_paged::latent_groups(int(num_heads)),
+                     int(cache.size(2)),
+                     float(scale),
+                     window.value_or(INT64_MAX),
+                     0,
+                     nullptr};
+  };
+  const hf_paged::LatentAttention call{attention(query_latent, latent_cache), attention(query_rope, rope_cache)};
+  check_rows(call.latents, block_tables.size(1), num_tokens, latent_cache.size(0));
+  hf_paged::attend(call, hf_paged::latent_work_in_use()[int(call.latents.dtype)],
+                   int(torch::stable::get_num_threads()), parallel);
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(hf_paged, CPU, library) {
   library.impl("write_kv", TORCH_BOX(&write_kv));
   library.impl("copy_blocks", TORCH_BOX(&copy_blocks));
   library.impl("paged_attention", TORCH_BOX(&paged_attention));
   library.impl("write_and_attend", TORCH_BOX(&write_and_attend));
+  library.impl("latent_attention", TORCH_BOX(&latent_attention));
 }
 
 }  // namespace

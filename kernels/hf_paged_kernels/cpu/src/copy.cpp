@@ -17,7 +17,9 @@ void share(int64_t count, int64_t bytes, Parallel parallel, const Body& body) {
   parallel(count, [](void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, (void*)&body);
 }
 
-void write_token(const Write& w, int64_t token, int64_t slot) {
+}  // namespace
+
+void copy_token(const Write& w, int64_t token, int64_t slot) {
   const int64_t vector_bytes = w.head_dim * w.element_size;
   char* to = w.cache + (slot / w.block_size * w.num_kv_heads * w.block_size + slot % w.block_size) * vector_bytes;
   const char* from = w.states + token * w.state_strides[0] * w.element_size;
@@ -32,15 +34,13 @@ void write_token(const Write& w, int64_t token, int64_t slot) {
   }
 }
 
-}  // namespace
-
 void write_tokens(const Write* writes, int count, const int64_t* slots, int64_t num_tokens, Parallel parallel) {
   int64_t bytes = 0;
   for (int i = 0; i < count; ++i)
     bytes += num_tokens * writes[i].num_kv_heads * writes[i].head_dim * writes[i].element_size;
   share(num_tokens, bytes, parallel, [&](int64_t token) {
     if (slots[token] < 0) return;
-    for (int i = 0; i < count; ++i) write_token(writes[i], token, slots[token]);
+    for (int i = 0; i < count; ++i) writes[i].store(writes[i], token, slots[token]);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bytes.h"
 #include "decode_tiles.h"
 #include "dot.h"
 #include "exponential.h"
@@ -60,9 +61,10 @@ class Decoder {
         plan_(plan),
         group_(a.group()),
         key_stride_(padded(a.keys.head_dim)),
-        stride_(padded(a.values.head_dim)) {
+        stride_(acc_stride(a)) {
     scores_ = scratch, scratch += group_ * kMaxTile;
     factors_ = scratch, scratch += padded(group_);
+    steps_ = scratch, scratch += padded(group_);
     states_ = scratch;
   }
 
@@ -76,6 +78,9 @@ class Decoder {
       const Tile<T>&tile = tiles[now], &ahead = more ? tiles[1 - now] : tile;
       turn_to(tile.kv_head);
       if (tile.is_first) begin(tile);
+      if constexpr (kIsCode<T>)
+        read_scales(a_, tile.table, tile.kv_head, tile.start, tile.tokens, kMaxTile, kUnit<T>, key_scales_,
+                    value_scales_);
       score(tile, ahead);
       weigh(tile.tokens);
       add(tile, ahead);
@@ -84,7 +89,7 @@ class Decoder {
   }
 
  private:
-  using Query = typename Dot<T>::Query;
+  using Query = typename std::conditional_t<kInBytes<T>, ByteDot<T>, Dot<T>>::Query;
 
   const DecodeQuery& query_of(const Tile<T>& tile) const { return plan_.decodes[plan_.chunk_owner[tile.chunk]]; }
 
@@ -99,15 +104,37 @@ class Decoder {
 
   void begin(const Tile<T>& tile) {
     for (int h = 0; h < group_; ++h) {
-      T query[256];
-      load_query(a_, query_of(tile).token, tile.kv_head * group_ + h, query);
-      Dot<T>::keep(query, a_.keys.head_dim, queries_ + h * key_stride_);
+      begin_head(query_of(tile).token, tile.kv_head * group_ + h, queries_ + h * key_stride_);
       max_[h] = -INFINITY, sum_[h] = 0;
     }
     memset(acc_, 0, group_ * stride_ * sizeof(float));
   }
 
+  void begin_head(int64_t token, int head, Query* kept) const {
+    std::conditional_t<kIsCode<T>, float, T> query[kMaxHeadDim];
+    if constexpr (kIsCode<T>)
+      load_rotated_query(a_, token, head, query);
+    else
+      load_query(a_, token, head, query);
+    if constexpr (kInBytes<T>)
+      ByteDot<T>::keep(query, a_.keys.head_dim, parts_for(a_.dtype), kept);
+    else
+      Dot<T>::keep(query, a_.keys.head_dim, kept);
+  }
+
   void score(const Tile<T>& tile, const Tile<T>& ahead) {
+    if constexpr (kInBytes<T>) {
+      const int dim = a_.keys.head_dim;
+      if (a_.dtype == Dtype::kFloat32)
+        ByteDot<T>::template score<3>(tile, ahead, queries_, key_stride_, group_, dim, scores_);
+      else
+        ByteDot<T>::template score<2>(tile, ahead, queries_, key_stride_, group_, dim, scores_);
+    } else {
+      score_lanes(tile, ahead);
+    }
+  }
+
+  void score_lanes(const Tile<T>& tile, const Tile<T>& ahead) {
     int h = 0;
     for (; h + 4 <= group_; h += 4) score_heads<4>(tile, ahead, h);
     if (h + 2 <= group_) score_heads<2>(tile, ahead, h), h += 2;
@@ -135,7 +162,8 @@ class Decoder {
     for (int h = 0; h < group_; ++h) {
       float* scores = scores_ + h * kMaxTile;
       Vec largest = splat(-INFINITY);
-      for (int t = 0; t < end; t += kLanes) store(scores + t, to_log2(a_, load(scores + t)));
+      for (int t = 0; t < end; t += kLanes)
+        store(scores + t, to_log2(a_, of_codes(load(scores + t), key_scales_ + t)));
       for (int t = tokens; t < end; ++t) scores[t] = -INFINITY;
       for (int t = 0; t < end; t += kLanes) largest = max(largest, load(scores + t));
       const float before = max_[h], now = max_lane(largest);
@@ -149,13 +177,28 @@ class Decoder {
       for (int t = 0; t < end; t += kLanes) {
         const Vec weights = exp2(load(scores + t) - splat(max_[h]));
         sum = sum + weights;
-        store(scores + t, weights);
+        store(scores + t, of_codes(weights, value_scales_ + t));
       }
       sum_[h] = sum_[h] * factors_[h] + sum_lanes(sum);
+      if constexpr (kInBytes<T>) steps_[h] = ByteDot<T>::split_weights(scores, tokens, parts_for(a_.dtype));
     }
   }
 
+  static Vec of_codes(Vec numbers, const float* scales) { return kIsCode<T> ? numbers * load(scales) : numbers; }
+
   void add(const Tile<T>& tile, const Tile<T>& ahead) {
+    if constexpr (kInBytes<T>) {
+      const int dim = a_.values.head_dim;
+      if (a_.dtype == Dtype::kFloat32)
+        ByteDot<T>::template add<3>(tile, ahead, group_, dim, scores_, factors_, steps_, acc_, stride_);
+      else
+        ByteDot<T>::template add<2>(tile, ahead, group_, dim, scores_, factors_, steps_, acc_, stride_);
+    } else {
+      add_lanes(tile, ahead);
+    }
+  }
+
+  void add_lanes(const Tile<T>& tile, const Tile<T>& ahead) {
     add_heads<4>(tile, ahead, 0, group_ / 4);
     const int rest = group_ % 4, head = group_ - rest;
     if (rest == 3) add_heads<3>(tile, ahead, head, 1);
@@ -190,6 +233,8 @@ class Decoder {
   void end(const Tile<T>& tile) {
     const DecodeQuery& query = query_of(tile);
     const int head = tile.kv_head * group_;
+    if constexpr (kInBytes<T>)
+      for (int h = 0; h < group_; ++h) ByteDot<T>::put_in_order(acc_ + h * stride_, a_.values.head_dim);
     if (query.num_chunks == 1) {
       for (int h = 0; h < group_; ++h) finish<T>(a_, query.token, head + h, max_[h], sum_[h], acc_ + h * stride_);
       return;
@@ -206,10 +251,12 @@ class Decoder {
   const int group_, key_stride_, stride_;
   float* scores_;      // [group, kMaxTile]
   float* factors_;     // [group]
+  float* steps_;       // [group], of weights that are multiplied as bytes.
   float* states_;      // [num_kv_heads, state_floats], each of what follows:
   Query* queries_;     // [group, padded key_dim]
   float* acc_;         // [group, padded value_dim], in the order of pairs.
   float *max_, *sum_;  // [group]
+  float key_scales_[kMaxTile], value_scales_[kMaxTile];  // Of the tile, where keys and values are codes.
 };
 
 }  // namespace HF_PAGED_ISA

@@ -16,6 +16,8 @@ struct Tile {
   int64_t chunk;
   int kv_head;
   bool is_first, is_last;  // Of its unit.
+  const int64_t* table;    // Of its row.
+  int64_t start;
 };
 
 // Walks the units of decoding, shared with the other workers, tile by tile. Being one tile ahead of the
@@ -25,7 +27,7 @@ class TileWalk {
  public:
   TileWalk(const Attention& a, Plan& plan) : a_(a), plan_(plan) {
     // Keys that stay in the L1 cache while the query heads pass over them; measured best for each width.
-    const int fit = (sizeof(T) == 2 ? 16384 : 8192) / int(a.keys.head_dim * sizeof(T));
+    const int fit = (sizeof(T) == 4 ? 8192 : 16384) / int(a.keys.head_dim * sizeof(T));
     tile_tokens_ = fit >= 64 ? 64 : fit >= 32 ? 32 : 16;
     // Heads take turns block by block, so that a block is read in the order of memory, in which they lie side by
     // side. Narrow ones lose more by the turns than they gain.
@@ -37,7 +39,9 @@ class TileWalk {
     if (at_ == end_ && !next_unit()) return false;
     tile.chunk = chunk_, tile.kv_head = kv_head_;
     tile.tokens = int(end_ - at_ < tile_tokens_ ? end_ - at_ : tile_tokens_);
+    tile.table = table_, tile.start = at_;
     find_tokens(a_, table_, kv_head_, at_, tile.tokens, tile.keys, tile.values);
+    if constexpr (kIsCode<T>) prefetch_scales(a_, table_, kv_head_, at_, tile.tokens);
     tile.is_first = at_ == begin_, tile.is_last = at_ + tile.tokens == end_;
     for (int t = tile.tokens; t < tile_tokens_; ++t)
       tile.keys[t] = tile.keys[t - 1], tile.values[t] = tile.values[t - 1];

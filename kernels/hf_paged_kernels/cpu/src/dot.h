@@ -1,5 +1,6 @@
 // Dot products of queries with keys. Include after a vector_*.h.
 #pragma once
+#include "tokens.h"
 
 namespace hf_paged {
 namespace HF_PAGED_ISA {
@@ -12,7 +13,9 @@ struct Dot {
   using Query = float;
   using Key = Pair;
 
-  static void keep(const T* query, int dim, Query* kept) {
+  // `query` is of the keys' dtype, or of floats for codes.
+  template <class Q>
+  static void keep(const Q* query, int dim, Query* kept) {
     for (int d = 0; d < dim; d += kPairLanes) {
       const Pair pair = load_pair(query + d, dim - d < kPairLanes ? dim - d : kPairLanes);
       store(kept + d, pair.a), store(kept + d + kLanes, pair.b);
@@ -45,11 +48,6 @@ struct Dot<bfloat16> {
 };
 #endif
 
-// Always inlined: GCC takes a call that only prefetches for one without effect.
-HF_PAGED_INLINE inline void prefetch(const void* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
-}
-
 // Scores of kHeads queries over kLanes / kHeads tokens, [kHeads, kLanes / kHeads] in one vector. While at
 // it, brings the lines of `ahead`, as many other keys, near if kPrefetch.
 template <class T, int kHeads, bool kPrefetch>
@@ -68,7 +66,8 @@ inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename
       for (int i = 0; i < kStep; ++i) {
         const typename Dot<T>::Key key = Dot<T>::load_key(keys[t + i] + d);
         // The tokens of a block lie side by side: its lines are asked for in the order of memory.
-        if (kPrefetch) prefetch(ahead[t] + kStep * d + i * kPairLanes, kPairLanes * sizeof(T));
+        if (kPrefetch && i * kPairLanes * sizeof(T) % 64 == 0)
+          prefetch(ahead[t] + kStep * d + i * kPairLanes, kPairLanes * sizeof(T));
 #pragma GCC unroll 4
         for (int h = 0; h < kHeads; ++h)
           part[h * kStep + i] = Dot<T>::add(part[h * kStep + i], queries + h * stride + d, key);

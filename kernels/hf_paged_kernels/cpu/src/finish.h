@@ -1,5 +1,6 @@
 // What stands at both ends of decoding and prefill: queries in, outputs out, partial results merged.
 #pragma once
+#include "codes.h"
 #include "exponential.h"
 #include "plan.h"
 
@@ -11,6 +12,13 @@ template <class T>
 inline void load_query(const Attention& a, int64_t token, int head, T* to) {
   const T* from = (const T*)a.query + token * a.query_strides[0] + head * a.query_strides[1];
   for (int d = 0; d < a.keys.head_dim; ++d) to[d] = from[d * a.query_strides[2]];
+}
+
+// The same for keys that are codes: floats, rotated as those are, zeros up to the padded size.
+inline void load_rotated_query(const Attention& a, int64_t token, int head, float* to) {
+  load_floats(a.dtype, a.query, token * a.query_strides[0] + head * a.query_strides[1], a.query_strides[2],
+              a.keys.head_dim, to);
+  rotate(to, a.keys.head_dim);
 }
 
 // Dot products become scores, in units of log 2.
@@ -25,20 +33,23 @@ inline float exp2(float x) {
   return lanes[0];
 }
 
-// Output of one query head: acc / sum, the head's sink taken in. `acc` is in the order of pairs.
+// Numbers in their order, as a pair of T.
 template <class T>
-inline void finish(const Attention& a, int64_t token, int head, float max, float sum, const float* acc) {
+inline Pair in_pair_order(const float* p) {
+  if constexpr (!std::is_same_v<T, bfloat16>) return {load(p), load(p + kLanes)};
+  float even[kLanes], odd[kLanes];
+  for (int i = 0; i < kLanes; ++i) even[i] = p[2 * i], odd[i] = p[2 * i + 1];
+  return {load(even), load(odd)};
+}
+
+// Output of one query head: acc * scale. `acc` is in the order of pairs of T, or in that of the elements for codes.
+template <class T, bool kIsInOrder>
+inline void write_out(const Attention& a, int64_t token, int head, Vec scale, const float* acc) {
   const int dim = a.values.head_dim;
   T* out = (T*)a.out + (token * a.num_heads + head) * dim;
-  float factor = 1;
-  if (a.sinks) {
-    const float sink = a.sinks[head] * kLog2E, largest = max > sink ? max : sink;
-    factor = exp2(max - largest);
-    sum = sum * factor + exp2(sink - largest);
-  }
-  const Vec scale = splat(factor / sum);
   for (int d = 0; d < dim; d += kPairLanes) {
-    const Pair pair = {load(acc + d) * scale, load(acc + d + kLanes) * scale};
+    const Pair sums = kIsInOrder ? in_pair_order<T>(acc + d) : Pair{load(acc + d), load(acc + d + kLanes)};
+    const Pair pair = {sums.a * scale, sums.b * scale};
     if (d + kPairLanes <= dim) {
       store_pair(out + d, pair);
     } else {
@@ -47,6 +58,22 @@ inline void finish(const Attention& a, int64_t token, int head, float max, float
       memcpy(out + d, whole, (dim - d) * sizeof(T));
     }
   }
+}
+
+// Output of one query head: acc / sum, the head's sink taken in.
+template <class P>
+inline void finish(const Attention& a, int64_t token, int head, float max, float sum, const float* acc) {
+  float factor = 1;
+  if (a.sinks) {
+    const float sink = a.sinks[head] * kLog2E, largest = max > sink ? max : sink;
+    factor = exp2(max - largest);
+    sum = sum * factor + exp2(sink - largest);
+  }
+  const Vec scale = splat(factor / sum);
+  if constexpr (!kIsCode<P>) return write_out<P, false>(a, token, head, scale, acc);
+  if (a.dtype == Dtype::kFloat32) return write_out<float, true>(a, token, head, scale, acc);
+  if (a.dtype == Dtype::kBFloat16) return write_out<bfloat16, true>(a, token, head, scale, acc);
+  write_out<float16, true>(a, token, head, scale, acc);
 }
 
 inline float* partial_of(const Attention& a, Plan& plan, int64_t chunk, int head) {

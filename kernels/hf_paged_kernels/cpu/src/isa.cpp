@@ -8,8 +8,10 @@
 namespace hf_paged {
 
 extern const Work work_baseline[3];
+extern const CodeEntries codes_baseline[2];
 #ifdef HF_PAGED_X86
 extern const Work work_avx2[3], work_avx512[3], work_avx512_bf16[3];
+extern const CodeEntries codes_avx2[2], codes_avx512[2], codes_avx512_bf16[2];
 #endif
 
 namespace {
@@ -17,6 +19,7 @@ namespace {
 struct Isa {
   const char* name;
   const Work* work;
+  const CodeEntries* codes;
   bool is_there;
 };
 
@@ -29,13 +32,13 @@ const Isa* all(int& count) {
   static const bool avx512_bf16 =
       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   static const Isa isas[] = {
-      {"baseline", work_baseline, true},
-      {"avx2", work_avx2, avx2},
-      {"avx512", work_avx512, avx512},
-      {"avx512_bf16", work_avx512_bf16, avx512_bf16},
+      {"baseline", work_baseline, codes_baseline, true},
+      {"avx2", work_avx2, codes_avx2, avx2},
+      {"avx512", work_avx512, codes_avx512, avx512},
+      {"avx512_bf16", work_avx512_bf16, codes_avx512_bf16, avx512_bf16},
   };
 #else
-  static const Isa isas[] = {{"baseline", work_baseline, true}};
+  static const Isa isas[] = {{"baseline", work_baseline, codes_baseline, true}};
 #endif
   count = sizeof isas / sizeof isas[0];
   return isas;
@@ -59,6 +62,7 @@ const Isa* current() {
 }  // namespace
 
 const Work* work_in_use() { return current()->work; }
+const CodeEntries* codes_in_use() { return current()->codes; }
 
 }  // namespace hf_paged
 

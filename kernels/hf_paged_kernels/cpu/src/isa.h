@@ -1,11 +1,14 @@
 // Which of the compiled instruction sets runs.
 #pragma once
+#include "copy.h"
 #include "plan.h"
 
 namespace hf_paged {
 
 // The entries of the ISA in use, by Dtype: the widest that the processor has, unless another was asked for.
 const Work* work_in_use();
+// The same for pages of codes, by Codes.
+const CodeEntries* codes_in_use();
 
 }  // namespace hf_paged
 

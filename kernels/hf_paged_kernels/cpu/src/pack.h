@@ -1,9 +1,14 @@
 // Queries, keys, values and weights in the layouts that matmul.h multiplies. Include after dot.h.
 #pragma once
+#include "codes.h"
 #include "matmul.h"
 
 namespace hf_paged {
 namespace HF_PAGED_ISA {
+
+// Keys, queries, values and weights are multiplied as bytes.
+template <class Packing>
+constexpr bool kPacksBytes = false;
 
 // Where a tile's product with the values stands: acc = acc * factors + values . weights.
 struct ValueProduct {
@@ -55,6 +60,28 @@ struct Pack {
         const int at = column + j * kLanes;
         sums[i][j] = load(product.acc + (row + i) * product.stride + at) * load(product.factors + at);
       }
+  }
+};
+
+// Codes as the floats that they stand for, in their order.
+template <class P>
+struct CodePack : Pack<float> {
+  using Pack<float>::row;  // Of queries.
+  static void row(const P* from, float scale, int dim, float* to) {
+    const Vec unit = splat(scale * kUnit<P>);
+    const auto keep_pair = [&](int d, Pair pair) { keep(to + d, {pair.a * unit, pair.b * unit}); };
+    int d = 0;
+    for (; d + kPairLanes <= dim; d += kPairLanes) keep_pair(d, load_pair(from + d));
+    if (d < dim) keep_pair(d, load_pair(from + d, dim - d)), d += kPairLanes;
+    for (; d < padded(dim); d += kPairLanes) keep(to + d, {splat(0), splat(0)});
+  }
+  static void values(const P* const* from, const float* scales, int dim, int stride, float* to) {
+    for (int t = 0; t < kTileKeys; ++t, to += stride) {
+      if (from[t])
+        row(from[t], scales[t], dim, to);
+      else
+        memset(to, 0, stride * sizeof(float));
+    }
   }
 };
 

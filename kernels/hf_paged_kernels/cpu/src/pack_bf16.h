@@ -8,6 +8,12 @@
 namespace hf_paged {
 namespace HF_PAGED_ISA {
 
+// Bytes 0, 4, 8 and 12 of each quarter, then 1, 5, 9 and 13, and so on.
+inline __m512i side_by_side(__m512i quarters) {
+  return _mm512_shuffle_epi8(
+      quarters, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+}
+
 template <>
 struct Pack<bfloat16> {
   using Mul = PairMul;
@@ -99,10 +105,6 @@ struct Pack<bfloat16> {
   }
   static __m512i unsigned_bytes(const __m512i (&of)[4]) {
     return side_by_side(_mm512_packus_epi16(_mm512_packs_epi32(of[0], of[1]), _mm512_packs_epi32(of[2], of[3])));
-  }
-  static __m512i side_by_side(__m512i quarters) {
-    return _mm512_shuffle_epi8(
-        quarters, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
   }
 };
 

@@ -40,7 +40,7 @@ Plan make_plan(const Attention& a) {
 int64_t scratch_floats(const Attention& a) {
   const int64_t key = padded(a.keys.head_dim), value = padded(a.values.head_dim), group = a.group(),
                 rows = stride_of(queries_per_tile(a) * a.group());
-  const int64_t decode = a.num_kv_heads * state_floats(a) + group * kTileKeys + padded(group);
+  const int64_t decode = a.num_kv_heads * state_floats(a) + group * kTileKeys + 2 * padded(group);
   const int64_t prefill = rows * (key + value + kTileKeys + 5) + kTileKeys * (key + stride_of(int(value))) + key;
   return std::max(decode, prefill);
 }
@@ -53,7 +53,8 @@ struct Shared {
   Work work;
 };
 
-// Kept by each thread for its next call.
+}  // namespace
+
 float* scratch_of_thread(int64_t floats) {
   thread_local std::unique_ptr<float[]> scratch;
   thread_local int64_t held = 0;
@@ -65,12 +66,14 @@ float* scratch_of_thread(int64_t floats) {
   return (float*)((uintptr_t(scratch.get()) + 63) / 64 * 64);
 }
 
-}  // namespace
+void clear_blind(const Attention& a, const Plan& plan) {
+  const int64_t token_bytes = int64_t(a.num_heads) * a.values.head_dim * (a.dtype == Dtype::kFloat32 ? 4 : 2);
+  for (int64_t token : plan.blind) memset((char*)a.out + token * token_bytes, 0, token_bytes);
+}
 
 void attend(const Attention& a, Work work, int num_threads, Parallel parallel) {
   Plan plan = make_plan(a);
-  const int64_t token_bytes = int64_t(a.num_heads) * a.values.head_dim * (a.dtype == Dtype::kFloat32 ? 4 : 2);
-  for (int64_t token : plan.blind) memset((char*)a.out + token * token_bytes, 0, token_bytes);
+  clear_blind(a, plan);
   const int64_t units = plan.num_units(a);
   if (units == 0) return;
   // With units to spare a worker takes all the heads of a chunk, which lie side by side in each block.

@@ -54,13 +54,24 @@ inline int queries_per_tile(const Attention& a) {
 // other do not compete for the same sets of the cache.
 inline int stride_of(int columns) { return ((columns + 15) / 16 | 1) * 16; }
 
+// Floats from one head's sums of weighted values to the next. Those of int8 codes are added in lines of 64.
+inline int acc_stride(const Attention& a) {
+  return a.codes == Codes::kInt8 ? (a.values.head_dim + 63) / 64 * 64 : padded(a.values.head_dim);
+}
+
 // Floats of what decoding keeps of one KV head between its tiles: queries, weighted values, maximums, sums.
 inline int64_t state_floats(const Attention& a) {
-  return a.group() * (padded(a.keys.head_dim) + padded(a.values.head_dim)) + 2 * padded(a.group());
+  return a.group() * (padded(a.keys.head_dim) + acc_stride(a)) + 2 * padded(a.group());
 }
 
 // Floats of scratch memory that a worker needs.
 int64_t scratch_floats(const Attention& a);
+
+// Scratch memory of the running thread, kept for its next call.
+float* scratch_of_thread(int64_t floats);
+
+// Sets the results of queries that see nothing to zero.
+void clear_blind(const Attention& a, const Plan& plan);
 
 // The code that is compiled once for each ISA: works on units until none is left.
 using Work = void (*)(const Attention&, Plan&, float* scratch);

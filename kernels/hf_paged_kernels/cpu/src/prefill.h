@@ -6,16 +6,19 @@
 #ifdef __AVX512BF16__
 #include "pack_bf16.h"
 #endif
+#ifdef __AVX512VNNI__
+#include "pack_bytes.h"
+#endif
 #include "tokens.h"
 
 namespace hf_paged {
 namespace HF_PAGED_ISA {
 
-template <class T>
+template <class T, class Packing = std::conditional_t<kIsCode<T>, CodePack<T>, Pack<T>>>
 class Prefiller {
  public:
   Prefiller(const Attention& a, Plan& plan, float* scratch) : a_(a), plan_(plan), group_(a.group()) {
-    words_ = Pack<T>::depth(padded(a.keys.head_dim)), value_dim_ = padded(a.values.head_dim);
+    words_ = Packing::depth(padded(a.keys.head_dim)), value_dim_ = padded(a.values.head_dim);
     value_stride_ = stride_of(value_dim_);
     const int stride = stride_of(queries_per_tile(a) * group_);
     queries_ = scratch, scratch += words_ * stride;
@@ -27,7 +30,8 @@ class Prefiller {
     sum_ = scratch, scratch += stride;
     factors_ = scratch, scratch += stride;
     rest_scales_ = scratch, scratch += stride;
-    places_ = scratch;
+    places_ = scratch, scratch += stride;
+    if constexpr (kBytes) query_steps_ = scratch, starts_[0] = scratch + stride, starts_[1] = scratch + 2 * stride;
   }
 
   void run() {
@@ -40,7 +44,8 @@ class Prefiller {
   }
 
  private:
-  using Mul = typename Pack<T>::Mul;
+  using Mul = typename Packing::Mul;
+  static constexpr bool kBytes = kPacksBytes<Packing>;
 
   struct KeyTile {
     const T* keys[kTileKeys];
@@ -59,6 +64,7 @@ class Prefiller {
     for (; tiles[now].tokens > 0; now = 1 - now) {
       KeyTile &keys = tiles[now], &ahead = tiles[1 - now];
       find(tile, kv_head, keys.start + kTileKeys, ahead);
+      if constexpr (kIsCode<T>) find_scales(tile, kv_head, keys);
       score(keys);
       weigh(tile, keys.start);
       add(keys, ahead);
@@ -75,12 +81,36 @@ class Prefiller {
     for (int row = 0; row < columns_; row += kLanes) {
       float packed[kLanes * 256];
       for (int i = 0; i < kLanes; ++i) {
-        T query[256];
         const int which = row + i < num_rows_ ? row + i : num_rows_ - 1;
-        load_query(a_, tile.token + which / group_, kv_head * group_ + which % group_, query);
-        Pack<T>::row(query, a_.keys.head_dim, packed + i * words_);
+        pack_query(tile.token + which / group_, kv_head * group_ + which % group_, row + i, packed + i * words_);
       }
       for (int w = 0; w < words_; w += kLanes) turn(packed + w, words_, kLanes, queries_ + w * stride_ + row, stride_);
+    }
+  }
+
+  void pack_query(int64_t token, int head, int column, float* to) {
+    std::conditional_t<kIsCode<T>, float, T> query[kMaxHeadDim];
+    if constexpr (kIsCode<T>)
+      load_rotated_query(a_, token, head, query);
+    else
+      load_query(a_, token, head, query);
+    if constexpr (kBytes) {
+      int32_t starts[2];
+      query_steps_[column] = Packing::query(query, a_.keys.head_dim, to, starts);
+      for (int i = 0; i < 2; ++i) memcpy(starts_[i] + column, &starts[i], sizeof(float));
+    } else {
+      Packing::row(query, a_.keys.head_dim, to);
+    }
+  }
+
+  void find_scales(const PrefillTile& tile, int kv_head, const KeyTile& keys) {
+    read_scales(a_, a_.block_tables + tile.row * a_.table_stride, kv_head, keys.start, keys.tokens, kTileKeys, 1,
+                key_scales_, value_scales_);
+    if constexpr (kBytes) {
+      // Weights take shares of the largest scale.
+      value_scale_ = largest_size(value_scales_, kTileKeys);
+      const float shares = value_scale_ == 0 ? 1 : value_scale_;
+      for (int t = 0; t < kTileKeys; ++t) value_scales_[t] /= shares;
     }
   }
 
@@ -92,19 +122,32 @@ class Prefiller {
   }
 
   void score(const KeyTile& tile) {
-    const bool is_plain = Pack<T>::kIsPlain && a_.keys.head_dim % kPad == 0;
+    const bool is_plain = !kIsCode<T> && Packing::kIsPlain && a_.keys.head_dim % kPad == 0;
     const float* rows[kTileKeys];
     for (int t = 0; t < tile.tokens; ++t) {
       rows[t] = is_plain ? (const float*)tile.keys[t] : keys_ + t * words_;
-      if (!is_plain) Pack<T>::row(tile.keys[t], a_.keys.head_dim, keys_ + t * words_);
+      if constexpr (kBytes)
+        Packing::row(tile.keys[t], a_.keys.head_dim, keys_ + t * words_);
+      else if constexpr (kIsCode<T>)
+        Packing::row(tile.keys[t], key_scales_[t], a_.keys.head_dim, keys_ + t * words_);
+      else if (!is_plain)
+        Packing::row(tile.keys[t], a_.keys.head_dim, keys_ + t * words_);
     }
     // Zeros stand for tokens past the last, never what a slot may hold.
     float* zeros = keys_ + kTileKeys * words_;
     if (tile.tokens < kTileKeys) memset(zeros, 0, words_ * sizeof(float));
     const int num_rows = (tile.tokens + kBlockRows - 1) / kBlockRows * kBlockRows;
     for (int t = tile.tokens; t < num_rows; ++t) rows[t] = zeros;
-    multiply<Mul>(Rows{rows}, queries_, stride_, num_rows, columns_, words_, scores_, stride_,
-                  [](auto& sums, int, int) HF_PAGED_INLINE { set_zero(sums); });
+    if constexpr (kBytes) {
+      const int words = words_ / 2;
+      const auto start = [&](auto& sums, int row, int column) HF_PAGED_INLINE {
+        Packing::start_scores(sums, Rows{rows}.from(row), queries_, starts_, stride_, words, column);
+      };
+      multiply<Mul>(Rows{rows}, queries_ + words * stride_, stride_, num_rows, columns_, words, scores_, stride_, start);
+    } else {
+      multiply<Mul>(Rows{rows}, queries_, stride_, num_rows, columns_, words_, scores_, stride_,
+                    [](auto& sums, int, int) HF_PAGED_INLINE { set_zero(sums); });
+    }
   }
 
   // Scores become weights 2^(score - maximum); the factors bring what was added before to the new maximum.
@@ -116,6 +159,9 @@ class Prefiller {
     const Vec factor = splat(is_bent ? 1 : a_.scale * kLog2E);
     for (int row = 0; row < columns_; row += kLanes) {
       float* scores = scores_ + row;
+      if constexpr (kBytes)
+        for (int t = 0; t < kTileKeys; ++t)
+          Packing::scale_scores(scores + t * stride_, splat(key_scales_[t]) * load(query_steps_ + row));
       if (is_bent)
         for (int t = 0; t < kTileKeys; ++t) store(scores + t * stride_, to_log2(a_, load(scores + t * stride_)));
       if (hides) hide(tile.position - start, load(places_ + row), scores);
@@ -123,10 +169,10 @@ class Prefiller {
       const Vec before = load(max_ + row), largest = max(before, of_tile);
       const Vec factors = exp2(before - largest), shift = splat(0) - largest;
       Vec rest_scale = splat(0);
-      if (Pack<T>::kRestSteps > 0) {
+      if (Packing::kRestSteps > 0) {
         const Vec most = exp2(of_tile - largest);
-        rest_scale = splat(Pack<T>::kRestSteps) / most;
-        store(rest_scales_ + row, most * splat(1 / Pack<T>::kRestSteps));
+        rest_scale = splat(Packing::kRestSteps) / most;
+        store(rest_scales_ + row, most * splat((kBytes ? value_scale_ : 1) / Packing::kRestSteps));
       }
       Vec sums[4] = {splat(0), splat(0), splat(0), splat(0)};
       for (int t = 0; t < kTileKeys; t += 4) {
@@ -137,7 +183,10 @@ class Prefiller {
           weights[i] = exp2(fma(load(at + i * stride_), factor, shift));
           sums[i] = sums[i] + weights[i];
         }
-        Pack<T>::weights(weights, rest_scale, at, stride_);
+        if constexpr (kBytes)
+          Packing::weights(weights, rest_scale, value_scales_ + t, at, stride_);
+        else
+          Packing::weights(weights, rest_scale, at, stride_);
       }
       store(max_ + row, largest), store(factors_ + row, factors);
       // A tile is summed by itself: beside all that came before, small weights would be rounded away one by one.
@@ -172,7 +221,10 @@ class Prefiller {
   void add(const KeyTile& tile, const KeyTile& ahead) {
     const T* values[kTileKeys] = {};
     for (int t = 0; t < tile.tokens; ++t) values[t] = tile.values[t];
-    Pack<T>::values(values, a_.values.head_dim, value_stride_, values_);
+    if constexpr (kIsCode<T> && !kBytes)
+      Packing::values(values, value_scales_, a_.values.head_dim, value_stride_, values_);
+    else
+      Packing::values(values, a_.values.head_dim, value_stride_, values_);
     constexpr int kColumns = kBlockVecs * kLanes;
     const int blocks = value_dim_ / kBlockRows * ((columns_ + kColumns - 1) / kColumns);
     const int per_block = (kTileKeys + blocks - 1) / blocks;
@@ -183,10 +235,13 @@ class Prefiller {
         prefetch(ahead.keys[next], a_.keys.head_dim * sizeof(T));
         prefetch(ahead.values[next], a_.values.head_dim * sizeof(T));
       }
-      Pack<T>::start(sums, product, row, column);
+      if constexpr (kBytes)
+        Packing::start(sums, product, row, column, (tile.tokens + 3) / 4);
+      else
+        Packing::start(sums, product, row, column);
     };
-    multiply<Mul>(Columns{values_, value_stride_}, scores_, Pack<T>::kWeightRows * stride_, value_dim_, columns_,
-                  Pack<T>::depth((tile.tokens + 1) / 2 * 2), acc_, stride_, start);
+    multiply<Mul>(Columns{values_, value_stride_}, scores_, Packing::kWeightRows * stride_, value_dim_, columns_,
+                  kBytes ? 0 : Packing::depth((tile.tokens + 1) / 2 * 2), acc_, stride_, start);
   }
 
   void end(const PrefillTile& tile, int kv_head) {
@@ -217,6 +272,12 @@ class Prefiller {
   float* acc_;                    // [value_dim, stride]
   float *max_, *sum_, *factors_, *rest_scales_;  // [stride]
   float* places_;                 // [stride]; a query's place in the tile.
+  // Where keys and values are codes: the scales of the tile's tokens.
+  float key_scales_[kTileKeys], value_scales_[kTileKeys];
+  // Where these are multiplied as bytes: the largest scale of the values; of each query, the size of its steps and what
+  // the sums of its bytes start at.
+  float value_scale_;
+  float *query_steps_, *starts_[2];  // [stride]
 };
 
 }  // namespace HF_PAGED_ISA

@@ -104,6 +104,36 @@ inline void store_pair(float16* p, Pair v) {
   _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline Pair load_pair(const int8_t* p) {
+  const __m128i codes = _mm_loadu_si128((const __m128i*)p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(codes, codes)))};
+}
+inline Pair load_pair(const float8* p) {
+  // The sign stands in bits 7 to 15, the rest below: shifted, all but bit 14 are those of a float16, of 1 / 256.
+  const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  const __m256i halves = _mm256_and_si256(shifted, _mm256_set1_epi16(int16_t(0xbfff)));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
+
+// kLanes numbers in their order.
+inline Vec load_lanes(const float* p) { return load(p); }
+inline Vec load_lanes(const bfloat16* p) {
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+}
+inline Vec load_lanes(const float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+
+// Of two lanes kStride apart the first becomes their sum, the second their difference.
+template <int kStride>
+inline Vec butterfly(Vec v) {
+  const Vec other = kStride == 1   ? _mm256_permute_ps(v, 0xb1)
+                    : kStride == 2 ? _mm256_permute_ps(v, 0x4e)
+                                   : _mm256_permute2f128_ps(v, v, 1);
+  constexpr int kSecond = kStride == 1 ? 0xaa : kStride == 2 ? 0xcc : 0xf0;
+  return _mm256_blend_ps(v + other, other - v, kSecond);
+}
+
 template <class T>
 inline Pair load_pair(const T* p, int n) {  // n elements, zeros after them.
   T whole[2 * kLanes] = {};

@@ -2,6 +2,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "attention.h"
 
 namespace hf_paged {
@@ -106,6 +108,45 @@ inline Pair load_pair(const float16* p, int n) {
 inline void store_pair(float16* p, Pair v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
   _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline Pair widen(__m256i codes, const int8_t*) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes))),
+          _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)))};
+}
+inline Pair widen(__m256i codes, const float8*) {
+  // The sign stands in bits 7 to 15, the rest below: shifted, all but bit 14 are those of a float16, of 1 / 256.
+  const __m512i shifted = _mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7);
+  const __m512i halves = _mm512_and_si512(shifted, _mm512_set1_epi16(int16_t(0xbfff)));
+  return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+}
+// Codes in their order, in units of kUnit.
+template <class P, std::enable_if_t<kIsCode<P>, int> = 0>
+inline Pair load_pair(const P* p) {
+  return widen(_mm256_loadu_si256((const __m256i*)p), p);
+}
+template <class P, std::enable_if_t<kIsCode<P>, int> = 0>
+inline Pair load_pair(const P* p, int n) {
+  return widen(_mm256_maskz_loadu_epi8(n >= 32 ? ~0u : (1u << n) - 1, p), p);
+}
+
+// kLanes numbers in their order.
+inline Vec load_lanes(const float* p) { return load(p); }
+inline Vec load_lanes(const bfloat16* p) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+inline Vec load_lanes(const float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+
+// Of two lanes kStride apart the first becomes their sum, the second their difference.
+template <int kStride>
+inline Vec butterfly(Vec v) {
+  const Vec other = kStride == 1   ? _mm512_permute_ps(v, 0xb1)
+                    : kStride == 2 ? _mm512_permute_ps(v, 0x4e)
+                    : kStride == 4 ? _mm512_shuffle_f32x4(v, v, 0xb1)
+                                   : _mm512_shuffle_f32x4(v, v, 0x4e);
+  constexpr __mmask16 kSecond = kStride == 1 ? 0xaaaa : kStride == 2 ? 0xcccc : kStride == 4 ? 0xf0f0 : 0xff00;
+  return _mm512_mask_sub_ps(v + other, kSecond, other, v);
 }
 
 }  // namespace HF_PAGED_ISA

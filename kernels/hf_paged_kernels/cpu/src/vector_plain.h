@@ -109,6 +109,30 @@ inline void store_pair(float16* p, Pair v) {
   for (int i = 0; i < 4; ++i) p[i] = narrow(v.a[i]), p[4 + i] = narrow(v.b[i]);
 }
 
+inline Vec load_codes(const int8_t* p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+inline Vec load_codes(const float8* p) {
+  const Ints codes = {int8_t(p[0].bits), int8_t(p[1].bits), int8_t(p[2].bits), int8_t(p[3].bits)};
+  // The sign and, as those of a float, four bits of exponent and three of mantissa; biases differ by 120.
+  return (Vec)((codes << 20) & int32_t(0x87f00000)) * 0x1p112f;
+}
+// Codes in their order, in units of kUnit.
+inline Pair load_pair(const int8_t* p) { return {load_codes(p), load_codes(p + 4)}; }
+inline Pair load_pair(const float8* p) { return {load_codes(p), load_codes(p + 4)}; }
+
+// kLanes numbers in their order.
+inline Vec load_lanes(const float* p) { return load(p); }
+inline Vec load_lanes(const bfloat16* p) {
+  return (Vec)(Bits{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16);
+}
+inline Vec load_lanes(const float16* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+
+// Of two lanes kStride apart the first becomes their sum, the second their difference.
+template <int kStride>
+inline Vec butterfly(Vec v) {
+  if (kStride == 1) return Vec{v[0] + v[1], v[0] - v[1], v[2] + v[3], v[2] - v[3]};
+  return Vec{v[0] + v[2], v[1] + v[3], v[0] - v[2], v[1] - v[3]};
+}
+
 template <class T>
 inline Pair load_pair(const T* p, int n) {  // n elements, zeros after them.
   T whole[2 * kLanes] = {};
