@@ -9,6 +9,7 @@ _COMMANDS = (
     ("compare", "hf_paged_evals.report.compare", "set the figures of two runs side by side"),
     ("microbench", "hf_paged_evals.microbench.command", "time one part alone: attention, a decode step, the scheduler"),
     ("model-types", "hf_paged_evals.accuracy.model_types", "try every causal model type, dense and paged"),
+    ("kv-formats", "hf_paged_evals.accuracy.kv_formats", "weigh the KV formats: bytes, perplexity, tokens, needles"),
     ("lm-eval", "hf_paged_evals.accuracy.lm_eval_parity", "run lm-evaluation-harness, unchanged, dense and paged"),
     ("triton", "hf_paged_evals.triton.command", "compile the GPU kernels and hold their code against thresholds"),
     ("gpu", "hf_paged_evals.gpu.command", "prove and time the GPU path on the card at hand, beside others"),

@@ -83,7 +83,7 @@ def parser(epilog: str = "") -> argparse.ArgumentParser:
     model.add_argument("--block-size", type=int, default=Options.block_size, metavar="N")
     model.add_argument("--memory-budget", metavar="SIZE", help='such as "64MiB"; a small one forces preemptions')
     model.add_argument("--token-budget", type=int, default=Options.token_budget, metavar="N")
-    model.add_argument("--kv-dtype", metavar="DTYPE", help="round keys and values to it first, e.g. float8_e4m3fn")
+    model.add_argument("--kv-dtype", metavar="NAME", help="int8, fp8_e4m3, or a torch dtype to round to first")
     data = parser.add_argument_group("on which data (default: offline data of each task)")
     add_dataset(data)
     return parser

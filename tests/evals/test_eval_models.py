@@ -57,9 +57,18 @@ def test_pages_hold_what_the_rounding_leaves(folder):
             assert torch.equal(held, held.to(torch.float8_e5m2).to(held.dtype)) and held.abs().max() > 0
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float9", "Tensor"])
+def test_a_kv_format_is_that_of_the_pages(folder):
+    models = ModelPair(options_for(GreedyMatch(), folder, "unused", kv_dtype="int8"))
+    for model, format_name in ((models.backend, "int8"), (models.paged_as(kv_dtype="fp8_e4m3"), "fp8_e4m3")):
+        generate(model, models.tokenizer, [PROMPT], 1, max_new_tokens=2)
+        assert hf_paged.stats(model).kv_formats == (f"{format_name} (full attention)",)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float9", "Tensor"])
 def test_wrong_dtypes_are_refused(folder, dtype):
-    with pytest.raises(ValueError, match=f"kv_dtype must be a floating-point dtype of torch.*got '{dtype}'"):
+    with pytest.raises(
+        ValueError, match=f"kv_dtype must be a KV format .* or a floating-point dtype of torch.*got '{dtype}'"
+    ):
         _ = ModelPair(options_for(GreedyMatch(), folder, "unused", kv_dtype=dtype)).backend
 
 

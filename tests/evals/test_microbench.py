@@ -54,6 +54,11 @@ def test_every_one_measures_and_writes_results(name, files, tmp_path):
     assert len(figures) > 2 and all(value >= 0 for value in figures.values())
 
 
+def test_a_decode_step_in_other_kv_formats(files, tmp_path):
+    figures = measured("decode_step", files, tmp_path, "--case", "8x128", "--kv-dtype", "int8", "fp8_e4m3")
+    assert {"8x128: better dense over paged, int8", "8x128: better dense over paged, fp8_e4m3"} < figures.keys()
+
+
 def test_two_runs_are_compared(files, tmp_path, capsys):
     for run in ("before", "after"):
         (tmp_path / run).mkdir()

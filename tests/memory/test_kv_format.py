@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch._dynamo
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hf_paged
 from hf_paged import PagedConfig
@@ -19,13 +18,13 @@ from hf_paged.memory.kv_format import (
     KVFormat,
     NativeFormat,
     Part,
-    make_kv_format,
 )
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.models import registry
 from support import zoo
 from support.packing import SAMPLE
 from support.prefixes import found, prompts
+from support.rounding import rounded_cache
 
 
 class HalfPages(KVFormat):
@@ -61,38 +60,6 @@ class ScaledPages(KVFormat):
 
 FORMATS = {"half": HalfPages, "scaled": ScaledPages, **KV_FORMATS}
 LENGTHS = {"max_new_tokens": 14, "min_new_tokens": 14, "pad_token_id": 0}
-
-
-class _RoundedLayer:
-    """A layer of the dense cache whose states are rounded as pages round them."""
-
-    kv_format: KVFormat
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        key_states, value_states = (
-            self.kv_format.decode(self.kv_format.encode(states, is_key), is_key)
-            for states, is_key in ((key_states, True), (value_states, False))
-        )
-        return super().update(key_states, value_states, *args, **kwargs)
-
-
-class RoundedFull(_RoundedLayer, DynamicLayer):
-    pass
-
-
-class RoundedSliding(_RoundedLayer, DynamicSlidingWindowLayer):
-    pass
-
-
-def rounded_cache(model, kv_dtype, kv_dtype_window=None):
-    """A dense cache that rounds what it is given before anything attends to it, the states of a prompt as well."""
-    cache, dtypes = DynamicCache(config=model.config), PagedConfig(kv_dtype=kv_dtype, kv_dtype_window=kv_dtype_window)
-    for index, layer in enumerate(cache.layers):
-        window = getattr(layer, "sliding_window", None)
-        rounded = RoundedFull() if window is None else RoundedSliding(sliding_window=window)
-        rounded.kv_format = make_kv_format(model.dtype, window, dtypes)
-        cache.layers[index] = rounded
-    return cache
 
 
 def pair(kv_dtype, name="llama", dtype=torch.float64, **config):

@@ -1,7 +1,8 @@
 """A whole decode step: dense as `generate` runs it, dense with a mask passed, and paged.
 
 The caches are filled with random states, of which the time of a step does not depend, and grow by one token per step,
-as they do in `generate`. "prepacked" is the paged step of the first block size with prepacked weights.
+as they do in `generate`. "prepacked" is the paged step of the first block size with prepacked weights; the KV formats
+that are named have that block size, too.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 import hf_paged
 from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.execution.prepacked_linear import PrepackedLinears
+from hf_paged.memory.kv_format import KV_FORMATS
 from hf_paged_evals.microbench.turns import take_turns
 from hf_paged_evals.models.pair import load_model
 from hf_paged_evals.runner.arguments import add_model, model_options
@@ -37,6 +39,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "bfloat16")
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES, help="rows x context (default: all)")
     parser.add_argument("--block-size", nargs="+", type=int, default=[hf_paged.PagedConfig.block_size], metavar="N")
+    parser.add_argument("--kv-dtype", nargs="+", default=[], choices=KV_FORMATS, help="formats to time as well")
     parser.add_argument("--repeats", type=int, default=9, help="timed turns (default: %(default)s)")
 
 
@@ -96,7 +99,7 @@ def measure(given: argparse.Namespace) -> Section:
     dense, paged = load_model(options, "sdpa"), load_model(options, "paged")
     figures, rows = [], []
     for case in given.case:
-        contenders = _contenders(dense, paged, CASES[case], given.block_size)
+        contenders = _contenders(dense, paged, CASES[case], given.block_size, given.kv_dtype)
         seconds = {name: median(times) for name, times in take_turns(contenders, given.repeats).items()}
         better = min(seconds["dense"], seconds["dense, mask"])
         for name, time in seconds.items():
@@ -116,12 +119,15 @@ def measure(given: argparse.Namespace) -> Section:
 
 
 def _contenders(
-    dense: PreTrainedModel, paged: PreTrainedModel, case: tuple[int, int], block_sizes: list[int]
+    dense: PreTrainedModel, paged: PreTrainedModel, case: tuple[int, int], block_sizes: list[int], kv_dtypes: list[str]
 ) -> dict[str, Callable[[int], None]]:
     contenders = {"dense": stepper(dense, *case), "dense, mask": stepper(dense, *case, with_mask=True)}
     for size in block_sizes:
         hf_paged.configure(paged, hf_paged.PagedConfig(block_size=size))
         contenders[f"paged, block {size}"] = stepper(paged, *case)
+    for kv_dtype in kv_dtypes:
+        hf_paged.configure(paged, hf_paged.PagedConfig(block_size=block_sizes[0], kv_dtype=kv_dtype))
+        contenders[f"paged, {kv_dtype}"] = stepper(paged, *case)
     contenders["prepacked"] = _prepacked(paged, contenders[f"paged, block {block_sizes[0]}"])
     return contenders
 

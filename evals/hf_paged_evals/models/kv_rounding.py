@@ -5,6 +5,8 @@ import functools
 import torch
 from transformers import Cache, PreTrainedModel
 
+from hf_paged.memory.kv_format import KV_FORMATS
+
 
 def round_kv(model: PreTrainedModel, dtype: str) -> None:
     """Have every cache that `model` is given store keys and values cast to `dtype` and back, without a scale.
@@ -18,7 +20,11 @@ def round_kv(model: PreTrainedModel, dtype: str) -> None:
     """
     target = getattr(torch, dtype, None)
     if not isinstance(target, torch.dtype) or not target.is_floating_point:
-        raise ValueError(f"kv_dtype must be a floating-point dtype of torch, such as float8_e4m3fn; got {dtype!r}")
+        names = ", ".join(KV_FORMATS)
+        raise ValueError(
+            f"kv_dtype must be a KV format ({names}) or a floating-point dtype of torch, such as float8_e5m2; "
+            f"got {dtype!r}"
+        )
 
     def hook(module, args, kwargs):
         for cache in kwargs.values():  # transformers has two names for it.

@@ -18,11 +18,13 @@ import hf_paged
 from hf_paged import PagedError
 from hf_paged.cli import demo_model
 from hf_paged.generation.engine import Engine
+from hf_paged.memory.kv_format import KV_FORMATS
 from hf_paged.models import registry
+from hf_paged_evals.models import qwen_shaped
 from hf_paged_evals.models.kv_rounding import round_kv
 from hf_paged_evals.runner.options import Options
 
-SMOLLM2 = "smollm2"
+SMOLLM2, QWEN_SHAPED = "smollm2", "smollm2-qwen"
 
 
 @dataclass
@@ -69,11 +71,11 @@ class ModelPair:
 
     @functools.cached_property
     def backend(self) -> PreTrainedModel:
-        return self._backend()
+        return self.paged_as()
 
     @functools.cached_property
     def prepacked(self) -> PreTrainedModel:
-        return self._backend(prepack_weights=True)
+        return self.paged_as(prepack_weights=True)
 
     @functools.cached_property
     def exact(self) -> PreTrainedModel:
@@ -81,12 +83,13 @@ class ModelPair:
         model.set_experts_implementation("eager")  # The grouped products of experts know no float64.
         return model
 
-    def _backend(self, **config) -> PreTrainedModel:
+    def paged_as(self, **config) -> PreTrainedModel:
+        """Another backend, which shares the baseline's weights; these fields of its `PagedConfig` differ."""
         model = _sharing_tensors(self.baseline)
         model.set_attn_implementation(self.options.backend)
         if self.options.backend == "paged":
             hf_paged.configure(model, dataclasses.replace(self.options.paged_config(), **config))
-        if self.options.kv_dtype is not None:
+        if self.options.kv_dtype is not None and self.options.kv_dtype not in KV_FORMATS:
             round_kv(model, self.options.kv_dtype)
         return model
 
@@ -127,7 +130,7 @@ def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
 
 @functools.lru_cache(maxsize=1)  # Every task makes its samples with it, and a GGUF file takes seconds to read.
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
-    if model == SMOLLM2:
+    if model in (SMOLLM2, QWEN_SHAPED):
         return demo_model.load_tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
@@ -149,12 +152,15 @@ def load_model(options: Options, implementation: str) -> PreTrainedModel:
     dtype = getattr(torch, options.dtype)
     if options.model == SMOLLM2:
         return demo_model.load_model(implementation, dtype)
+    if options.model == QWEN_SHAPED:
+        return qwen_shaped.load_model(implementation, dtype)
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=implementation).eval()
 
 
 def name_of(options: Options) -> str:
     """The model as a report names it."""
-    return "SmolLM2-135M-Instruct" if options.model == SMOLLM2 else Path(options.model).name
+    names = {SMOLLM2: "SmolLM2-135M-Instruct", QWEN_SHAPED: "SmolLM2-135M-Instruct as a Qwen2 with outlier keys"}
+    return names.get(options.model) or Path(options.model).name
 
 
 def _sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 
 from hf_paged.config import PagedConfig
+from hf_paged.memory.kv_format import KV_FORMATS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,7 +39,7 @@ class Options:
     tasks : tuple of str
         Names of tasks, in the order of the report.
     model : str
-        A hub name, a local folder, or ``"smollm2"`` for the demo model.
+        A hub name, a local folder, ``"smollm2"`` for the demo model, or ``"smollm2-qwen"`` for that with outlier keys.
     dtype : str
         Of weights, computation and KV.
     limit : int or None
@@ -48,8 +49,8 @@ class Options:
     baseline, backend : str
         Attention implementations: the one that is trusted and the one that is judged.
     kv_dtype : str or None
-        A torch dtype, such as ``"float8_e4m3fn"``, to which the backend's keys and values are rounded before they
-        are stored. None: stored as they are.
+        A name in `KV_FORMATS`, in which the backend's keys and values are stored. Or a torch dtype, such as
+        ``"float8_e5m2"``, to which they are rounded before they are stored as they are. None: stored as they are.
     block_size, memory_budget, token_budget
         As in `PagedConfig`. A small `memory_budget` makes rows queue and be preempted.
     dataset : DatasetChoice or None
@@ -92,7 +93,8 @@ class Options:
 
     def paged_config(self) -> PagedConfig:
         """The paging of the backend's cache."""
-        return PagedConfig(self.block_size, self.memory_budget, self.token_budget)
+        kv_dtype = self.kv_dtype if self.kv_dtype in KV_FORMATS else None
+        return PagedConfig(self.block_size, self.memory_budget, self.token_budget, kv_dtype=kv_dtype)
 
     @property
     def baseline_name(self) -> str:
