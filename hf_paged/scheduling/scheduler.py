@@ -99,6 +99,8 @@ class Scheduler:
         The model's KV cache groups.
     token_budget : int
         Tokens that one step may run.
+    row_budget : int or None
+        Rows whose tokens one step may run; None: as many as tokens.
     prefix_counts : PrefixCounts or None
         Counted up by the prefix cache; None: new ones.
 
@@ -108,8 +110,15 @@ class Scheduler:
         Of the groups' pools.
     """
 
-    def __init__(self, groups: Sequence[CacheGroup], token_budget: int, prefix_counts: PrefixCounts | None = None):
+    def __init__(
+        self,
+        groups: Sequence[CacheGroup],
+        token_budget: int,
+        prefix_counts: PrefixCounts | None = None,
+        row_budget: int | None = None,
+    ):
         self.groups, self.token_budget = groups, token_budget
+        self.row_budget = token_budget if row_budget is None else row_budget
         pools, windows = [group.blocks for group in groups], [group.window for group in groups]
         self.prefix = PrefixCache(pools, windows, prefix_counts)
         self.waiting: list[Request] = []  # Both in order of arrival.
@@ -169,7 +178,7 @@ class Scheduler:
         step = SchedulerOutput([], [[] for _ in self.groups], [])
         left, preemptions = self.token_budget, self.num_preemptions
         for request in list(self.running):
-            if left == 0:
+            if left == 0 or len(step.chunks) >= self.row_budget:
                 break
             if request.state is RequestState.RUNNING and not request.is_sampling and self._may_run(request):
                 left -= self._run(request, left, step, may_exceed_budget)
@@ -273,7 +282,7 @@ class Scheduler:
         for chunk in step.chunks:
             underway.update(self.prefix.completed_hashes(chunk.request, chunk.start, chunk.end))
         for request in list(self.waiting):
-            if left == 0:
+            if left == 0 or len(step.chunks) >= self.row_budget or len(self.running) >= self.row_budget:
                 break
             if request.is_sampling:  # Preempted meanwhile. Its call may be slow: the others go on.
                 continue
