@@ -22,12 +22,14 @@ from typing import TypeVar
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
-_IDLE = 1.0  # Seconds until a thread without sections ends.
+_IDLE = 1.0  # Seconds without a section after which there is time for what can wait.
 Result = TypeVar("Result")
 
 
 class _Worker:
-    """The thread that runs sections. It is started when one comes and ends when none has come for a while."""
+    """The thread that runs sections. It is started when one comes, and ends when none has come for a while and nothing
+    is left to do meanwhile (`when_idle`).
+    """
 
     def __init__(self):
         self._sections: SimpleQueue = SimpleQueue()
@@ -46,13 +48,16 @@ class _Worker:
     def _run(self) -> None:
         with self.turn:  # Callers that come at the same time may start a thread each: the others wait here.
             self._ident, self._has_thread = threading.get_ident(), True
+            idle_seconds = 0.0
             while self._has_thread:
                 try:
                     self._run_one(*self._sections.get(timeout=_IDLE))
+                    idle_seconds = 0.0
                 except Empty:
-                    self._has_thread = False
+                    idle_seconds += _IDLE
+                    self._has_thread = _has_more_to_do(idle_seconds)
                     # A caller that came before that line has started no other thread.
-                    self._has_thread = not self._sections.empty()
+                    self._has_thread = self._has_thread or not self._sections.empty()
             self._ident = None
 
     @staticmethod
@@ -70,6 +75,24 @@ class _Worker:
 
 
 _worker = _Worker()
+_when_idle: list[Callable[[float], bool]] = []
+
+
+def when_idle(function: Callable[[float], bool]) -> None:
+    """Have `function` called when no section has come for a second, and every further second while it returns True.
+
+    It is called as a section is, with the seconds since the last one.
+    """
+    _when_idle.append(function)
+
+
+def _has_more_to_do(idle_seconds: float) -> bool:
+    """Call what waits for an idle second; tells whether it wants to be called again."""
+    try:
+        return any([function(idle_seconds) for function in _when_idle])
+    except BaseException as error:  # The thread must live: callers wait for its sections.
+        logger.error("hf_paged: work that waited for an idle second failed", exc_info=error)
+        return False
 
 
 def atomically(section: Callable[[], Result]) -> Result:

@@ -144,6 +144,7 @@ def stats(model: torch.nn.Module) -> Stats:
         fallbacks.update(counts.fallbacks)
         together += counts.pipelines_together
         in_turn.update(counts.pipelines_in_turn)
+    budgets = [engine.token_budget for pool in pools for engine in pool.engines]
     config = pools[0].config if pools else registry.config_of(model)
     block_size = config.block_size
     waste = 1 - tokens / (used * block_size) if used else 0.0
@@ -157,7 +158,7 @@ def stats(model: torch.nn.Module) -> Stats:
         kv_formats=tuple(dict.fromkeys(formats)),
         bytes_per_token=token_bytes,
         waste=waste,
-        token_budget=step_tokens(config, _device_of(model, pools)),
+        token_budget=min(budgets, default=step_tokens(config, _device_of(model, pools))),
         page_reads=reads,
         gathers=dict(gathers),
         packed_calls=packed,

@@ -33,6 +33,13 @@ is_wrapper_subclass = _python_dispatch.is_traceable_wrapper_subclass
 tree_map_only = _pytree.tree_map_only
 """``torch.utils._pytree.tree_map_only(type, function, tree)``. torch has no public pytree module."""
 
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors in nested containers, as ``torch.utils._pytree`` sees these; those without storage left out."""
+    leaves = _pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not is_wrapper_subclass(leaf)]
+
+
 TO_COPY = torch.ops.aten._to_copy.default
 """The operator of ``Tensor.to``. Operators reach ``__torch_dispatch__`` as such objects, whatever their name."""
 

@@ -64,7 +64,7 @@ from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable
 from hf_paged.memory.kv_pool import KVCacheSpec, KVPool
 from hf_paged.memory.reservation import entered, is_inside
-from hf_paged.memory.sizing import step_tokens
+from hf_paged.memory.sizing import Workspace, step_limits, step_tokens
 from hf_paged.memory.stall_detector import StallDetector
 from hf_paged.memory.swap_costs import SwapCosts
 from hf_paged.memory.swap_space import SwapSpace, make_swap_space
@@ -126,6 +126,31 @@ class Engine:
     def block_pools(self) -> list[BlockPool]:
         """The block pool of each KV cache group, in the order of a request's tables."""
         return [group.blocks for group in self.scheduler.groups]
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens that one step runs at most."""
+        return self.scheduler.token_budget
+
+    def make_room(self, workspace: Workspace) -> None:
+        """Let steps and blocks share the budget, as long as the model's layers are on the CPU.
+
+        Parameters
+        ----------
+        workspace : Workspace
+            What the steps of the model take beside the blocks.
+        """
+
+        def shrink() -> None:
+            groups = self.pool.groups.values()
+            if any(group.spec.device.type != "cpu" for group in groups):
+                return
+            limits = step_limits(self.pool.config.token_budget, min(group.budget for group in groups), workspace)
+            self.scheduler.token_budget, self.scheduler.row_budget = limits.tokens, limits.rows
+            for group in groups:
+                group.make_room(workspace, limits)
+
+        self._change(shrink)
 
     @property
     def is_running(self) -> bool:

@@ -17,7 +17,8 @@ class BlockPool:
     * cached: it has no owner, but its content was asked to be kept (`keep`). Its eviction policy chooses which one is
       evicted when an allocation finds no free block, or none but fresh ones while more than `cache_blocks` are cached.
 
-    A fresh block was never handed out: the memory behind it is not taken from the system yet.
+    A fresh block is a free one with no memory behind it: it was never handed out, or its memory went back to the
+    system (`vacate`).
 
     The pool is not locked: its owner calls it under a lock. `give_back` alone is safe from any thread
     and from a finalizer.
@@ -45,6 +46,7 @@ class BlockPool:
         # and the memory that is touched stays compact.
         self._ref_counts: list[int] = []
         self._free: list[int] = []
+        self._vacated: list[int] = []  # In falling order: the lowest id is handed out first.
         self._cached: EvictionPolicy = LeastRecentlyUsed() if policy is None else policy
         self._kept: dict[int, Callable[[int], None]] = {}  # Used or cached block -> what to call at its eviction.
         self._holds: Counter[int] = Counter()  # Owners of used blocks that `hold` added.
@@ -54,7 +56,12 @@ class BlockPool:
     @property
     def free_blocks(self) -> int:
         self._drain()
-        return len(self._free) + self.total_blocks - len(self._ref_counts)
+        return len(self._free) + self.fresh_blocks
+
+    @property
+    def fresh_blocks(self) -> int:
+        """Free blocks for which an allocation takes memory from the system."""
+        return len(self._vacated) + self.total_blocks - len(self._ref_counts)
 
     @property
     def cached_blocks(self) -> int:
@@ -72,7 +79,7 @@ class BlockPool:
 
     @property
     def high_water(self) -> int:
-        """One past the highest id ever handed out: on the CPU the memory of these blocks is taken from the system."""
+        """One past the highest id ever handed out: on the CPU the memory of these blocks was taken from the system."""
         return len(self._ref_counts)
 
     def ref_count(self, block: int) -> int:
@@ -82,6 +89,11 @@ class BlockPool:
     def grow(self, num_blocks: int) -> None:
         """Add `num_blocks` free blocks."""
         self.total_blocks += num_blocks
+
+    def shrink(self, num_blocks: int) -> None:
+        """Take `num_blocks` free blocks away, or as many as were never handed out, but for a last one."""
+        unnumbered = self.total_blocks - len(self._ref_counts)
+        self.total_blocks -= max(0, min(num_blocks, unnumbered, self.total_blocks - 1))
 
     def allocate(self, num_blocks: int) -> list[int]:
         """Take `num_blocks` blocks, each with one owner: all of them or none.
@@ -98,9 +110,8 @@ class BlockPool:
         for _ in range(num_blocks):
             if self._free:  # The last one freed is the likeliest to be in a CPU cache.
                 block = self._free.pop()
-            elif len(self._ref_counts) < self.total_blocks and len(self._cached) <= self.cache_blocks:
-                block = len(self._ref_counts)
-                self._ref_counts.append(0)
+            elif self.fresh_blocks and len(self._cached) <= self.cache_blocks:
+                block = self._take_fresh()
             else:
                 block = self._cached.pop()
                 self._kept.pop(block)(block)
@@ -108,6 +119,12 @@ class BlockPool:
             self._ref_counts[block] = 1
             blocks.append(block)
         return blocks
+
+    def _take_fresh(self) -> int:
+        if self._vacated:
+            return self._vacated.pop()
+        self._ref_counts.append(0)
+        return len(self._ref_counts) - 1
 
     def touch(self, blocks: Iterable[int]) -> None:
         """Add an owner to each of `blocks`, their content untouched; cached ones are in use again.
@@ -189,6 +206,28 @@ class BlockPool:
             self._cached.remove(block)
             self._free.append(block)
 
+    def evict_down_to(self, num_blocks: int) -> None:
+        """Undo `keep` for cached blocks, in the order of the eviction policy, until `num_blocks` are left."""
+        while self.cached_blocks > num_blocks:
+            block = self._cached.pop()
+            self._kept.pop(block)(block)
+            self._free.append(block)
+
+    def vacate(self, num_left: int) -> list[int]:
+        """Make free blocks fresh, all but the `num_left` that were freed last.
+
+        Returns
+        -------
+        list of int
+            In rising order. Their memory is the caller's to give back, before the next allocation.
+        """
+        self._drain()
+        end = max(0, len(self._free) - num_left)
+        vacated = sorted(self._free[:end])
+        del self._free[:end]
+        self._vacated = sorted(self._vacated + vacated, reverse=True)
+        return vacated
+
     def give_back(self, blocks: list[int]) -> None:
         """Free `blocks` at the next call on the pool.
 
@@ -209,10 +248,10 @@ class BlockPool:
         for blocks in tables:
             for block in blocks:
                 owners[block] += 1
-        free, cached = set(self._free), set(self._cached)
+        free, cached = {*self._free, *self._vacated}, set(self._cached)
         used = {block for block, count in enumerate(self._ref_counts) if count > 0}
         unnumbered = self.total_blocks - len(self._ref_counts)
-        assert len(free) == len(self._free), "a block is in the free list twice"
+        assert len(free) == len(self._free) + len(self._vacated), "a block is free twice"
         assert len(cached) == len(self._cached), "the eviction policy counts its blocks wrong"
         assert not (free & cached or free & used or cached & used), "a block is in two states"
         assert cached <= self._kept.keys() <= cached | used, "a cached block is not kept, or a free one is"

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from transformers.utils import logging
 
-from hf_paged.atomic import after_fork_in_child
+from hf_paged.atomic import after_fork_in_child, when_idle
 from hf_paged.compat import devices
 from hf_paged.config import PagedConfig
 from hf_paged.errors import OutOfBlocksError
@@ -21,9 +21,22 @@ from hf_paged.memory.eviction import EVICTION_POLICIES
 from hf_paged.memory.kv_format import BlockShape, KVFormat, make_kv_format
 from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.memory.reservation import Reservation
-from hf_paged.memory.sizing import WHOLE, available_memory, budget_bytes, is_taken_at_once, physical_memory
+from hf_paged.memory.sizing import (
+    WHOLE,
+    StepLimits,
+    Workspace,
+    available_memory,
+    blocks_beside_steps,
+    budget_bytes,
+    is_taken_at_once,
+    missing_beside_steps,
+    physical_memory,
+)
 
 logger = logging.get_logger(__name__)
+
+# Until cached blocks beyond prefix_cache_share are given up in a pool without calls: a conversation may go on.
+_CACHED_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -74,13 +87,13 @@ class KVCacheGroup:
     """
 
     def __init__(self, spec: KVCacheSpec, config: PagedConfig, kv_format: KVFormat, budget: int, bytes_per_block: int):
-        self.spec, self.kv_format = spec, kv_format
+        self.spec, self.config, self.kv_format = spec, config, kv_format
+        self.budget, self.bytes_per_block = budget, bytes_per_block
         self.budget_blocks = self.capacity = max(1, budget // bytes_per_block)
         if not is_taken_at_once(spec.device):
             self.capacity = max(self.budget_blocks, physical_memory(spec.device) // bytes_per_block)
-        cache_blocks = int(self.budget_blocks * config.prefix_cache_share)
         policy = EVICTION_POLICIES[config.eviction_policy]()
-        self.blocks = BlockPool(self.budget_blocks, config.block_size, cache_blocks, policy)
+        self.blocks = BlockPool(self.budget_blocks, config.block_size, self._cache_blocks, policy)
         self.layers: dict[int, KVStorage] = {}
 
     @property
@@ -98,6 +111,27 @@ class KVCacheGroup:
         """Bytes that one token takes in the pages of all layers that have some."""
         pages = (page for storage in self.layers.values() for page in storage.pages)
         return sum(page[0].nbytes for page in pages) // self.blocks.block_size
+
+    @property
+    def _cache_blocks(self) -> int:
+        return int(self.budget_blocks * self.config.prefix_cache_share)
+
+    def make_room(self, workspace: Workspace, limits: StepLimits) -> None:
+        """Take blocks away, in an atomic section, so that the budget holds steps up to `limits` as well.
+
+        On the CPU alone: elsewhere the blocks are the budget. Blocks that were handed out before stay.
+        """
+        if is_taken_at_once(self.spec.device):
+            return
+        if missing := missing_beside_steps(self.budget, workspace, limits):
+            logger.warning_once(
+                f"hf_paged: memory_budget is {self.budget:,} bytes, and steps of {limits.tokens} tokens take so much "
+                f"beside the blocks that the process may take {missing:,} bytes more. Raise memory_budget, or set a "
+                "smaller token_budget."
+            )
+        self.budget_blocks = blocks_beside_steps(self.budget, self.bytes_per_block, workspace, limits)
+        self.blocks.shrink(self.blocks.total_blocks - self.budget_blocks)
+        self.blocks.cache_blocks = self._cache_blocks
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVStorage:
         """Storage of layer `index`, made for states ``[batch, num_kv_heads, positions, head_dim]`` if new.
@@ -159,6 +193,17 @@ class KVCacheGroup:
             )
             self.blocks.grow(extra)
             return self.blocks.allocate(num_blocks)
+
+    def give_back(self) -> None:
+        """Give memory above the low-water mark back to the system: `cache_blocks` of the pool, cached ones and free.
+
+        On the CPU alone: elsewhere the pages are one allocation. Under the pool's lock.
+        """
+        if is_taken_at_once(self.spec.device):
+            return
+        vacated = self.blocks.vacate(max(0, self.blocks.cache_blocks - self.blocks.cached_blocks))
+        for storage in self.layers.values():
+            storage.vacate(vacated)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks in every layer: the copy of copy-on-write. Under the pool's lock."""
@@ -236,6 +281,10 @@ class BlockOwner(Protocol):
 
 class PackedEngine(Protocol):
     """An engine, as the calls that wait for its blocks see it."""
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens that one of its steps runs at most."""
 
     @property
     def is_running(self) -> bool:
@@ -358,6 +407,34 @@ class KVPool:
             self._budgets[device] = budget
         return self._budgets[device]
 
+    def give_back(self, idle_seconds: float) -> bool:
+        """Give memory back that no call needs now, in an atomic section. Nothing happens while calls run.
+
+        Parameters
+        ----------
+        idle_seconds : float
+            How long no call has run. After `_CACHED_SECONDS` cached blocks beyond the share of the prefix cache are
+            given up as well.
+
+        Returns
+        -------
+        bool
+            Whether to call again later: there will be more to give back when that time is over, or somebody else has
+            the pool now.
+        """
+        if not self.lock.acquire(blocking=False):  # All sections would wait.
+            return True
+        try:
+            if self.reservations or self.waiting or any(engine.is_running for engine in self.engines):
+                return False
+            for group in self.groups.values():
+                if idle_seconds >= _CACHED_SECONDS:
+                    group.blocks.evict_down_to(group.blocks.cache_blocks)
+                group.give_back()
+            return any(group.blocks.cached_blocks > group.blocks.cache_blocks for group in self.groups.values())
+        finally:
+            self.lock.release()
+
     def check_integrity(self) -> None:
         """Check ``free + cached + used == total`` and that the live block tables own what is used.
 
@@ -385,4 +462,9 @@ def _reset_in_child() -> None:
             engine.forget_other_threads()
 
 
+def _give_back(idle_seconds: float) -> bool:
+    return any([pool.give_back(idle_seconds) for pool in list(_all)])
+
+
 after_fork_in_child(_reset_in_child)
+when_idle(_give_back)

@@ -1,8 +1,10 @@
 """The tensors behind the block ids: the pages of one attention layer, and what is done with them."""
 
+import itertools
 import math
 import mmap
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ class KVStorage:
     def __init__(self, kv_format: KVFormat, shape: BlockShape, device: torch.device, num_blocks: int):
         self.kv_format, self.shape, self.device, self.num_blocks = kv_format, shape, device, num_blocks
         self.states_dtype = kv_format.states_dtype
+        self._reserved: list[mmap.mmap] = []  # On the CPU: the address space behind each of `pages`.
         parts = kv_format.parts(shape.key_dim) + kv_format.parts(shape.value_dim)
         self.pages: Pages = tuple(map(self._allocate, parts))
         # Bound once: a decode step calls the last of them in every layer.
@@ -180,6 +183,25 @@ class KVStorage:
             assert part.dtype == page.dtype and part.shape == (len(blocks), *page.shape[1:]), "blocks of another shape"
             page[blocks] = part.to(page.device)
 
+    def vacate(self, blocks: Sequence[int]) -> None:
+        """Give the memory of blocks back to the system, as far as they fill its pages. What they held is lost.
+
+        Parameters
+        ----------
+        blocks : sequence of int
+            In rising order. Nobody reads them, or writes to them, meanwhile.
+        """
+        if sys.platform != "linux":  # Elsewhere madvise is a hint, and what it does to the content is not said.
+            return
+        for memory, page in zip(self._reserved, self.pages):
+            block_bytes = page.stride(0) * page.dtype.itemsize
+            for first, end in _runs(blocks):
+                # A system page that a neighbour has a part of stays.
+                start = -(-first * block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+                length = end * block_bytes // mmap.PAGESIZE * mmap.PAGESIZE - start
+                if length > 0:
+                    memory.madvise(mmap.MADV_DONTNEED, start, length)
+
     def _allocate(self, part: Part) -> torch.Tensor:
         shape = self.num_blocks, self.num_kv_heads, self.shape.block_size, part.size
         # A pool made under inference_mode could not be written in place outside it.
@@ -188,7 +210,15 @@ class KVStorage:
                 return torch.empty(shape, dtype=part.dtype, device=self.device)
             count = math.prod(shape)
             memory = _reserve(count * part.dtype.itemsize)
+            self._reserved.append(memory)
             return torch.frombuffer(memory, dtype=part.dtype, count=count).view(shape)
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The runs of rising numbers without a gap: the first number, and the one behind the last."""
+    for _, run in itertools.groupby(enumerate(blocks), lambda placed: placed[1] - placed[0]):
+        numbers = [number for _, number in run]
+        yield numbers[0], numbers[-1] + 1
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:

@@ -17,7 +17,7 @@ import enum
 import functools
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -137,7 +137,7 @@ class ReplayedNoise:
         self._chunks = [(first, min(first + size, batch_size)) for first in range(0, batch_size, size)]
         self._vocab_size, self._dtype, self._device = vocab_size, dtype, device
         self._states: dict[tuple[int, int], torch.Tensor] = {}  # (step, chunk) -> state before it
-        self._kept: dict[int, list[torch.Tensor]] = {}  # Step -> its noise, by chunk; in rising order.
+        self._kept: dict[int, dict[int, torch.Tensor]] = {}  # Step -> its noise, by chunk; in rising order.
         self._picker = RowPicker(device)
         self._num_kept = _KEPT_BYTES // (batch_size * vocab_size * dtype.itemsize)
         self._left: torch.Tensor | None = None  # The state in which the first use left the global generator.
@@ -158,12 +158,13 @@ class ReplayedNoise:
             ``[len(rows), vocab]``, not to be changed.
         """
         self._part_from_others()
-        drawn = self._kept.get(step)
+        drawn = self._kept.get(step, {})
+        wanted = {row // self._chunk_rows for row in rows}
         while self._front[0] <= step:
-            drawn = self._draw_next_step()
+            drawn = self._draw_next_step(wanted)
         parts = []
         for number, some in itertools.groupby(rows, lambda row: row // self._chunk_rows):
-            noise = self._draw_again(step, number) if drawn is None else drawn[number]
+            noise = drawn[number] if number in drawn else self._draw_again(step, number)
             first = self._chunks[number][0]
             parts.append(self._picker.take(noise, [row - first for row in some]))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -178,7 +179,7 @@ class ReplayedNoise:
     def close(self, num_steps: int) -> None:
         """Leave the default generator as dense would after `num_steps` logical steps. Rows may have gone on longer."""
         while self._front[0] < num_steps:
-            self._draw_next_step()
+            self._draw_next_step(())
         state = self._front[1] if self._front[0] == num_steps else self._states[num_steps, 0]
         with _lock:
             if self._left is not None and torch.equal(_default_state(self._device), self._left):
@@ -191,13 +192,18 @@ class ReplayedNoise:
                 _move_on(self._device)
                 self._left = _default_state(self._device)
 
-    def _draw_next_step(self) -> list[torch.Tensor]:
-        """Draw the noise of the next logical step, one tensor ``[rows, vocab]`` per chunk."""
+    def _draw_next_step(self, wanted: Collection[int]) -> dict[int, torch.Tensor]:
+        """Draw the noise of the next logical step: a tensor ``[rows, vocab]`` for each chunk.
+
+        A call of many rows, whose noise is not kept, has that of the `wanted` chunks alone at once.
+        """
         step, state = self._front
-        generator, noise = _generator(state, self._device), []
+        generator, noise = _generator(state, self._device), dict[int, torch.Tensor]()
         for number in range(len(self._chunks)):
             self._states[step, number] = generator.get_state()
-            noise.append(self._draw_chunk(number, generator))
+            drawn = self._draw_chunk(number, generator)
+            if self._num_kept or number in wanted:
+                noise[number] = drawn
         if self._num_kept:
             self._kept[step] = noise
             self._kept.pop(step - self._num_kept, None)

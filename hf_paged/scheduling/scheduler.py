@@ -110,6 +110,8 @@ class Scheduler:
         Counted up by the prefix cache; None: new ones.
     tier : SwapTier or None
         The swap blocks of the groups; None: there is no swap space.
+    row_budget : int or None
+        Rows whose tokens one step may run; None: as many as tokens.
 
     Attributes
     ----------
@@ -123,8 +125,10 @@ class Scheduler:
         token_budget: int,
         prefix_counts: PrefixCounts | None = None,
         tier: SwapTier | None = None,
+        row_budget: int | None = None,
     ):
         self.groups, self.token_budget = groups, token_budget
+        self.row_budget = token_budget if row_budget is None else row_budget
         pools, windows = [group.blocks for group in groups], [group.window for group in groups]
         self.prefix = PrefixCache(pools, windows, prefix_counts, tier)
         self.waiting: list[Request] = []  # Both in order of arrival.
@@ -191,7 +195,7 @@ class Scheduler:
         step = SchedulerOutput([], [[] for _ in self.groups], [])
         left, preemptions = self.token_budget, self.num_preemptions
         for request in list(self.running):
-            if left == 0:
+            if left == 0 or len(step.chunks) >= self.row_budget:
                 break
             if request.state is RequestState.RUNNING and not request.is_sampling and self._may_run(request):
                 left -= self._run(request, left, step, may_exceed_budget)
@@ -300,7 +304,7 @@ class Scheduler:
         for chunk in step.chunks:
             underway.update(self.prefix.completed_hashes(chunk.request, chunk.start, chunk.end))
         for request in list(self.waiting):
-            if left == 0:
+            if left == 0 or len(step.chunks) >= self.row_budget or len(self.running) >= self.row_budget:
                 break
             if request.is_sampling:  # Preempted meanwhile. Its call may be slow: the others go on.
                 continue

@@ -38,7 +38,8 @@ def test_the_command(tmp_path, capsys):
     assert lines["empty slots, average"][3:] == "23.4% 48.4% 49.2% 49.6%".split()
     assert lines["empty slots, at most"][4:] == "46.9% 96.9% 98.4% 99.2%".split()
     assert "It fits." in out and "1.00 MiB (as asked for)" in out
-    assert "a packed step runs 512 tokens at most (the default for cpu)." in out
+    assert "a packed step runs 512 tokens at most (the default for cpu), of 512 rows." in out
+    assert "A greedy run takes" in out and "24.0 KiB of blocks" in out
 
 
 def test_the_command_takes_the_dtype_of_the_config(tmp_path, capsys):

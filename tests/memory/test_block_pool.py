@@ -130,6 +130,37 @@ def test_a_kept_block_that_is_written_again_is_forgotten():
     assert pool.cached_blocks == 1 and pool.is_kept(second)
 
 
+def test_vacated_blocks_come_after_all_that_have_memory_the_lowest_first():
+    pool = BlockPool(6, 4)
+    blocks = pool.allocate(5)
+    pool.free(blocks[::-1])  # 0 is freed last.
+    assert pool.vacate(2) == [2, 3, 4]
+    assert (pool.free_blocks, pool.fresh_blocks, pool.high_water) == (6, 4, 5)
+    assert pool.allocate(6) == [0, 1, 2, 3, 4, 5]
+
+
+def test_vacated_blocks_are_not_taken_for_more_cached_blocks_than_their_share():
+    pool, evicted = BlockPool(4, 4, cache_blocks=0), []
+    cached, free = pool.allocate(2)
+    pool.keep(cached, evicted.append)
+    pool.free([cached, free])
+    pool.vacate(0)
+    assert pool.allocate(1) == evicted == [cached]
+
+
+def test_a_pool_shrinks_by_blocks_that_were_never_handed_out():
+    pool = BlockPool(10, 4)
+    pool.free(pool.allocate(4))
+    pool.shrink(3)
+    assert (pool.total_blocks, pool.free_blocks) == (7, 7)
+    pool.shrink(100)
+    assert (pool.total_blocks, pool.free_blocks) == (4, 4)
+    untouched = BlockPool(3, 4)
+    untouched.shrink(3)
+    assert untouched.total_blocks == 1, "a pool has a block"
+    pool.check_integrity([])
+
+
 def test_give_back_is_seen_by_the_next_call():
     pool = BlockPool(2, 4)
     pool.give_back(pool.allocate(2))
@@ -273,6 +304,23 @@ class TablesAgainstDictionaries(RuleBasedStateMachine):
         block = list(self.kept)[pick % len(self.kept)]
         self.pool.evict(block)
         assert block not in self.kept
+
+    @rule(num_blocks=st.integers(0, TOTAL))
+    def evict_down_to(self, num_blocks):
+        before = self.pool.cached_blocks
+        self.pool.evict_down_to(num_blocks)
+        assert self.pool.cached_blocks == min(before, num_blocks)
+
+    @rule(num_left=st.integers(0, TOTAL))
+    def vacate(self, num_left):
+        """The memory of free blocks is gone, and with it what they held."""
+        before = self.pool.free_blocks - self.pool.fresh_blocks
+        vacated = self.pool.vacate(num_left)
+        assert vacated == sorted(vacated) and len(vacated) == max(0, before - num_left)
+        assert self.pool.free_blocks - self.pool.fresh_blocks == min(before, num_left)
+        for block in vacated:
+            for offset in range(self.BLOCK):
+                self.memory.pop(block * self.BLOCK + offset, None)
 
     @invariant()
     def rows_read_back(self):

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from hf_paged import PagedConfig
 from hf_paged.memory.block_pool import BlockPool
 from hf_paged.memory.block_table import BlockTable, make_writable
-from hf_paged.memory.sizing import row_blocks, step_tokens
+from hf_paged.memory.sizing import (
+    PROCESS_BYTES,
+    SMALL_BUDGET,
+    StepLimits,
+    Workspace,
+    blocks_beside_steps,
+    missing_beside_steps,
+    row_blocks,
+    step_limits,
+    step_tokens,
+)
 
 
 def run_chunk(table, pool, end, window):
@@ -63,3 +73,41 @@ def test_a_step_runs_more_tokens_on_a_gpu_unless_it_is_told():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
     assert [step_tokens(PagedConfig(), device) for device in (cpu, gpu)] == [512, 4096]
     assert [step_tokens(PagedConfig(token_budget=64), device) for device in (cpu, gpu)] == [64, 64]
+
+
+MIB = 2**20
+workspaces = st.builds(
+    Workspace, st.integers(0, 10**6), st.integers(1, 10**6), st.integers(1, 300_000), st.integers(0, 10**8)
+)
+
+
+@given(
+    workspace=workspaces,
+    budget=st.integers(1, 2**36),
+    token_budget=st.none() | st.integers(1, 10_000),
+    block=st.integers(1, 10**7),
+)
+def test_blocks_and_the_largest_step_fit_into_the_budget_or_it_says_by_how_much_not(
+    workspace, budget, token_budget, block
+):
+    limits = step_limits(token_budget, budget, workspace)
+    assert 1 <= limits.rows <= limits.tokens <= (token_budget or 512)
+    assert token_budget is None or limits.tokens == token_budget
+    blocks = blocks_beside_steps(budget, block, workspace, limits)
+    if budget <= SMALL_BUDGET:
+        assert blocks == max(1, budget // block) and limits.rows == limits.tokens == (token_budget or 512)
+        return
+    missing = missing_beside_steps(budget, workspace, limits)
+    assert (blocks - 1) * block + workspace.of_step(limits) + PROCESS_BYTES <= budget + missing
+    assert blocks * block <= max(SMALL_BUDGET, budget - PROCESS_BYTES) or blocks == 1
+
+
+def test_a_tight_budget_makes_smaller_steps():
+    """Numbers of SmolLM2 in float32."""
+    workspace = Workspace(token_bytes=28_160, row_bytes=4 * 49_152, vocab_size=49_152)
+    limits = [step_limits(None, mebibytes * MIB, workspace) for mebibytes in (32, 64, 256, 1024, 8192)]
+    assert limits == [StepLimits(512, 512), *(StepLimits(*two) for two in [(99, 8), (397, 34), (512, 136), (512, 512)])]
+    blocks = 3 * 2 * 64 * 16 * 4 * 30
+    assert blocks_beside_steps(256 * MIB, blocks, workspace, limits[2]) * blocks > 180 * MIB
+    assert not missing_beside_steps(256 * MIB, workspace, limits[2])
+    assert missing_beside_steps(256 * MIB, workspace, step_limits(8192, 256 * MIB, workspace)) > 0

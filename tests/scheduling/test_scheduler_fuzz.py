@@ -425,6 +425,14 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         size = blocks.block_size
         self.memory[number].update({block * size + at: "another's" for block in taken for at in range(size)})
 
+    @rule(number=st.integers(0, 1), num_left=st.integers(0, 8))
+    def vacate(self, number, num_left):
+        """The memory of free blocks goes back to the system, even in the middle of a step."""
+        blocks = self.groups[number].blocks
+        for block in blocks.vacate(num_left):
+            for offset in range(blocks.block_size):
+                self.memory[number].pop(block * blocks.block_size + offset, None)
+
     @precondition(lambda self: any(self.held))
     @rule(number=st.integers(0, 1), at_once=st.booleans())
     def let_go(self, number, at_once):

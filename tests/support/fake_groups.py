@@ -12,12 +12,12 @@ class WatchedPool(BlockPool):
     on_hand_out = staticmethod(lambda blocks: None)
 
     def allocate(self, num_blocks):
-        fresh, cached, evictions = self.total_blocks - self.high_water, self.cached_blocks, self.num_evictions
+        fresh, cached, evictions = self.fresh_blocks, self.cached_blocks, self.num_evictions
         wanted = max(0, num_blocks - (self.free_blocks - fresh))  # Blocks that were used before come first.
         recycled = min(wanted, max(0, cached - self.cache_blocks))
         blocks = super().allocate(num_blocks)
         assert self.num_evictions - evictions == max(recycled, wanted - fresh)
-        assert self.high_water == self.total_blocks - fresh + min(fresh, wanted - recycled)
+        assert self.fresh_blocks == fresh - min(fresh, wanted - recycled)
         self.on_hand_out(blocks)
         return blocks
 

@@ -241,6 +241,28 @@ def simulated(baton: Baton):
     return SimulatedCallState, SimulatedEngine
 
 
+class PatientLock:
+    """A pool's lock. One that an interrupt has left locked is an error of all who want it, and no run that hangs."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+
+    def acquire(self, blocking=True):
+        if not self._lock.acquire(blocking, 5 if blocking else -1):
+            assert not blocking, "the pool stays locked"
+            return False
+        return True
+
+    def release(self):
+        self._lock.release()
+
+    def __enter__(self):
+        self.acquire()
+
+    def __exit__(self, *error):
+        self.release()
+
+
 @dataclass
 class PlannedCall:
     """One thread's work: rows of a `generate` call, or a rectangular cache that checks what it stored."""
@@ -349,6 +371,7 @@ class Run:
                 swap_space=None if plan.swap_blocks is None else plan.swap_blocks * block_bytes,
             )
         )
+        self.pool.lock = PatientLock()
         key = KVCacheSpec(None, torch.float32, states.device)
         self.group = self.pool.group(key, states, states, num_layers=2)
         for index in range(2):

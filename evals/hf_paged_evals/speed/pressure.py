@@ -53,9 +53,7 @@ class Pressure:
     def run(self, sample: Sample, models: ModelPair) -> dict:
         given, model = sample.payload, models.backend
         chosen = contender(models, "paged")
-        config = dataclasses.replace(
-            models.options.paged_config(), memory_budget=given["blocks"] * _bytes_a_block(models)
-        )
+        config = dataclasses.replace(models.options.paged_config(), memory_budget=_budget_of(models, given["blocks"]))
         hf_paged.configure(model, config)
         try:
             fresh_pool(models, chosen, given["warm"])
@@ -103,10 +101,10 @@ class Pressure:
         )
 
 
-def _bytes_a_block(models: ModelPair) -> int:
-    """The memory_budget of one block in each attention group."""
-    model, size = models.backend, models.options.block_size
-    return Plan(footprint(model.config, model.dtype), 1, size, size, model.dtype).budget_needed
+def _budget_of(models: ModelPair, blocks: int) -> int:
+    """The memory_budget of so many blocks in each attention group, beside the steps."""
+    model, size, tokens = models.backend, models.options.block_size, models.options.token_budget
+    return Plan(footprint(model.config, model.dtype), blocks, size, size, model.dtype, tokens).budget_needed
 
 
 def _table(records: list[dict], equal: list[int]) -> Table:

@@ -1,9 +1,11 @@
 """Footprint: what a model caches for each token, learned from its config alone."""
 
 import copy
+import functools
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
@@ -22,6 +24,8 @@ from hf_paged.cache.layers import PagedLayer
 from hf_paged.cli.demo_model import load_config
 from hf_paged.compat.transformers import CACHE_ARGUMENT, has_model_for
 from hf_paged.errors import PagedError
+from hf_paged.execution.workspace import WorkspaceMeter
+from hf_paged.memory.sizing import Workspace
 from hf_paged_integrations.transformers.hooks import NAME
 
 DEMO = "demo"
@@ -75,6 +79,10 @@ class Footprint:
         Layers whose keys and values stay in transformers' own cache, by class name.
     sinks_dtype : torch.dtype or None
         Of the attention sinks; None: it has none.
+    workspace : Workspace
+        What a step takes beside weights and cache, in this dtype.
+    num_linear_parameters : int
+        Weights of linear layers, each layer's, tied or not: those that `prepack_weights` lays out a second time.
     """
 
     model_type: str
@@ -85,6 +93,8 @@ class Footprint:
     state_bytes: int
     other_layers: dict[str, int]
     sinks_dtype: torch.dtype | None
+    workspace: Workspace
+    num_linear_parameters: int
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -127,7 +137,7 @@ def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
             "measure with hf_paged.stats(model)"
         )
     try:
-        model, cache = _run_without_weights(config, dtype)
+        model, cache, workspace = _run_without_weights(config, dtype)
     except PagedError as error:
         raise PagedError(
             f'{kind} cannot be planned, for it is refused with attn_implementation="{NAME}": {error}'
@@ -138,6 +148,9 @@ def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
             f"({type(error).__name__}: {_line(error)}); if it does with its weights, hf_paged.stats(model) measures it"
         ) from error
     groups = _groups(kind, cache)
+    # Without weights the cache is transformers' own, and grows beside what the forward needs.
+    stored = sum(group.elements for group in groups) * dtype.itemsize
+    workspace = replace(workspace, token_bytes=max(0, workspace.token_bytes - stored))
     return Footprint(
         kind,
         dtype,
@@ -147,6 +160,8 @@ def footprint(config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
         sum(map(_state_bytes, cache.layers)),
         dict(Counter(type(layer).__name__ for layer in cache.layers if _keeps_own_states(layer))),
         next((values.dtype for name, values in model.named_parameters() if name.endswith(".sinks")), None),
+        workspace,
+        sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)),
     )
 
 
@@ -184,8 +199,15 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
 
 
-def _run_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, DynamicCache]:
-    """The model on the meta device, and its cache after one token."""
+def _logits(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    """The logits of one row, ``[tokens, vocab]``."""
+    return model(use_cache=True, **inputs).logits[0]
+
+
+def _run_without_weights(
+    config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, DynamicCache, Workspace]:
+    """The model on the meta device, its cache after one token, and what its forwards allocate."""
     config = copy.deepcopy(config)
     config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = None  # Or some look for pads in the ids.
     is_text = has_model_for(AutoModelForCausalLM, config) or not has_model_for(AutoModelForImageTextToText, config)
@@ -196,8 +218,12 @@ def _run_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[
         with torch.device("meta"), torch.no_grad():
             # The other ways to run experts sort tokens by expert, which a tensor without content cannot do.
             model = auto.from_config(config, attn_implementation=NAME, dtype=dtype, experts_implementation="batched_mm")
-            cache = DynamicCache(config=model.config)
-            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **{CACHE_ARGUMENT: cache})
+            meter, caches = WorkspaceMeter(), []
+            for num_tokens in (1, 3):
+                caches.append(DynamicCache(config=model.config))
+                ids = torch.zeros(1, num_tokens, dtype=torch.long)
+                run = functools.partial(_logits, model.eval(), input_ids=ids, **{CACHE_ARGUMENT: caches[-1]})
+                meter.run(run, num_tokens)
     finally:
         logging.set_verbosity(verbosity)
-    return model, cache
+    return model, caches[0], meter.workspace()

@@ -2,12 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 
 from hf_paged.cli.plan.footprint import Footprint, GroupFootprint, LayerStates
 from hf_paged.memory.kv_format import BlockShape, make_kv_format
-from hf_paged.memory.sizing import HOST_SHARE, row_blocks
+from hf_paged.memory.sizing import (
+    HOST_SHARE,
+    PROCESS_BYTES,
+    StepLimits,
+    Workspace,
+    blocks_beside_steps,
+    row_blocks,
+    step_limits,
+)
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MIB = 2**20
@@ -30,8 +39,14 @@ class Plan:
         Tokens a block holds.
     dtype : torch.dtype
         Of weights, and of keys and values as the model computes them.
+    token_budget : int or None
+        As `PagedConfig` has it.
+    is_taken_at_once : bool
+        Whether blocks have the budget for themselves, as on a GPU; on the CPU they share it with the steps.
+    prepacks : bool
+        Whether the weights of linear layers are laid out a second time.
     kv_dtype, kv_dtype_window : str or None
-        How these lie in pages, as in `PagedConfig`.
+        How keys and values lie in pages, as in `PagedConfig`.
     """
 
     footprint: Footprint
@@ -39,6 +54,9 @@ class Plan:
     context: int
     block_size: int
     dtype: torch.dtype
+    token_budget: int | None = None
+    is_taken_at_once: bool = False
+    prepacks: bool = False
     kv_dtype: str | None = None
     kv_dtype_window: str | None = None
 
@@ -76,13 +94,47 @@ class Plan:
         return self.footprint.num_parameters * self.dtype.itemsize
 
     @property
+    def workspace(self) -> Workspace:
+        """What a step takes, in the plan's dtype."""
+        known, ratio = self.footprint.workspace, Fraction(self.dtype.itemsize, self.footprint.dtype.itemsize)
+        return replace(
+            known,
+            **{name: int(getattr(known, name) * ratio) for name in ("token_bytes", "row_bytes", "fixed_bytes")},
+        )
+
+    def limits(self, budget: int) -> StepLimits:
+        """The limits of a step on the CPU."""
+        return step_limits(self.token_budget, budget, self.workspace)
+
+    def run_bytes(self, budget: int) -> int:
+        """Bytes that a greedy run takes on the CPU at its peak, above the loaded model."""
+        limits, workspace = self.limits(budget), self.workspace
+        tokens, rows = min(limits.tokens, self.batch * self.context), min(limits.rows, self.batch)
+        steps = workspace.of_tokens(tokens) + rows * workspace.row_bytes
+        copies = self.footprint.num_linear_parameters * self.dtype.itemsize if self.prepacks else 0
+        return PROCESS_BYTES + copies + steps + self.resident_kv_bytes(budget)
+
+    def resident_kv_bytes(self, budget: int) -> int:
+        """Bytes of blocks in a pool of `budget` bytes when it is fullest, and has not grown."""
+        return sum(
+            min(self.blocks(group), self._budget_blocks(group, budget)) * self.block_bytes(group)
+            for group in self.footprint.groups
+        )
+
+    @property
     def budget_needed(self) -> int:
         """The smallest memory_budget whose blocks suffice in every group.
 
         The pool divides its budget by layers before it knows the contexts, so a group of many windowed
         layers holds a share it does not need, and this may be more than `kv_bytes`.
         """
-        return max(self.blocks(group) * self._share_unit(group) for group in self.footprint.groups)
+        least = max(self.blocks(group) * self._share_unit(group) for group in self.footprint.groups)
+        if self.fits(least):
+            return least
+        most = 2 * least
+        while not self.fits(most):
+            most *= 2
+        return most - _largest(most - least, lambda saved: self.fits(most - saved))
 
     def fits(self, budget: int) -> bool:
         """Tell whether a pool of `budget` bytes holds the batch without growing."""
@@ -97,7 +149,9 @@ class Plan:
         return make_kv_format(self.dtype, group.window, self).block_bytes(shape)
 
     def _budget_blocks(self, group: GroupFootprint, budget: int) -> int:
-        return max(1, budget // self._share_unit(group))
+        if self.is_taken_at_once:
+            return max(1, budget // self._share_unit(group))
+        return blocks_beside_steps(budget, self._share_unit(group), self.workspace, self.limits(budget))
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,19 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
             raise ValueError(f"{name} must be at least 1; got {number}")
     model_config = read_config(model)
     chosen = DTYPES[dtype] if dtype else own_dtype(model_config)
-    formats = {"kv_dtype": config.kv_dtype, "kv_dtype_window": config.kv_dtype_window}
-    plan = Plan(footprint(model_config, chosen), batch, context, config.block_size, chosen, **formats)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = Plan(
+        footprint(model_config, chosen),
+        batch,
+        context,
+        config.block_size,
+        chosen,
+        config.token_budget,
+        is_taken_at_once(device),
+        config.prepack_weights,
+        config.kv_dtype,
+        config.kv_dtype_window,
+    )
     stated = parse_bytes(config.memory_budget)
     budget = None if stated is None else allowed_budget(stated, device)
     memory = Memory(
@@ -57,7 +67,7 @@ def run_plan(model: str, batch: int, context: int, config: PagedConfig, dtype: s
     _print_groups(plan)
     _print_sizes(plan)
     _print_memory(plan, memory, device)
-    _print_steps(config, device)
+    _print_steps(plan, memory, config, device)
     _print_assumptions(plan)
     if getattr(model_config, "quantization_config", None):
         print("The weights are counted without their quantisation; with it they leave more for the KV.")
@@ -147,7 +157,7 @@ def _print_memory(plan: Plan, memory: Memory, device: torch.device) -> None:
     print(f"  KV budget     {size(budget)} ({how})")
     needed = f"{size(plan.kv_bytes)} of KV"
     if plan.budget_needed > plan.kv_bytes:
-        needed += f", in a budget of {size(plan.budget_needed)}: the pool divides it among the groups by layers"
+        needed += f", in a budget of {size(plan.budget_needed)}, of which steps and all groups have a share"
     print(f"  needed        {needed}")
     if memory.fits(plan):
         print("  It fits.")
@@ -168,9 +178,20 @@ def _print_memory(plan: Plan, memory: Memory, device: torch.device) -> None:
         print(f"    {remedy.change:<32} {size(remedy.plan.kv_bytes):>10}  {verdict}")
 
 
-def _print_steps(config: PagedConfig, device: torch.device) -> None:
+def _print_steps(plan: Plan, memory: Memory, config: PagedConfig, device: torch.device) -> None:
     how = f"the default for {device.type}" if config.token_budget is None else "as asked for"
-    print(f"\nToken budget: a packed step runs {step_tokens(config, device):,} tokens at most ({how}).")
+    if memory.is_taken_at_once:
+        print(f"\nToken budget: a packed step runs {step_tokens(config, device):,} tokens at most ({how}).")
+        return
+    budget = memory.budget(plan)
+    limits, run, kv = plan.limits(budget), plan.run_bytes(budget), plan.resident_kv_bytes(budget)
+    if config.token_budget is None and limits.tokens < step_tokens(config, device):
+        how = "all that the budget has room for"
+    print(f"\nToken budget: a packed step runs {limits.tokens:,} tokens at most ({how}), of {limits.rows:,} rows.")
+    print(
+        f"A greedy run takes {size(run)} above the loaded model, and {size(plan.weight_bytes + run)} with it: "
+        f"{size(kv)} of blocks, {size(run - kv)} for steps and the process."
+    )
 
 
 def _print_assumptions(plan: Plan) -> None:
@@ -179,4 +200,3 @@ def _print_assumptions(plan: Plan) -> None:
     if any(group.window is not None for group in plan.footprint.groups):
         print("A prompt is read in one forward: chunked prefill and assisted decoding keep more of a window.")
     print("A row ends anywhere in its last block: half of that block is empty on average.")
-    print("Activations, and the copy of one layer that attention gathers at a time, come on top.")

@@ -13,6 +13,7 @@ from hf_paged.compat.torch import DispatchMode, draws_random_numbers
 from hf_paged.compat.transformers import CACHE_ARGUMENT
 from hf_paged.errors import OutOfBlocksError
 from hf_paged.execution.packed_cache import NotPackableError
+from hf_paged.execution.workspace import WorkspaceMeter
 from hf_paged.generation.engine import Engine
 from hf_paged.memory.kv_pool import KVPool
 from hf_paged.models import forward_context, registry
@@ -112,7 +113,8 @@ def _try_model(model: PreTrainedModel, device: torch.device) -> Engine | Refusal
             # In a call from inside a forward, nothing is stored yet.
             return Refusal(Reason.NO_POOL, is_lasting=forward_context.current_forward() is None)
         engine = Engine(pool)
-        packed = _run_packed(model, engine, token)
+        meter = WorkspaceMeter()
+        packed = _run_packed(model, engine, token, meter)
     except NotPackableError as error:
         return Refusal(error.why, is_lasting=error.why is not Reason.FULL_POOL)
     except OutOfBlocksError:
@@ -120,6 +122,7 @@ def _try_model(model: PreTrainedModel, device: torch.device) -> Engine | Refusal
     # A row that is packed beside another must not feel it, and finds all that it has stored.
     if not torch.allclose(packed, alone, rtol=_TOLERANCE, atol=float(_TOLERANCE * alone.abs().max())):
         return Refusal(Reason.MIXED_ROWS)
+    engine.make_room(meter.workspace())
     return engine
 
 
@@ -172,7 +175,7 @@ def _raise_what_kept_out(cache: DynamicCache) -> None:
         raise NotPackableError(why)
 
 
-def _run_packed(model: PreTrainedModel, engine: Engine, token: int) -> torch.Tensor:
+def _run_packed(model: PreTrainedModel, engine: Engine, token: int, meter: WorkspaceMeter) -> torch.Tensor:
     """Run a token, and the next, beside another row, in packed steps of the engine's runner: logits ``[2, vocab]``."""
     scheduler, runner = Scheduler(engine.scheduler.groups, token_budget=8), engine.runner
     away = -1 if token > 1 else 1  # The other row has other tokens: a mean over equal ones would show nothing.
@@ -184,7 +187,9 @@ def _run_packed(model: PreTrainedModel, engine: Engine, token: int) -> torch.Ten
         logits = []
         for _ in range(2):
             step = atomically(functools.partial(_plan, engine.pool, scheduler, requests))
-            logits.append(_call(functools.partial(runner.try_out, model, step.chunks))[1])
+            runner.prepare(step.chunks)  # Its buffers grow now, and not while the forward is measured.
+            forward = functools.partial(_call, functools.partial(runner.try_out, model, step.chunks))
+            logits.append(meter.run(forward, sum(chunk.end - chunk.start for chunk in step.chunks))[1])
             atomically(functools.partial(_note, engine.pool, scheduler, step, token))
         return torch.stack(logits)
     finally:
