@@ -52,6 +52,8 @@ class KVFormat(abc.ABC):
         If the format does not store states of that dtype.
     """
 
+    keeps_states = False  # True: what is read back is what was stored, to the last bit.
+
     def __init__(self, states_dtype: torch.dtype):
         self.states_dtype = states_dtype
         if not self.accepts(states_dtype):
@@ -191,6 +193,8 @@ class KVFormat(abc.ABC):
 
 class NativeFormat(KVFormat):
     """States as they are, in the model's dtype: what the kernels read without a copy."""
+
+    keeps_states = True
 
     def parts(self, head_dim: int) -> tuple[Part, ...]:
         return (Part(self.states_dtype, head_dim),)

@@ -125,11 +125,11 @@ def compare(models, inputs, is_packed=True, **options):
 def format_name(request, monkeypatch):
     use_format(monkeypatch, request.param)
     yield request.param
-    for name in ("llama", "gemma3_text"):
+    for name in ("llama", "gemma3_text", "minicpm3"):
         hf_paged.release(zoo.pair(name, torch.float64)[1])  # Its pages are of a format that is gone.
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "minicpm3"])
 def test_packed_rows_read_what_the_format_keeps(name, format_name):
     models = pair(name)
     changes = [compare(models, prompts([30, 9, 26, 1], shared=8, seed=seed)) for seed in range(3)]
