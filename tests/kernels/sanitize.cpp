@@ -10,6 +10,7 @@
 
 #include "copy.h"
 #include "isa.h"
+#include "latent.h"
 
 using namespace hf_paged;
 
@@ -49,6 +50,32 @@ bool is_nan(const char* from, Dtype dtype) {
   if (dtype == Dtype::kFloat16) return (bits & 0x7fff) > 0x7c00;
   if (dtype == Dtype::kBFloat16) bits <<= 16;
   return (bits & 0x7fffffff) > 0x7f800000;
+}
+
+bool has_nan(const std::vector<char>& numbers, Dtype dtype) {
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+  for (size_t at = 0; at < numbers.size(); at += size)
+    if (is_nan(&numbers[at], dtype)) return true;
+  return false;
+}
+
+// The same pages read as latents, the keys, and their rope parts, the values.
+bool run_latents(const Attention& rows, int64_t tokens) {
+  const int64_t size = rows.dtype == Dtype::kFloat32 ? 4 : 2;
+  const Pages* pages[2] = {&rows.keys, &rows.values};
+  std::vector<char> queries[2], out(tokens * rows.num_heads * rows.keys.head_dim * size);
+  Attention parts[2] = {rows, rows};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t dim = pages[i]->head_dim;
+    queries[i].resize(tokens * rows.num_heads * dim * size);
+    for (size_t at = 0; at < queries[i].size(); at += size) put(&queries[i][at], rows.dtype, at / size % 5 ? 0.5f : -0.5f);
+    parts[i].query = queries[i].data(), parts[i].out = out.data();
+    parts[i].query_strides[0] = rows.num_heads * dim, parts[i].query_strides[1] = dim;
+    parts[i].keys = parts[i].values = {pages[i]->data, pages[i]->block_stride, 0, pages[i]->head_dim};
+    parts[i].num_kv_heads = latent_groups(rows.num_heads), parts[i].softcap = 0, parts[i].sinks = nullptr;
+  }
+  attend(LatentAttention{parts[0], parts[1]}, latent_work_in_use()[int(rows.dtype)], 2, in_threads);
+  return !has_nan(out, rows.dtype);
 }
 
 bool run(const Case& c, Dtype dtype) {
@@ -111,10 +138,10 @@ bool run(const Case& c, Dtype dtype) {
                             c.window,
                             c.softcap ? 2.0f : 0.0f,
                             c.sinks ? sinks.data() : nullptr};
+  if (c.num_kv_heads == 1 && !run_latents(attention, tokens)) return false;
+  if (c.key_dim > 256) return true;
   attend(attention, work_in_use()[int(dtype)], 2, in_threads);
-  for (size_t at = 0; at < out.size(); at += size)
-    if (is_nan(&out[at], dtype)) return false;
-  return true;
+  return !has_nan(out, dtype);
 }
 
 }  // namespace
@@ -129,6 +156,9 @@ int main() {
         for (int64_t window : {INT64_MAX, int64_t(7)})
           cases.push_back({6, 2, dims.first, dims.second, block_size, rows, window, window == 7, dims.first == 20});
   cases.push_back({200, 1, 32, 32, 16, mixed, INT64_MAX, false, true});
+  for (const auto& rows : {decode, mixed})
+    for (const auto& dims : {std::pair<int, int>{512, 64}, {20, 40}, {1, 3}})
+      cases.push_back({7, 1, dims.first, dims.second, 16, rows, dims.first == 20 ? 7 : INT64_MAX, false, false});
   std::istringstream isas(hf_paged_isas());
   for (std::string isa; isas >> isa;) {
     hf_paged_use_isa(isa.c_str());

@@ -103,11 +103,11 @@ def compare(models, inputs, is_packed=True, **options):
 def format_name(request, monkeypatch):
     monkeypatch.setitem(KV_FORMATS, request.param, FORMATS[request.param])
     yield request.param
-    for name in ("llama", "gemma3_text"):
+    for name in ("llama", "gemma3_text", "minicpm3"):
         hf_paged.configure(zoo.pair(name, torch.float64)[1], PagedConfig())  # The format may be gone.
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "minicpm3"])
 def test_packed_rows_read_what_the_format_keeps(name, format_name):
     models = pair(format_name, name)
     for seed in range(3):
