@@ -24,7 +24,7 @@ from hf_paged.memory.kv_storage import KVStorage
 from hf_paged.models import registry
 from hf_paged_integrations.transformers import saved_prefix
 from support import interrupts, zoo
-from support.installed import CHECKOUT
+from support.installed import CHECKOUT, ROOT
 from support.interrupts import Interrupt, InterruptedAt
 from support.packing import LENGTHS, compare
 from support.parity import assert_rows_equal
@@ -82,6 +82,16 @@ def refused(model, text, kind=hf_paged.SavedPrefixError):
     assert state(model) == before
 
 
+def in_a_process(code, *arguments):
+    """What `code` prints in a new process, whose sets have other orders."""
+    paths = [*map(str, (*CHECKOUT, ROOT / "tests")), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 # What it is for.
 
 
@@ -105,15 +115,11 @@ print(json.dumps(outputs))
 
 
 def test_a_restarted_process_answers_its_first_request_from_the_file(tmp_path):
-    """Every kind of attention: several groups, windows, sinks, one KV head; the hash seed of Python is another one."""
+    """Every kind of attention: several groups, windows, sinks, one KV head."""
     kinds = {name: {} for name in zoo.NAMES} | {"qwen2": {"num_key_value_heads": 1}}
     for name, overrides in kinds.items():
         assert hf_paged.save_prefix(build(name, **overrides), tmp_path / name, PREFIX) == TOKENS
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*CHECKOUT, CHECKOUT[0] / "tests")))}
-    command = [sys.executable, "-c", CHILD, str(tmp_path), json.dumps(kinds)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**env, "PYTHONHASHSEED": "7"})
-    assert done.returncode == 0, done.stderr
-    outputs = json.loads(done.stdout.splitlines()[-1])
+    outputs = json.loads(in_a_process(CHILD, str(tmp_path), json.dumps(kinds)).splitlines()[-1])
     for name, overrides in kinds.items():
         loaded, hits, tokens = outputs[name]
         assert loaded == hits == TOKENS, name
@@ -692,12 +698,9 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(saved, tmp_path):
     """The system refuses to let the file grow, as a full disk does; for the data, and for the header."""
     path = tmp_path / "prefix"
     path.write_text("old")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*CHECKOUT, CHECKOUT[0] / "tests")))}
     for limit in (saved.stat().st_size - 1, 100):
-        command = [sys.executable, "-c", WRITER, str(path), str(limit)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
-        assert done.returncode == 0, done.stderr
-        assert "cannot be written to" in done.stdout and "free as much" in done.stdout, done.stdout
+        printed = in_a_process(WRITER, str(path), str(limit))
+        assert "cannot be written to" in printed and "free as much" in printed, printed
         assert path.read_text() == "old" and os.listdir(tmp_path) == ["prefix"]
 
 
