@@ -73,6 +73,7 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "data:"}}]
         ({"top_logprobs": 2}, "invalid_value", None, "top_logprobs needs logprobs"),
         ({"stream_options": {}}, "invalid_value", None, "stream_options is for streams"),
         ({"logit_bias": {"320": 1}}, "invalid_value", "logit_bias", "'320' is no token: this model has 0 to 319"),
+        ({"logit_bias": {"9" * 5000: 1}}, "invalid_value", "logit_bias", "'99999999999999999999' is no token"),
         ({"response_format": SCHEMA}, "invalid_schema", "response_format", "cannot be followed: Invalid type: sky"),
         ({"messages": said(PICTURE)}, "invalid_value", "messages[0].content[0].type", "'text'"),
         ({"messages": said("", "tool")}, None, "messages", "a chat begins with no tool"),
@@ -303,6 +304,14 @@ def test_requests_that_take_longer_than_the_server_waits_are_ended():
         asyncio.run_coroutine_threadsafe(server.service.shutdown(), server.loop).result(10)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
+
+
+def test_a_mistake_of_the_server_is_an_error_in_the_same_form(server, client, monkeypatch, caplog):
+    monkeypatch.setattr(server.service.prompts, "of_chat", lambda request: 1 / 0)
+    error = refused(lambda: client.chat.completions.create(**SHORT), 500)
+    assert error.body["type"] == "server_error" and "ZeroDivisionError" in error.body["message"]
+    assert "division by zero" in caplog.text
+    assert httpx2.get(f"{server.url}/openapi.json").status_code == 404
 
 
 def test_an_error_of_the_model_is_no_answer_and_is_logged(server, client, monkeypatch, caplog):

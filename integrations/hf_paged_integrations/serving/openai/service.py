@@ -26,7 +26,7 @@ _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions.
 
 
 class Service:
-    """Answers requests on one model. Make it, and call it, where an event loop runs.
+    """Answers requests on one model. Call it where an event loop runs.
 
     Parameters
     ----------
@@ -169,8 +169,9 @@ class Service:
         """The biases of a request, by token."""
         found = {}
         for name, bias in (request.logit_bias or {}).items():
-            if not (name.isascii() and name.isdigit() and int(name) < self._vocab_size):
-                text = f"logit_bias: {name!r} is no token: this model has 0 to {self._vocab_size - 1}"
+            is_number = name.isascii() and name.isdigit() and len(name) <= len(str(self._vocab_size))
+            if not (is_number and int(name) < self._vocab_size):
+                text = f"logit_bias: {name[:20]!r} is no token: this model has 0 to {self._vocab_size - 1}"
                 raise ApiError(400, text, code="invalid_value", param="logit_bias")
             found[int(name)] = bias
         return found
