@@ -280,6 +280,34 @@ def test_a_pool_that_is_too_small_is_said():
         assert server.client().chat.completions.create(**SHORT).choices
 
 
+def test_rows_that_are_preempted_go_on_where_they_were():
+    """Seeds, grammars and log-probabilities keep to their rows when these run their tokens again."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 20}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    kinds = [{"seed": 1}, {"seed": 2, "response_format": wanted}, {"temperature": 0, "logprobs": True}]
+    requests = [{**LONG, "max_tokens": 40, **kind} for kind in kinds * 3]
+
+    with served(config=PagedConfig(block_size=4, memory_budget=30 * BLOCK, prefix_cache=False)) as server:
+        client = server.client()
+        alone = [client.chat.completions.create(**options).choices[0] for options in requests[:3]]
+        assert hf_paged.stats(pair()[1]).preemptions == 0
+
+        async def crowd() -> list:
+            async with server.async_client() as client:
+                return await asyncio.gather(*(client.chat.completions.create(**options) for options in requests))
+
+        for found, expected in zip(asyncio.run(crowd()), alone * 3):
+            (choice,) = found.choices
+            assert choice.message.content == expected.message.content
+            notes, others = (one.logprobs.content if one.logprobs else [] for one in (choice, expected))
+            assert [one.logprob for one in notes] == pytest.approx([one.logprob for one in others], abs=1e-3)
+        assert hf_paged.stats(pair()[1]).preemptions > 0
+        assert (
+            f"hf_paged_preemptions_total {hf_paged.stats(pair()[1]).preemptions}.0"
+            in httpx2.get(f"{server.url}/metrics").text
+        )
+
+
 def test_requests_under_way_end_before_the_server_does():
     with served(drain_seconds=20) as server:
         client, found = server.client(), []
