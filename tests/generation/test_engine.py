@@ -8,7 +8,6 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_paged
 from hf_paged.attention import paged_attention
-from hf_paged.models import registry
 from hf_paged.reasons import Reason
 from support import zoo
 from support.packing import LENGTHS, SAMPLE, compare, pair, watch_steps
@@ -17,7 +16,7 @@ both_ways = pytest.mark.usefixtures("is_ahead")
 
 
 def preemptions(model) -> int:
-    return registry.engine_of(model).scheduler.num_preemptions
+    return hf_paged.stats(model).preemptions
 
 
 @both_ways

@@ -1,11 +1,14 @@
 """The async engine: many requests at once, each with its own options; refusals; and nothing left behind."""
 
 import asyncio
+import threading
 
 import pytest
 import torch
 
 import hf_paged
+from hf_paged.sampling.row_streamer import RowStreamer
+from hf_paged.sampling.sampler import Sampler
 from hf_paged_integrations.serving.async_engine import AsyncEngine, EngineClosedError, QueueFullError
 from support import zoo
 from support.packing import LENGTHS, SAMPLE, pair
@@ -168,6 +171,74 @@ def test_a_request_that_waits_can_be_aborted():
 
     second, third = run(program())
     assert second == [] and third
+
+
+class Collected(RowStreamer):
+    """Notes what its rows get."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.tokens, self.ended = [[] for _ in range(rows)], threading.Semaphore(0)
+        self.error = None
+
+    def put_rows(self, rows, tokens):
+        for row, token in zip(rows, tokens):
+            self.tokens[row].append(token)
+
+    def end_rows(self, rows):
+        self.ended.release(len(rows)) if rows else None
+
+    def fail(self, error):
+        self.error = error
+        self.ended.release(len(self.tokens))
+
+    async def over(self) -> None:
+        for _ in self.tokens:
+            assert await asyncio.to_thread(self.ended.acquire, timeout=30)
+
+
+def test_rows_are_submitted_with_a_streamer():
+    dense, paged = pair(token_budget=64)
+    ids = torch.stack([prompt(7), prompt(7, 1)])
+    expected = [alone(dense, row, **LENGTHS) for row in ids]
+
+    async def program():
+        async with AsyncEngine(paged, max_running=1) as requests:
+            streamers = [Collected(2) for _ in range(4)]
+            submissions = [requests.submit(ids, streamer, **LENGTHS) for streamer in streamers[:3]]
+            submissions[1].abort()  # It waits.
+            assert (requests.num_running, requests.num_waiting) == (1, 1)
+            requests.submit(ids, streamers[3], **{**LENGTHS, "max_new_tokens": -1})
+            for streamer in streamers:
+                await streamer.over()
+            return streamers
+
+    first, aborted, third, wrong = run(program())
+    assert first.tokens == third.tokens == expected and aborted.tokens == [[], []]
+    assert isinstance(wrong.error, ValueError) and hf_paged.stats(paged).packed_calls == 2
+
+
+def test_requests_that_draw_freely_choose_together(monkeypatch):
+    _, paged = pair(token_budget=64)
+    chosen, choose = [], Sampler.choose
+
+    def watched(self, logits, noise=None):
+        chosen.append((len(logits), self.replays))
+        return choose(self, logits, noise)
+
+    monkeypatch.setattr(Sampler, "choose", watched)
+
+    async def program():
+        async with AsyncEngine(paged) as requests:
+            streamers = [Collected(2) for _ in range(5)]
+            for number, streamer in enumerate(streamers):
+                ids = torch.stack([prompt(6, number)] * 2)
+                requests.submit(ids, streamer, draws_freely=True, **LENGTHS, **SAMPLE)
+            for streamer in streamers:
+                await streamer.over()
+
+    run(program())
+    assert max(rows for rows, _ in chosen) > 2 and not any(replays for _, replays in chosen)
 
 
 @pytest.mark.parametrize("timeout", [None, 0.0])

@@ -73,6 +73,7 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "data:"}}]
         ({"top_logprobs": 2}, "invalid_value", None, "top_logprobs needs logprobs"),
         ({"stream_options": {}}, "invalid_value", None, "stream_options is for streams"),
         ({"logit_bias": {"320": 1}}, "invalid_value", "logit_bias", "'320' is no token: this model has 0 to 319"),
+        ({"logit_bias": {"9" * 5000: 1}}, "invalid_value", "logit_bias", "'99999999999999999999' is no token"),
         ({"response_format": SCHEMA}, "invalid_schema", "response_format", "cannot be followed: Invalid type: sky"),
         ({"messages": said(PICTURE)}, "invalid_value", "messages[0].content[0].type", "'text'"),
         ({"messages": said("", "tool")}, None, "messages", "a chat begins with no tool"),
@@ -247,6 +248,22 @@ def test_a_full_queue_refuses():
         assert client.chat.completions.create(**SHORT).choices
 
 
+def test_a_client_that_goes_away_while_it_waits_leaves_the_queue():
+    with served(max_running=1, max_queue=2) as server:
+        client, engine = server.client(), server.service.engine
+        first, second = (client.chat.completions.create(**LONG, stream=True) for _ in range(2))
+        with pytest.raises(openai.APITimeoutError):
+            server.client(timeout=0.2).chat.completions.create(**SHORT)
+        second.close()
+        for _ in range(500):
+            if not engine.num_waiting:
+                break
+            time.sleep(0.01)
+        assert (engine.num_waiting, engine.num_running) == (0, 1)
+        first.close()
+        assert idle(server)
+
+
 def test_a_request_that_takes_too_long_is_ended():
     with served(request_seconds=0.3) as server:
         error = refused(lambda: server.client().chat.completions.create(**LONG, n=8), 504)
@@ -263,6 +280,34 @@ def test_a_pool_that_is_too_small_is_said():
         assert server.client().chat.completions.create(**SHORT).choices
 
 
+def test_rows_that_are_preempted_go_on_where_they_were():
+    """Seeds, grammars and log-probabilities keep to their rows when these run their tokens again."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 20}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    kinds = [{"seed": 1}, {"seed": 2, "response_format": wanted}, {"temperature": 0, "logprobs": True}]
+    requests = [{**LONG, "max_tokens": 40, **kind} for kind in kinds * 3]
+
+    with served(config=PagedConfig(block_size=4, memory_budget=30 * BLOCK, prefix_cache=False)) as server:
+        client = server.client()
+        alone = [client.chat.completions.create(**options).choices[0] for options in requests[:3]]
+        assert hf_paged.stats(pair()[1]).preemptions == 0
+
+        async def crowd() -> list:
+            async with server.async_client() as client:
+                return await asyncio.gather(*(client.chat.completions.create(**options) for options in requests))
+
+        for found, expected in zip(asyncio.run(crowd()), alone * 3):
+            (choice,) = found.choices
+            assert choice.message.content == expected.message.content
+            notes, others = (one.logprobs.content if one.logprobs else [] for one in (choice, expected))
+            assert [one.logprob for one in notes] == pytest.approx([one.logprob for one in others], abs=1e-3)
+        assert hf_paged.stats(pair()[1]).preemptions > 0
+        assert (
+            f"hf_paged_preemptions_total {hf_paged.stats(pair()[1]).preemptions}.0"
+            in httpx2.get(f"{server.url}/metrics").text
+        )
+
+
 def test_requests_under_way_end_before_the_server_does():
     with served(drain_seconds=20) as server:
         client, found = server.client(), []
@@ -276,7 +321,7 @@ def test_requests_under_way_end_before_the_server_does():
         assert error.response.headers["retry-after"] == "5"
         assert httpx2.get(f"{server.url}/health").json() == {"status": "draining"}
         found = [chunk.choices[0].finish_reason for chunk in stream]
-        assert found[-1] == "length" and len(found) > 30
+        assert found[-1] == "length" and len(found) > 10
         draining.result(10)
 
 
@@ -287,6 +332,14 @@ def test_requests_that_take_longer_than_the_server_waits_are_ended():
         asyncio.run_coroutine_threadsafe(server.service.shutdown(), server.loop).result(10)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
+
+
+def test_a_mistake_of_the_server_is_an_error_in_the_same_form(server, client, monkeypatch, caplog):
+    monkeypatch.setattr(server.service.prompts, "of_chat", lambda request: 1 / 0)
+    error = refused(lambda: client.chat.completions.create(**SHORT), 500)
+    assert error.body["type"] == "server_error" and "ZeroDivisionError" in error.body["message"]
+    assert "division by zero" in caplog.text
+    assert httpx2.get(f"{server.url}/openapi.json").status_code == 404
 
 
 def test_an_error_of_the_model_is_no_answer_and_is_logged(server, client, monkeypatch, caplog):

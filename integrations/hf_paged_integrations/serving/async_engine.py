@@ -184,6 +184,11 @@ class AsyncEngine:
         """Requests that wait for a thread."""
         return len(self._requests) - self.num_running
 
+    @property
+    def is_full(self) -> bool:
+        """Tell whether the next request would be refused."""
+        return len(self._requests) >= self.max_running + self.max_queue
+
     def stream(
         self,
         input_ids: Sequence[int] | torch.Tensor,
@@ -249,7 +254,7 @@ class AsyncEngine:
         """
         if self._is_closed:
             raise EngineClosedError("the engine is shut down and takes no more requests: make a new AsyncEngine")
-        if len(self._requests) >= self.max_running + self.max_queue:
+        if self.is_full:
             raise QueueFullError(self.num_waiting, self.num_running)
         context = contextvars.copy_context()  # With the cache salt of the task that asks.
         draws = no_replay if draws_freely else contextlib.nullcontext

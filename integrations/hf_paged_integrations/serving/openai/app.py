@@ -41,10 +41,9 @@ def make_app(service: Service) -> FastAPI:
     ----------
     service : Service
     """
-    app = FastAPI(title="hf_paged", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="hf_paged", version=__version__, openapi_url=None)
     app.add_middleware(Gate, service=service)
     app.add_exception_handler(ApiError, answer_api_error)
-    app.add_exception_handler(Exception, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(RequestValidationError, answer_invalid)
     _add_models(app, service)

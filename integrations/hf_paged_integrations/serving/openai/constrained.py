@@ -47,7 +47,7 @@ class Grammars:
         try:
             text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_STYLE)
             mistake = LLMatcher.validate_grammar(text, self._tokenizer)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             mistake = str(error)
         matcher = None if mistake else LLMatcher(self._tokenizer, text)
         if matcher is None or matcher.is_error():

@@ -6,7 +6,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hf_paged_integrations.serving.openai.errors import ApiError, draining
+from hf_paged_integrations.serving.openai.errors import ApiError, as_api_error, draining
 from hf_paged_integrations.serving.openai.service import Service
 
 _GUARDED = "/v1"
@@ -45,10 +45,10 @@ class Gate:
         try:
             self._check(Headers(scope=scope), most)
             await self._app(scope, limited, counted)
-        except ApiError as error:
+        except Exception as error:
             if counted.status is not None:  # A part of another response is sent.
                 raise
-            await error.response()(scope, receive, counted)
+            await as_api_error(error).response()(scope, receive, counted)
         finally:
             self._service.metrics.requests.labels(status=str(counted.status or 499)).inc()
 

@@ -13,7 +13,7 @@ from hf_paged_integrations.serving.openai.schema import ChatRequest, CompletionR
 
 
 class Prompts:
-    """Encodes prompts. It is no thread-safe: a tokenizer is not.
+    """Encodes prompts. Not for several threads at once: a tokenizer is not.
 
     Parameters
     ----------
@@ -33,7 +33,9 @@ class Prompts:
         max_prompt_tokens: int | None,
     ):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._context_length, self._max_prompt_tokens = context_length, max_prompt_tokens
+        self._context_length = context_length
+        limits = (max_prompt_tokens, self.room(1))  # An answer has a token.
+        self._most = min((limit for limit in limits if limit is not None), default=None)
         # A user who writes "<|im_end|>" does not end the message.
         self._options: dict[str, Any] = {"sanitize_control_tokens": True} if sanitizes_chats(tokenizer) else {}
 
@@ -60,7 +62,7 @@ class Prompts:
             encoded: Any = self._tokenizer.apply_chat_template(
                 chat, tools=tools, add_generation_prompt=True, return_dict=True, **self._options
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             text = f"messages: the chat template of this model does not take them: {error}"
             raise ApiError(400, text, param="messages") from error
         return list(encoded["input_ids"])
@@ -98,15 +100,14 @@ class Prompts:
         """Refuse a prompt that is empty, or leaves no room for an answer."""
         if not tokens:
             raise ApiError(400, f"{param}: the prompt has no tokens: send at least one", param=param)
-        limits = [limit for limit in (self._max_prompt_tokens, self.room(0, 1)) if limit is not None]
-        if limits and len(tokens) > min(limits):
-            text = f"{param}: the prompt has {len(tokens)} tokens, and this server takes {min(limits)}: shorten it"
+        if self._most is not None and len(tokens) > self._most:
+            text = f"{param}: the prompt has {len(tokens)} tokens, and this server takes {self._most}: shorten it"
             raise ApiError(400, text, code="context_length_exceeded", param=param)
         return tokens
 
-    def room(self, prompt_length: int, answer_length: int = 0) -> int | None:
-        """Tokens that the model's context has left; None: there is no limit."""
-        return None if self._context_length is None else self._context_length - prompt_length - answer_length
+    def room(self, length: int) -> int | None:
+        """Tokens that the model's context has left beside so many; None: there is no limit."""
+        return None if self._context_length is None else self._context_length - length
 
 
 def _as_template_wants(message: Message) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from hf_paged.errors import UnsupportedError
 from hf_paged.scheduling.cache_salt import cache_salt
-from hf_paged_integrations.serving.async_engine import AsyncEngine
+from hf_paged_integrations.serving.async_engine import AsyncEngine, QueueFullError
 from hf_paged_integrations.serving.openai.answer import Answer
 from hf_paged_integrations.serving.openai.constrained import Grammars
-from hf_paged_integrations.serving.openai.errors import ApiError
+from hf_paged_integrations.serving.openai.errors import ApiError, as_api_error
 from hf_paged_integrations.serving.openai.metrics import Metrics
 from hf_paged_integrations.serving.openai.prompts import Prompts
 from hf_paged_integrations.serving.openai.responses import ChatForm, CompletionForm, Form
@@ -26,7 +26,7 @@ _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions.
 
 
 class Service:
-    """Answers requests on one model. Make it, and call it, where an event loop runs.
+    """Answers requests on one model. Call it where an event loop runs.
 
     Parameters
     ----------
@@ -80,6 +80,13 @@ class Service:
             text = f"there is no model {name!r} here; this server has {self.settings.model_name!r}"
             raise ApiError(404, text, code="model_not_found", param="model")
 
+    def _check(self, request: ChatRequest | CompletionRequest) -> None:
+        """Refuse, before any work is done for it, a request that is for another model or finds the queue full."""
+        self.check_model(request.model)
+        engine = self.engine
+        if engine.is_full:
+            raise as_api_error(QueueFullError(engine.num_waiting, engine.num_running))
+
     async def chat(self, request: ChatRequest, tenant: str | None) -> tuple[Answer, Form]:
         """Begin the answer to a chat, and say how it is stated.
 
@@ -88,7 +95,7 @@ class Service:
         ApiError
             If the request cannot be answered.
         """
-        self.check_model(request.model)
+        self._check(request)
         self._check_choices(request.n or 1)
         prompt = await self._encoded(self.prompts.of_chat, request)
         grammar = await asyncio.to_thread(self.grammars.of, request.response_format)
@@ -109,7 +116,7 @@ class Service:
         ApiError
             If the request cannot be answered.
         """
-        self.check_model(request.model)
+        self._check(request)
         prompts = await self._encoded(self.prompts.of_completion, request)
         self._check_choices(len(prompts) * (request.n or 1))
         biases, jobs = self._biases(request), []
@@ -162,8 +169,9 @@ class Service:
         """The biases of a request, by token."""
         found = {}
         for name, bias in (request.logit_bias or {}).items():
-            if not (name.isascii() and name.isdigit() and int(name) < self._vocab_size):
-                text = f"logit_bias: {name!r} is no token: this model has 0 to {self._vocab_size - 1}"
+            is_number = name.isascii() and name.isdigit() and len(name) <= len(str(self._vocab_size))
+            if not (is_number and int(name) < self._vocab_size):
+                text = f"logit_bias: {name[:20]!r} is no token: this model has 0 to {self._vocab_size - 1}"
                 raise ApiError(400, text, code="invalid_value", param="logit_bias")
             found[int(name)] = bias
         return found
