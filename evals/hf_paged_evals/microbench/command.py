@@ -17,6 +17,7 @@ NAMES = (
     "scheduler_cost",
     "identity_cost",
     "autoload_cost",
+    "resident",
 )
 
 
