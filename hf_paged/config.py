@@ -47,12 +47,12 @@ class PagedConfig:
         Tokens a block holds: a power of two, at least 4 and at most 65,536. Small blocks waste less and share more,
         large ones are read faster.
     memory_budget : int, str or None
-        Bytes of KV that the model's blocks may take ("512MiB", "2GB" and plain byte counts are
-        understood). ``None``: a share of the memory that this process can still get on the device when the pool
-        is made. On the CPU a quarter, by the machine, its control groups (a container's limit) and its resource
-        limits; a budget larger than these allow is lowered to what they do, with a warning. Memory is touched block
-        by block as tokens arrive there, so an unused budget costs nothing. On a GPU three quarters; the pool takes
-        its budget at once, and keeps to it.
+        Bytes that generation may take above the loaded model ("512MiB", "2GB" and plain byte counts are
+        understood): on the CPU blocks and steps together, on a GPU blocks. ``None``: a share of the memory that this
+        process can still get on the device when the pool is made. On the CPU a quarter, by the machine, its control
+        groups (a container's limit) and its resource limits; a budget larger than these allow is lowered to what they
+        do, with a warning. Memory is touched block by block as tokens arrive there, so an unused budget costs nothing.
+        On a GPU three quarters; the pool takes its budget at once, and keeps to it.
     token_budget : int or None
         Tokens that one packed step of `generate` runs, prompts and new tokens of all rows together. Larger
         steps use the processor better and hold up rows that are further on for longer. ``None``: 512 on CPUs, 4,096

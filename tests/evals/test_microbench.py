@@ -28,6 +28,7 @@ TAKES = {
     "async_latency": (MODEL, DATASET),
     "scheduler_cost": (),
     "identity_cost": (MODEL,),
+    "resident": (),
 }
 
 

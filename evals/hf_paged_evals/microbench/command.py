@@ -20,6 +20,7 @@ NAMES = (
     "scheduler_cost",
     "identity_cost",
     "autoload_cost",
+    "resident",
 )
 
 
