@@ -18,7 +18,7 @@ def run(context: Context) -> None:
     wrong, todo = 0, cases.accuracy_cases(context.is_dry)
     for seed, case in enumerate(todo):
         error, is_right = check(case, context.device, seed)
-        name = f"{case.dtype_name}, {case.engine}"
+        name = case.dtype_name if case.codes is None else f"{case.dtype_name}, {case.engine}"
         worst[name] = max(worst.get(name, 0.0), error if error == error else float("inf"))
         if not is_right:
             wrong += 1

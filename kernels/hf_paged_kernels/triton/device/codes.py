@@ -1,9 +1,10 @@
 """Codes of quantised pages and the rotation of keys and queries, as `hf_paged_kernels.quantized` says: device code.
 
-Codes of float8 are bytes here: not every GPU that the kernels serve converts them, and none converts them faster than
-the few operations on integers below, which compute the same on all of them and in the interpreter. Products are made
-in the dtype of the queries and added up in float32, never on the tensor cores for float8: these keep too few bits of
-long sums, and vLLM had to add theirs up in two levels.
+Codes of float8 are bytes here: sm80 and gfx942 do not convert them, and the few operations on integers below compute
+the same on every GPU and in the interpreter. They are as fast as the conversions of sm90, which go through float16.
+
+Products are made in the dtype of the queries and added up in float32. Tensor cores for float8 would keep fewer bits of
+long sums, which vLLM has to add up in two levels; they are not used, so that is not needed here.
 """
 
 import triton
