@@ -13,6 +13,8 @@ from hf_paged_kernels.triton.launch_plan import Device, describe
 if TYPE_CHECKING:
     from hf_paged_kernels.triton.ahead import AttentionLayer
 
+CODES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}  # By the names of `PagedConfig.kv_dtype`.
+
 
 def build_gpu_kernels(layers: list["AttentionLayer"], target: str | None, num_processes: int | None) -> str:
     """Compile the kernels of these layers into Triton's cache; says what was compiled.
@@ -45,8 +47,15 @@ def build_gpu_kernels(layers: list["AttentionLayer"], target: str | None, num_pr
     return f"{compiled} Triton kernels for {device.arch} in {triton.knobs.cache.dir}"
 
 
-def model_layers(config: PreTrainedConfig, dtype: torch.dtype, block_size: int) -> list["AttentionLayer"]:
+def model_layers(
+    config: PreTrainedConfig, dtype: torch.dtype, block_size: int, codes: torch.dtype | None = None
+) -> list["AttentionLayer"]:
     """The different attention layers of a model, by its config.
+
+    Parameters
+    ----------
+    codes : torch.dtype, optional
+        Of quantised pages, which layers with a sliding window have not.
 
     Raises
     ------
@@ -74,7 +83,10 @@ def model_layers(config: PreTrainedConfig, dtype: torch.dtype, block_size: int) 
                 # Rows that begin attend to the expanded keys and values of a step, whose blocks are single tokens.
                 layers.append(AttentionLayer(num_heads, num_heads, key_dim, text.v_head_dim, 1, dtype, group.window))
             else:
-                layers.append(AttentionLayer(*sizes, dtype, group.window, has_softcap, found.sinks_dtype))
+                of_pages = codes if group.window is None else None
+                layers.append(
+                    AttentionLayer(*sizes, dtype, group.window, has_softcap, found.sinks_dtype, codes=of_pages)
+                )
     return layers
 
 
@@ -84,7 +96,9 @@ def _are_latents(states: LayerStates, config: PreTrainedConfig) -> bool:
     return (states.num_kv_heads, states.key_dim, states.value_dim) == (1, *sizes)
 
 
-def layer_of_heads(heads: str, dtype: torch.dtype, block_size: int) -> "AttentionLayer":
+def layer_of_heads(
+    heads: str, dtype: torch.dtype, block_size: int, codes: torch.dtype | None = None
+) -> "AttentionLayer":
     """The layer that ``--heads`` names: query heads, KV heads and their size, such as "32,8,128".
 
     Raises
@@ -104,7 +118,7 @@ def layer_of_heads(heads: str, dtype: torch.dtype, block_size: int) -> "Attentio
             f"have another size; query heads are a multiple of KV heads; got {heads}"
         )
     num_heads, num_kv_heads, key_dim = numbers[:3]
-    return AttentionLayer(num_heads, num_kv_heads, key_dim, numbers[-1], block_size, dtype)
+    return AttentionLayer(num_heads, num_kv_heads, key_dim, numbers[-1], block_size, dtype, codes=codes)
 
 
 def check_triton() -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from hf_paged import __version__
 from hf_paged.cli.demo import run_demo
 from hf_paged.cli.doctor.report import run_doctor
-from hf_paged.cli.gpu_kernels import build_gpu_kernels, layer_of_heads, model_layers
+from hf_paged.cli.gpu_kernels import CODES, build_gpu_kernels, layer_of_heads, model_layers
 from hf_paged.cli.plan.footprint import read_config
 from hf_paged.cli.plan.report import DTYPES, own_dtype, run_plan
 from hf_paged.cli.serve import add_serve
@@ -140,6 +140,7 @@ def _add_build(commands) -> None:
     )
     build.add_argument("--dtype", choices=DTYPES, help="(default: as in the model's config; bfloat16 with --heads)")
     _add_block_size(build)
+    build.add_argument("--kv-dtype", choices=CODES, help="of quantised pages, in layers without a sliding window")
     build.add_argument("--target", metavar="ARCH", help="such as sm80 or sm90 (default: the GPU here)")
     build.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one per core)")
     build.set_defaults(run=_build)
@@ -192,7 +193,7 @@ def _evaluate(argv: list[str]) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    for option in ("target", "dtype", "block_size", "jobs"):
+    for option in ("target", "dtype", "block_size", "kv_dtype", "jobs"):
         if getattr(arguments, option) is not None and not (arguments.model or arguments.heads):
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is for the GPU kernels of a model: name it with --model, or heads with --heads")
@@ -210,7 +211,8 @@ def _layers_to_build(arguments: argparse.Namespace) -> list:
     given = {} if arguments.block_size is None else {"block_size": arguments.block_size}
     block_size = dataclasses.replace(PagedConfig.from_environment(), **given).block_size
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    codes = CODES[arguments.kv_dtype] if arguments.kv_dtype else None
     if arguments.heads:
-        return [layer_of_heads(arguments.heads, dtype or DTYPES["bfloat16"], block_size)]
+        return [layer_of_heads(arguments.heads, dtype or DTYPES["bfloat16"], block_size, codes)]
     config = read_config(arguments.model)
-    return model_layers(config, dtype or own_dtype(config), block_size)
+    return model_layers(config, dtype or own_dtype(config), block_size, codes)

@@ -74,12 +74,15 @@ def test_layers_are_those_of_the_config():
     assert expanded == AttentionLayer(4, 4, 16, 16, 1, torch.bfloat16)
     full, window = model_layers(zoo.build("gpt_oss", None).config, torch.bfloat16, 16)
     assert full.window is None and window.window and full.sinks == window.sinks == torch.bfloat16
+    full, window = model_layers(zoo.build("gpt_oss", None).config, torch.bfloat16, 16, torch.int8)
+    assert full.codes == torch.int8 and window.codes is None
     assert all(layer.has_softcap for layer in model_layers(zoo.build("gemma2", None).config, torch.float32, 16))
 
 
 def test_heads_are_named_on_the_command_line():
     assert layer_of_heads("32,8,128", torch.float16, 16) == AttentionLayer(32, 8, 128, 128, 16, torch.float16)
     assert layer_of_heads("16,16,192,128", torch.float16, 16).value_dim == 128
+    assert layer_of_heads("32,8,128", torch.float16, 16, torch.int8).codes == torch.int8
     for wrong in ("32,8", "32,5,128", "32,0,128", "a,b,c", "1,1,1,1,1"):
         with pytest.raises(ValueError, match=f"such as 32,8,128, .* got {wrong}"):
             layer_of_heads(wrong, torch.float16, 16)
@@ -105,7 +108,9 @@ def test_the_command(built, tmp_path, monkeypatch, capsys):
     assert main.main(["build", "--model", str(tmp_path), "--dtype", "float16", "--target", "sm90", "--jobs", "2"]) == 0
     ((layers, device, jobs),) = built
     assert layers == [AttentionLayer(4, 2, 16, 16, 16, torch.float16)] and device.arch == "sm90" and jobs == 2
-    first, second = capsys.readouterr().out.splitlines()
+    assert main.main(["build", "--heads", "4,2,16", "--kv-dtype", "fp8_e4m3", "--target", "sm90"]) == 0
+    assert built.pop()[0] == [AttentionLayer(4, 2, 16, 16, 16, torch.bfloat16, codes=torch.float8_e4m3fn)]
+    first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == "compiled: the library" and re.match(r"compiled: 11 Triton kernels for sm90 in /", second)
 
 
@@ -116,6 +121,7 @@ def test_the_command(built, tmp_path, monkeypatch, capsys):
         (["--heads", "4,2,16", "--target", "sm75"], "no kernels for sm75"),
         (["--target", "sm90"], "--target is for the GPU kernels of a model: name it with --model"),
         (["--block-size", "16"], "--block-size is for the GPU kernels"),
+        (["--kv-dtype", "int8"], "--kv-dtype is for the GPU kernels"),
         (["--heads", "4,2,16", "--target", "sm90", "--jobs", "0"], "--jobs must be at least 1; got 0"),
     ],
 )

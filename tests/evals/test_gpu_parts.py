@@ -1,5 +1,6 @@
 """The parts of ``hf-paged eval gpu``: bars that are met and missed, checks that fail on what is wrong, and inputs."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -158,6 +159,28 @@ def test_the_check_of_ops_can_fail(monkeypatch):
     monkeypatch.setattr(ops, "write_and_attend", lambda *arguments: right(*arguments) * 1.001)
     error, is_right = op_accuracy.check(CASE, CPU, 0)
     assert not is_right and error == pytest.approx(1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("codes", cases.CODES, ids=str)
+def test_the_check_of_quantised_pages_can_fail(codes, monkeypatch):
+    case = dataclasses.replace(CASE, codes=codes)
+    assert op_accuracy.check(case, CPU, 0)[1]
+    right = ops.write_and_attend
+
+    def with_a_wrong_code(query, key, value, *pages):
+        return right(query, key, value * 1.1, *pages)
+
+    monkeypatch.setattr(ops, "write_and_attend", with_a_wrong_code)
+    assert not op_accuracy.check(case, CPU, 0)[1]
+
+
+def test_bytes_of_quantised_pages():
+    case = OpCase(((100, 1), (20, 1)), Heads(8, 2, 64), codes=torch.int8)
+    given = make_arguments(OpCase(((16, 1),), Heads(8, 2, 64), codes=torch.int8), CPU)
+    vectors = 2 * 120 * 2
+    assert case.kv_bytes == vectors * (64 + 4) and case.engine == "paged, int8 pages"
+    assert given.key_cache.dtype == torch.int8 and [x.shape[-1] for x in given.scales] == [1, 1]
+    assert sum(x.isnan().sum() for x in given.scales) == 2 * 2 * (16 + 1)  # A block too many, and the new token's slot.
 
 
 def test_an_op_that_gives_other_bits_each_time_is_wrong(monkeypatch):

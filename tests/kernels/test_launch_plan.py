@@ -11,7 +11,7 @@ from hf_paged_kernels import backends, torch_sdpa
 from hf_paged_kernels.backends import BackendState
 from hf_paged_kernels.triton import dispatch, launch_plan
 from hf_paged_kernels.triton.launch_plan import BY_ROW, BY_TILE, BY_TOKEN, Device, Heads
-from support.op_matrix import op_arguments
+from support.op_matrix import CODES, op_arguments
 
 H100 = Device("sm90", 132)
 LLAMA = Heads(num_kv_heads=8, group=4, key_dim=128, value_dim=128, block_size=16, itemsize=2)
@@ -141,6 +141,19 @@ def test_what_the_kernels_serve(monkeypatch):
     assert dispatch.find("paged_attention", (query.float(), *caches(256, torch.float32))) is torch_sdpa.paged_attention
     assert dispatch.find("paged_attention", (query.float(), *caches(320, torch.float32))) is None
     assert dispatch.find("write_kv", (query.float(), query.float(), *caches())) is None
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_quantized_pages_are_served_whatever_the_dtype_of_queries(codes, monkeypatch):
+    monkeypatch.setattr(dispatch, "_launch", torch_sdpa)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        query = torch.zeros(3, 4, 64, dtype=dtype)
+        for op, states in (("write_kv", 2), ("paged_attention", 1), ("write_and_attend", 3)):
+            assert dispatch.find(op, (*[query] * states, *caches(dtype=codes))) is getattr(torch_sdpa, op)
+    assert dispatch.find("copy_blocks", tuple(caches(dtype=codes))) is torch_sdpa.copy_blocks
+    assert dispatch.find("paged_attention", (query.double(), *caches(dtype=codes))) is None
+    assert dispatch.find("write_kv", (query.double(), query.double(), *caches(dtype=codes))) is None
+    assert dispatch.find("paged_attention", (query.float(), *caches(320, codes))) is None
 
 
 class OnGpu(torch.Tensor):

@@ -59,13 +59,17 @@ LAYERS = {
     "window": AttentionLayer(16, 8, 64, 64, 16, torch.float16, window=512, has_softcap=True, sinks=torch.bfloat16),
     "short_window": AttentionLayer(8, 8, 64, 64, 16, torch.float16, window=128),
     "large_group": AttentionLayer(40, 1, 80, 64, 32, torch.float32),
+    "int8": AttentionLayer(32, 8, 128, 128, 16, torch.bfloat16, codes=torch.int8),
+    "fp8": AttentionLayer(16, 8, 64, 64, 16, torch.float32, window=512, codes=torch.float8_e4m3fn),
 }
 
 
 def step_calls(target, layer, rows, width, heads_first, offset):
     """The launches of a step of rows of so many queries each, whose inputs begin anywhere in a buffer."""
     dims = (layer.key_dim, layer.value_dim)
-    caches = [torch.empty(2, layer.num_kv_heads, layer.block_size, dim, dtype=layer.dtype) for dim in dims]
+    shape = (2, layer.num_kv_heads, layer.block_size)
+    caches = [torch.empty(*shape, dim, dtype=layer.codes or layer.dtype) for dim in dims]
+    scales = [torch.empty(*shape, 1) for _ in "kv" if layer.codes is not None]
     buffer = torch.zeros(len(rows) * (width + 2) + 2 * sum(rows) + 8, dtype=torch.long)[offset:]
     tables = buffer[: len(rows) * width].view(len(rows), width)
     lens, starts, slots = buffer[: len(rows)], buffer[1 : len(rows) + 2], buffer[1 : sum(rows) + 1]
@@ -78,7 +82,7 @@ def step_calls(target, layer, rows, width, heads_first, offset):
     query, key, value = (
         states(heads, dim) for heads, dim in zip([layer.num_heads, *[layer.num_kv_heads] * 2], (dims[0], *dims))
     )
-    options = {"window": layer.window}
+    options = {"window": layer.window, **dict(zip(("key_scales", "value_scales"), scales))}
     if layer.has_softcap:
         options["softcap"] = 20.0
     if layer.sinks is not None:
@@ -86,8 +90,8 @@ def step_calls(target, layer, rows, width, heads_first, offset):
     out = query.new_empty(*query.shape[:2], layer.value_dim)
     blocks = slots[: len(slots) // 2 + 1]
     return [
-        write_call(key, value, *caches, slots),
-        copy_call(*caches, blocks, blocks),
+        write_call(key, value, *caches, slots, *scales),
+        *(copy_call(*pages, blocks, blocks) for pages in (caches, scales) if pages),
         *attention_calls(target.device, out, query, *caches, tables, lens, starts, 0.1, **options),
     ]
 
@@ -108,7 +112,7 @@ def test_steps_ask_for_no_kernel_that_is_not_compiled_ahead(layer):
             step_calls(target, LAYERS[layer], rows, width, chance.random() < 0.5, chance.randrange(3)), target
         )
     assert asked == ahead
-    assert len(ahead) == {"llama": 11, "window": 11, "short_window": 5, "large_group": 5}[layer]
+    assert len(ahead) == {"llama": 11, "window": 11, "short_window": 5, "large_group": 5, "int8": 12, "fp8": 12}[layer]
 
 
 def test_steps_of_latents_ask_for_no_kernel_that_is_not_compiled_ahead():
@@ -156,7 +160,8 @@ def test_nothing_is_compiled_for_what_the_kernels_do_not_serve(arch):
 @pytest.mark.parametrize("number", range(len(THRESHOLDS)))
 def test_every_threshold_can_be_missed(number):
     threshold = THRESHOLDS[number]
-    case = Case(threshold.kernels[0], threshold.dtypes[0], is_full=bool(threshold.is_full))
+    codes = "int8" if threshold.is_quantized else None
+    case = Case(threshold.kernels[0], threshold.dtypes[0], is_full=bool(threshold.is_full), codes=codes)
     target = TARGETS[threshold.archs[0]]
     bound = threshold.at_least if threshold.at_most is None else threshold.at_most
     worse = bound - 0.1 if threshold.at_most is None else bound + 0.1

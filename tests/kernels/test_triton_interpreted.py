@@ -18,17 +18,20 @@ from hf_paged_kernels.triton.kernels.decode import decode_kernel
 from support.interpreted_kernels import interpreted_launch
 from support.op_matrix import (
     BATCHES,
+    CODES,
     HEADS,
     OPTIONS,
     SLOTS,
     assert_accurate,
     check_padded_step,
+    check_quantized_write,
     check_write_kv,
     exact,
     exact_latents,
     hide_before_window,
     make_latents,
     make_pages,
+    quantized_pages,
 )
 
 launch = interpreted_launch()
@@ -249,6 +252,107 @@ def test_launches_replay_with_other_lengths(before, after, splits):
         assert_accurate(out, exact(new, 0.3))
 
 
+def check_quantized(batch, heads, codes, dtype=torch.bfloat16, block_size=16, dims=(32, 32), **options):
+    """In bfloat16 rotated queries are rounded once more, as much as the model's own were."""
+    arguments, sinks = make_pages(batch, heads, block_size, dtype, *dims)
+    options = {**options, "sinks": sinks} if "sinks" in options else options
+    if "window" in options:
+        hide_before_window(arguments, options["window"])
+    query, keys, values, *rows = arguments
+    pages, scales = quantized_pages((keys, values), codes)
+    scale = dims[0] ** -0.5
+    got = launch.paged_attention(query, *pages, *rows, scale, **options, **scales)
+    assert got.dtype == dtype
+    assert_accurate(got, exact((query, *pages, *rows), scale, **options, **scales), 3 if dtype == torch.bfloat16 else 1)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("batch", ["decode", "mixed", "padded"])
+def test_quantized_pages(batch, codes):
+    """Unused slots hold NaN in scales, and in codes where there is one."""
+    for dtype, options in zip(DTYPES, ({}, FULL, {"window": 7})):
+        check_quantized(BATCHES[batch], (6, 2), codes, dtype, **options)
+
+
+def test_splits_of_quantized_pages(monkeypatch):
+    monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 2, min_split_tokens=1))
+    check_quantized([(150, 1), (3, 1)], (2, 1), torch.float8_e4m3fn, dims=(64, 64), softcap=0.5, sinks=True)
+
+
+@pytest.mark.parametrize(
+    "dims, dtype",
+    [((1, 1), DTYPES[1]), ((24, 8), DTYPES[2]), ((80, 96), DTYPES[1]), ((128, 64), DTYPES[0]), ((512, 16), DTYPES[1])],
+    ids=str,
+)
+def test_head_sizes_of_quantized_pages(dims, dtype):
+    """Rotations by one channel, by fewer and by more than a product mixes, and by part of a head."""
+    for codes, block_size in zip(CODES, (4, 64)):
+        check_quantized([(1, 1), (50, 1), (40, 20)], (4, 1), codes, dtype, block_size, dims)
+
+
+def test_small_values_of_quantized_pages():
+    """Weights times scales of values would be nothing in float16."""
+    (query, keys, values, *rows), _ = make_pages([(70, 1)], (2, 1), 16, torch.float16, 16, 16)
+    pages, scales = quantized_pages((keys, values.float() * 1e-4), torch.int8)
+    got = launch.paged_attention(query, *pages, *rows, 0.3, **scales)
+    expected = exact((query, *pages, *rows), 0.3, **scales)
+    assert (got.double() - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_write(dtype, codes):
+    """Padding is not written; heads of several sizes, a channel that outweighs the others, vectors of zeros."""
+    for dims, slots in (
+        ((16, 8), "padded"),
+        ((80, 24), "stored"),
+        ((5, 1), "padding_first"),
+        ((24, 64), "none"),
+        ((24, 8), "stored"),
+    ):
+        check_quantized_write(launch, SLOTS[slots], dtype, codes, dims)
+
+
+def test_numbers_of_float8_are_rounded_as_torch_rounds():
+    """All of them, what lies halfway between two, and the smallest, in values beside a number that fixes the scale."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2, torch.full((3,), 448.0)])
+    numbers = torch.cat([numbers, -numbers]).view(1, 1, -1)  # [1, 1, 512]
+    pages = [torch.zeros(1, 1, 4, 512).to(torch.float8_e4m3fn) for _ in "kv"] + [torch.zeros(1, 1, 4, 1) for _ in "kv"]
+    launch.write_kv(numbers, numbers, *pages[:2], torch.tensor([2]), *pages[2:])
+    assert pages[3][0, 0].flatten().tolist() == [0, 0, 1, 0]
+    assert torch.equal(pages[1][0, 0, 2].float(), numbers[0, 0].to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_states_that_are_not_finite_stay_so(codes):
+    """Scales of infinite vectors are infinite, so that nothing is made of their codes."""
+    states = torch.randn(3, 1, 16)
+    states[1, 0, 3], states[2, 0, 0] = float("inf"), float("nan")
+    pages = [torch.zeros(1, 1, 4, 16).to(codes) for _ in "kv"] + [torch.zeros(1, 1, 4, 1) for _ in "kv"]
+    launch.write_kv(states, states, *pages[:2], torch.arange(3), *pages[2:])
+    for held, scales in (pages[::2], pages[1::2]):
+        assert (held.float() * scales)[0, 0].isfinite().all(-1).tolist() == [True, False, False, True]
+        assert not held[0, 0, 1:].float().isnan().any()
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_quantized_step(codes):
+    """New tokens are written first, and padding is not; the launches are those of other pages."""
+    arguments, _ = make_pages(BATCHES["padded"], (4, 2), 16, torch.float32, 32, 24)
+    query, keys, values, tables, contexts, starts = arguments
+    new = [torch.randn(2, dim, 4).permute(2, 0, 1) for dim in (32, 24)]
+    slots = torch.tensor([int(tables[0, 1]) * 16, -1, int(tables[2, 2]) * 16, -1])
+    pages, scales = quantized_pages((keys, values), codes)
+    expected = [x.clone() for x in (*pages, *scales.values())]
+    reference.write_kv(*new, *expected[:2], slots, *expected[2:])
+    rows = tables, contexts, starts
+    got = launch.write_and_attend(query, *new, *pages, slots, *rows, 0.3, None, None, None, *scales.values())
+    assert_accurate(got, exact((query, *pages, *rows), 0.3, **scales))
+    assert not got[[1, 3]].any() and got[[0, 2]].any()
+    torch.testing.assert_close([*scales.values()], expected[2:], equal_nan=True)
+
+
 def kv_bytes(batch, heads, dtype=torch.bfloat16, dim=64):
     """Bytes of keys and values that are loaded, over those of reading each visible token once."""
     arguments, _ = make_pages(batch, heads, 16, dtype, dim, dim)
@@ -297,6 +401,18 @@ def test_tiles_before_a_window_are_not_read(monkeypatch):
     monkeypatch.setattr(launch, "describe", lambda device: launch_plan.Device("sm90", 4, min_split_tokens=64))
     longest, total = longest_program([(1024, 1), (300, 1), (20, 1)], window=130)
     assert longest == 2 and total == 3 + 3 + 1
+
+
+def test_each_code_and_scale_is_read_once():
+    contexts = (1, 70, 128)
+    arguments, _ = make_pages([(context, 1) for context in contexts], (8, 2), 16, torch.bfloat16, 64, 64)
+    query, keys, values, *rows = arguments
+    pages, scales = quantized_pages((keys, values), torch.int8)
+    with interpreter.counted_traffic() as traffic:
+        launch.paged_attention(query, *pages, *rows, 0.3, **scales)
+    vectors = sum(contexts) * 2
+    assert [traffic.loaded[name] for name in ("key_cache", "value_cache")] == [vectors * 64] * 2
+    assert [traffic.loaded[name] for name in scales] == [vectors * 4] * 2
 
 
 def test_each_value_is_written_once():

@@ -1,9 +1,11 @@
-"""Arguments of the ops: pages of any shape whose unused slots hold NaN. Imports torch alone, for it runs sanitized."""
+"""Arguments of the ops: pages of any shape whose unused slots hold NaN. Imports no Triton, for it runs sanitized."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from hf_paged_kernels.quantized import quantize, rotate
 
 Rows = Sequence[tuple[int, int]]  # (context, queries) of each row.
 
@@ -35,13 +37,14 @@ class OpOptions:
 
 @dataclass(frozen=True)
 class OpCase:
-    """A call of an op: what it is compiled for, and what it computes on."""
+    """A call of an op: what it is compiled for, and what it computes on. `codes` are those of quantised pages."""
 
     rows: Rows
     heads: Heads
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
     options: OpOptions = field(default_factory=OpOptions)
+    codes: torch.dtype | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -49,13 +52,24 @@ class OpCase:
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of all contexts, each once."""
-        tokens = sum(context for context, _ in self.rows)
-        return 2 * tokens * self.heads.num_kv_heads * self.heads.dim * self.dtype.itemsize
+        """Keys and values of all contexts, each once, with the scales of quantised ones."""
+        vectors = 2 * sum(context for context, _ in self.rows) * self.heads.num_kv_heads
+        if self.codes is None:
+            return vectors * self.heads.dim * self.dtype.itemsize
+        return vectors * (self.heads.dim * self.codes.itemsize + torch.float32.itemsize)
+
+    @property
+    def engine(self) -> str:
+        """Ours, in the words of a line."""
+        return "paged" if self.codes is None else f"paged, {_name(self.codes)} pages"
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return _name(self.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class OpArguments:
     scale: float
     options: OpOptions
     sinks: torch.Tensor | None  # [num_heads]
+    scales: tuple[torch.Tensor, ...]  # Of quantised keys and values, each [num_blocks, num_kv_heads, block_size, 1].
 
     def write_and_attend(self) -> tuple:
         """The arguments of `ops.write_and_attend`."""
@@ -86,7 +101,7 @@ class OpArguments:
 
     def _rows(self) -> tuple:
         lengths = (self.block_tables, self.context_lens, self.cu_seqlens_q)
-        return (*lengths, self.scale, self.options.window, self.options.softcap, self.sinks)
+        return (*lengths, self.scale, self.options.window, self.options.softcap, self.sinks, *self.scales)
 
 
 def make_arguments(case: OpCase, device: torch.device, seed: int = 0, with_nan: bool = True) -> OpArguments:
@@ -117,10 +132,12 @@ def make_arguments(case: OpCase, device: torch.device, seed: int = 0, with_nan: 
     def states(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, heads.dim, device=device, dtype=case.dtype, generator=generator)
 
-    caches = [states(len(order), heads.num_kv_heads, size) for _ in "kv"]
+    caches, scales = [states(len(order), heads.num_kv_heads, size) for _ in "kv"], []
+    if case.codes is not None:
+        caches, scales = map(list, zip(*(quantize(x, case.codes) for x in (rotate(caches[0]), caches[1]))))
     if with_nan:
         is_empty = ~is_stored.view(-1, 1, size, 1).to(device)  # [num_blocks, 1, block_size, 1]
-        for cache in caches:
+        for cache in scales or caches:
             cache.masked_fill_(is_empty, float("nan"))
     return OpArguments(
         query=states(case.num_tokens, heads.num_heads),
@@ -135,4 +152,5 @@ def make_arguments(case: OpCase, device: torch.device, seed: int = 0, with_nan: 
         scale=heads.dim**-0.5,
         options=case.options,
         sinks=states(heads.num_heads)[:, 0].contiguous() if case.options.has_sinks else None,
+        scales=tuple(scales),
     )

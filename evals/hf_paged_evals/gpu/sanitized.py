@@ -11,6 +11,7 @@ _CASES = (
     OpCase(((40, 1), (17, 1)), cases.LLAMA_8B),
     OpCase(((700, 1),), cases.LLAMA_8B),
     OpCase(((40, 9), (33, 33), (31, 1)), cases.LLAMA_8B),
+    OpCase(((40, 9), (33, 33), (31, 1)), cases.LLAMA_8B, codes=torch.int8),
     OpCase(((40, 9), (33, 33), (31, 1)), cases.HEADS[2], torch.float32, 16, cases.ALL_OPTIONS),
 )
 DONE = "all calls were made"

@@ -1,6 +1,7 @@
 """The kernels to compile: every op over head sizes, block sizes, dtypes, groups and options."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from hf_paged_kernels.triton.launch_plan import BY_TILE, BY_TOKEN
 
 HEAD_DIMS, BLOCK_SIZES = (64, 80, 96, 128, 256), (16, 32, 64, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _ROWS, _CONTEXT = 64, 4096
 
 
@@ -28,6 +30,8 @@ class Case:
     block_size, group, num_kv_heads : int
     is_full : bool
         With window, softcap and sinks.
+    codes : str or None
+        Of quantised pages, ``int8`` or ``fp8``.
     """
 
     kernel: str
@@ -37,20 +41,26 @@ class Case:
     group: int = 4
     num_kv_heads: int = 8
     is_full: bool = False
+    codes: str | None = None
 
     def __str__(self) -> str:
         dims = str(self.dims[0]) if self.dims[0] == self.dims[1] else f"{self.dims[0]}/{self.dims[1]}"
         options = ", window+softcap+sinks" if self.is_full else ""
-        return f"{self.kernel} {self.dtype} head {dims} block {self.block_size} GQA {self.group}{options}"
+        dtype = f"{self.dtype}, {self.codes} pages," if self.codes else self.dtype
+        return f"{self.kernel} {dtype} head {dims} block {self.block_size} GQA {self.group}{options}"
 
     def call(self, target: Target) -> KernelCall:
         """The launch of this kernel on a target."""
         dtype, heads = DTYPES[self.dtype], self.num_kv_heads
         # The pool that launches are compiled for is made of addresses alone: no byte of it is read.
-        caches = [torch.empty(1, heads, self.block_size, dim, dtype=dtype) for dim in self.dims]
+        held = CODES[self.codes] if self.codes else dtype
+        caches = [torch.empty(1, heads, self.block_size, dim, dtype=held) for dim in self.dims]
+        names = ("key_scales", "value_scales") if self.codes else ()
+        scales = {name: torch.empty(1, heads, self.block_size, 1) for name in names}
         numbers = torch.zeros(_ROWS, dtype=torch.long)
         if self.kernel == "write":
-            return write_call(*(torch.empty(_ROWS, heads, dim, dtype=dtype) for dim in self.dims), *caches, numbers)
+            states = [torch.empty(_ROWS, heads, dim, dtype=dtype) for dim in self.dims]
+            return write_call(*states, *caches, numbers, **scales)
         if self.kernel == "copy":
             return copy_call(*caches, numbers, numbers)
         if self.kernel.startswith("latent"):
@@ -61,9 +71,11 @@ class Case:
         out = query.new_empty(*query.shape[:2], self.dims[1])
         tables = torch.zeros(num_rows, _CONTEXT // self.block_size, dtype=torch.long)
         starts = torch.zeros(num_rows + 1, dtype=torch.long)
-        full = {"window": 1000, "softcap": 30.0, "sinks": torch.empty(heads * self.group, dtype=dtype)}
+        options: dict[str, Any] = dict(scales)
+        if self.is_full:
+            options |= {"window": 1000, "softcap": 30.0, "sinks": torch.empty(heads * self.group, dtype=dtype)}
         arguments = (out, query, *caches, tables, numbers[:num_rows], starts, 0.1)
-        calls = attention_calls(target.device, *arguments, **(full if self.is_full else {}))
+        calls = attention_calls(target.device, *arguments, **options)
         return next(call for call in calls if self._is(call))
 
     def _latent_call(self, target: Target, caches: list[torch.Tensor], numbers: torch.Tensor) -> KernelCall:
@@ -99,6 +111,13 @@ def all_cases() -> list[Case]:
     cases += [_latents(kernel, is_full=True) for kernel in ("latent", "latent_tiles")]
     cases += [_latents("latent", dims=(256, 32)), _latents("latent", "fp32", dims=(256, 32))]
     cases += [Case(kernel, dtype, (dim, dim)) for kernel in movers for dtype in ("bf16", "fp32") for dim in (80, 128)]
+    for codes in CODES:
+        cases += [Case(kernel, dims=(dim, dim), codes=codes) for kernel in attention for dim in HEAD_DIMS]
+        cases += [Case(kernel, dtype, codes=codes) for kernel in attention for dtype in ("fp16", "fp32")]
+        cases += [Case(kernel, is_full=True, codes=codes) for kernel in (*attention, "rows")]
+        cases += [Case(kernel, block_size=64, codes=codes) for kernel in attention]
+        cases += [Case("write", dtype, (dim, dim), codes=codes) for dtype in ("bf16", "fp32") for dim in (80, 128)]
+        cases += [Case("prefill", dims=(512, 512), group=8, codes=codes)]
     return cases
 
 
@@ -125,4 +144,10 @@ def few_cases() -> list[tuple[Case, Target]]:
         (Case("reduce"), sm100),
         (Case("write"), sm80),
         (Case("copy"), gfx942),
+        (Case("decode", codes="int8"), sm90),
+        (Case("decode", codes="fp8"), sm80),
+        (Case("rows", is_full=True, codes="fp8"), sm90),
+        (Case("prefill", codes="int8"), sm90),
+        (Case("prefill", codes="fp8"), sm80),
+        (Case("write", codes="fp8"), gfx942),
     ]

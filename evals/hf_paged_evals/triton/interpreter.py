@@ -57,7 +57,7 @@ def install() -> None:
     interpreter.TensorHandle.__init__ = _init_handle
     if _plain_fits is not None:
         interpreter._validate_np_data_size = _fits
-    for name in ("create_masked_load", "create_masked_store", "cast_impl", "create_fp_to_fp"):
+    for name in ("create_masked_load", "create_masked_store", "cast_impl", "create_fp_to_fp", "create_bitcast"):
         setattr(_builder, name, globals()[f"_{name}"])
     for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
         setattr(_builder, f"create_{name}", _create_cast)
@@ -76,6 +76,7 @@ def round_to_bfloat16(data: np.ndarray) -> np.ndarray:
 _plain_np_dtype, _plain_init_handle = interpreter._get_np_dtype, interpreter.TensorHandle.__init__
 _plain_fits = getattr(interpreter, "_validate_np_data_size", None)  # Some interpreters do not check a handle's size.
 _plain_cast, _plain_init_args = _builder.cast_impl, interpreter.GridExecutor._init_args_hst
+_plain_bitcast = _builder.create_bitcast
 _plain_fp_to_fp, _plain_patch_tensor = _builder.create_fp_to_fp, interpreter._patch_lang_tensor
 
 
@@ -109,6 +110,18 @@ def _create_fp_to_fp(self, source, target, rounding):
     if tl.bfloat16 in (source.dtype.scalar, target.scalar):
         return self.cast_impl(source, target)
     return _plain_fp_to_fp(self, source, target, rounding)
+
+
+def _create_bitcast(self, source, target):
+    """Between bfloat16 and what is as wide: its bits are the upper half of those that float32 has."""
+    is_bfloat16 = [dtype.scalar == tl.bfloat16 for dtype in (source.dtype, target)]
+    if is_bfloat16[0] == is_bfloat16[1]:
+        return _plain_bitcast(self, source, target)
+    if is_bfloat16[1]:
+        bits = source.data.view(np.uint16).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.bfloat16)
+    bits = (source.data.view(np.uint32) >> 16).astype(np.uint16)
+    return interpreter.TensorHandle(bits.view(_plain_np_dtype(target)), target.scalar)
 
 
 def _create_masked_load(self, pointers, mask, other, *hints):  # Of caches, in one argument or in several.

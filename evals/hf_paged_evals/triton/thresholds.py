@@ -34,6 +34,8 @@ class Threshold:
         Only with, or only without, window, softcap and sinks.
     max_group : int
         Largest group of heads of which it holds.
+    is_quantized : bool or None
+        Only of quantised pages, or only of others; None: of both.
     anchor : str
         The figures of others.
     """
@@ -47,6 +49,7 @@ class Threshold:
     dims: tuple[int, ...] = ()
     is_full: bool | None = None
     max_group: int = 64
+    is_quantized: bool | None = False
     anchor: str = ""
 
     def applies(self, case: Case, target: Target) -> bool:
@@ -57,6 +60,7 @@ class Threshold:
             and (not self.dims or max(case.dims) in self.dims)
             and self.is_full in (None, case.is_full)
             and case.group <= self.max_group
+            and self.is_quantized in (None, case.codes is not None)
         )
 
     def is_met(self, value: float) -> bool:
@@ -74,10 +78,12 @@ _VLLM_DECODE = "vLLM split decode: 66.8 (sm90), 67.5 (sm80); SGLang grouped deco
 _VLLM_FULL = "vLLM split decode with window, softcap and sinks: 68.8 (sm90)"
 _VLLM_PREFILL = "vLLM prefill: 38.6 (sm90) for 16 rows of a product; these are for 64"
 _ONE_BUFFER = "vLLM and SGLang: 1"
+_VLLM_INT8 = "vLLM split decode, int8 per token and head: 119.3 (sm90)"
+_CODES_FULL = "at 73 instructions, not memory, are what an H100 waits for, at 79 an A100"
 
 THRESHOLDS = (
     Threshold("spilled", _ALL, _EVERYWHERE, at_most=0, anchor="all anchors: 0"),
-    Threshold("shared", _ALL, _EVERYWHERE, at_most=1),
+    Threshold("shared", _ALL, _EVERYWHERE, at_most=1, is_quantized=None),
     Threshold("wide", _ALL, _EVERYWHERE, at_least=1, dtypes=_HALF),
     Threshold("wide", ("reduce", "write", "copy"), _EVERYWHERE, at_least=1, dtypes=("fp32",)),
     # In float32 the few queries are loaded again in the loop, 32 or 64 bits a thread.
@@ -93,4 +99,15 @@ THRESHOLDS = (
               is_full=False, anchor=_VLLM_PREFILL),
     Threshold("instructions", ("prefill",), ("sm80",), at_most=51.5, dtypes=_HALF, dims=(64, 80, 96, 128),
               is_full=False, anchor="a third of vLLM's a row: its 38.6 for 16 rows are 154 for 64"),
+    # Of quantised pages. A few registers wait in local memory for the end of a loop; nothing in a loop does.
+    Threshold("spilled", ("decode", "rows"), _NVIDIA, at_most=16, is_quantized=True),
+    Threshold("spilled", ("prefill", "write"), _NVIDIA, at_most=0, is_quantized=True),
+    Threshold("programs", ("decode",), _NVIDIA, at_least=2, dtypes=_HALF, dims=(64, 80, 96, 128), is_quantized=True),
+    Threshold("buffers", _ATTENTION, _NVIDIA, at_least=2, anchor=_ONE_BUFFER, is_quantized=True),
+    Threshold("waits", _ATTENTION, _NVIDIA, at_least=1, anchor="vLLM: 0", is_quantized=True),
+    Threshold("wide", ("write",), _EVERYWHERE, at_least=1, is_quantized=True),
+    Threshold("instructions", ("decode", "rows"), _NVIDIA, at_most=70, dtypes=_HALF, dims=(64, 80, 96, 128),
+              max_group=16, anchor=f"{_VLLM_INT8}; {_CODES_FULL}", is_quantized=True),
+    Threshold("instructions", ("prefill",), ("sm90", "sm100"), at_most=80, dtypes=_HALF, dims=(64, 80, 96, 128),
+              is_quantized=True),
 )  # fmt: skip

@@ -45,6 +45,8 @@ class AttentionLayer:
     expanded_dim : int
         Where keys are latents and values their rope parts, which absorbed attention reads: the size of the keys that
         they are expanded into. 0: they are not.
+    codes : torch.dtype or None
+        Of quantised pages; None: pages hold states in `dtype`.
     """
 
     num_heads: int
@@ -57,6 +59,7 @@ class AttentionLayer:
     has_softcap: bool = False
     sinks: torch.dtype | None = None
     expanded_dim: int = 0
+    codes: torch.dtype | None = None
 
 
 def layer_calls(device: Device, layer: AttentionLayer) -> list[KernelCall]:
@@ -65,19 +68,20 @@ def layer_calls(device: Device, layer: AttentionLayer) -> list[KernelCall]:
     States may lie token by token or head by head; the grid and the numbers of a call mean nothing.
     """
     dims = (layer.key_dim, layer.value_dim)
-    key_cache, value_cache = (
-        torch.empty(2, layer.num_kv_heads, layer.block_size, dim, dtype=layer.dtype, device="meta") for dim in dims
-    )
+    key_cache, value_cache = (_pages(layer, dim, layer.codes or layer.dtype) for dim in dims)
+    key_scales, value_scales = (None if layer.codes is None else _pages(layer, 1, torch.float32) for _ in "kv")
     slots = torch.empty(_TOKENS, dtype=torch.int64, device="meta")
     calls = [copy_call(key_cache, value_cache, slots, slots)]
+    if key_scales is not None and value_scales is not None:
+        calls.append(copy_call(key_scales, value_scales, slots, slots))
     for heads_first in (False, True):
         key, value = (_states(layer.num_kv_heads, dim, layer.dtype, heads_first) for dim in dims)
-        calls.append(write_call(key, value, key_cache, value_cache, slots))
+        calls.append(write_call(key, value, key_cache, value_cache, slots, key_scales, value_scales))
         if layer.expanded_dim:
             calls += _latent_calls(device, layer, heads_first, key_cache, value_cache)
         else:
             query = _states(layer.num_heads, layer.key_dim, layer.dtype, heads_first)
-            calls += _attention_calls(device, layer, query, key_cache, value_cache)
+            calls += _attention_calls(device, layer, query, key_cache, value_cache, key_scales, value_scales)
     return calls
 
 
@@ -144,6 +148,11 @@ class CompileOnlyDriver:
         return 0
 
 
+def _pages(layer: AttentionLayer, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Pages without memory, of so many numbers for each token and head: ``[2, num_kv_heads, block_size, size]``."""
+    return torch.empty(2, layer.num_kv_heads, layer.block_size, size, dtype=dtype, device="meta")
+
+
 def _states(num_heads: int, dim: int, dtype: torch.dtype, heads_first: bool) -> torch.Tensor:
     """States without memory, ``[tokens, num_heads, dim]``."""
     shape = (num_heads, _TOKENS, dim) if heads_first else (_TOKENS, num_heads, dim)
@@ -157,6 +166,8 @@ def _attention_calls(
     query: torch.Tensor,  # [num_tokens, num_heads, key_dim]
     key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
     value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
+    key_scales: torch.Tensor | None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> list[KernelCall]:
     numbers = torch.empty(_TOKENS, dtype=torch.int64, device="meta")
     out = query.new_empty(*query.shape[:2], layer.value_dim)
@@ -165,7 +176,7 @@ def _attention_calls(
     heads = heads_of(query, value_cache)
     return planned_calls(
         device, heads, possible_plans(device, heads, layer.window), out, query, key_cache, value_cache,
-        numbers[:, None], numbers, numbers, 0.1, layer.window, softcap, sinks,
+        numbers[:, None], numbers, numbers, 0.1, layer.window, softcap, sinks, key_scales, value_scales,
     )  # fmt: skip
 
 

@@ -86,13 +86,16 @@ def find(op: str, arguments: tuple) -> Callable | None:
 
 def _serves(op: str, arguments: tuple) -> bool:
     key_cache, value_cache = (arguments[index] for index in _CACHES[op])
-    if key_cache.dtype in LARGEST_CODE and op != "copy_blocks":
-        return False
     if op == "copy_blocks":
         return key_cache[:1].is_contiguous() and value_cache[:1].is_contiguous()
-    is_dense = key_cache.stride(3) == 1 and value_cache.stride(3) == 1
-    if op == "write_kv":
-        return is_dense and arguments[0].dtype == key_cache.dtype and arguments[1].dtype == value_cache.dtype
-    if not is_dense or arguments[0].dtype not in _DTYPES or arguments[0].dtype != key_cache.dtype:
+    if key_cache.stride(3) != 1 or value_cache.stride(3) != 1:
         return False
-    return max(key_cache.shape[3], value_cache.shape[3]) <= MAX_DIM[key_cache.element_size()]
+    states = arguments[:2] if op == "write_kv" else arguments[:1]
+    if key_cache.dtype in LARGEST_CODE:
+        is_served = all(one.dtype in _DTYPES for one in states)
+    else:
+        is_served = all(one.dtype == cache.dtype for one, cache in zip(states, (key_cache, value_cache)))
+        if op == "write_kv":
+            return is_served
+    dtype = arguments[0].dtype
+    return is_served and dtype in _DTYPES and max(key_cache.shape[3], value_cache.shape[3]) <= MAX_DIM[dtype.itemsize]

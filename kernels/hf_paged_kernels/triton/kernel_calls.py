@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hf_paged_kernels.quantized import LARGEST_CODE, rotate, rotated_size
 from hf_paged_kernels.triton.kernels.copy import copy_kernel
 from hf_paged_kernels.triton.kernels.decode import decode_kernel
 from hf_paged_kernels.triton.kernels.latent import latent_kernel
@@ -30,7 +31,7 @@ from hf_paged_kernels.triton.launch_plan import (
 _WRITE_ELEMENTS, _COPY_CHUNK = 4096, 4096
 _SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # Options of kernels that only move data.
 _REDUCE = {"SPLITS": 16, **_SMALL}
-_Sizes = tuple[int, ...]  # Of a tensor's dimensions, or its strides.
+_Layout = tuple[tuple[int, ...], tuple[int, ...]]  # A tensor's shape and strides.
 
 
 class Kernel(Protocol):
@@ -74,13 +75,16 @@ def write_call(
     key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
     value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
     slot_mapping: torch.Tensor,  # [num_tokens] int64
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> KernelCall:
     """The kernel call of `write_kv`; there is at least one token."""
     num_tokens, num_kv_heads, _ = key.shape
     key, value = dense_lanes(key), dense_lanes(value)
     strides = (key.stride(0), key.stride(1), value.stride(0), value.stride(1))
-    options = _write_options(key_cache.shape, key_cache.stride(), value_cache.shape, value_cache.stride())
-    arguments = (key, value, key_cache, value_cache, slot_mapping.contiguous(), num_tokens, *strides)
+    pages = (_bytes(key_cache), _bytes(value_cache), key_scales, value_scales)
+    options = _write_options(key.dtype, *map(_layout, pages))
+    arguments = (key, value, *pages, slot_mapping.contiguous(), num_tokens, *strides)
     return KernelCall(write_kernel, (-(-num_tokens * num_kv_heads // options["ROWS"]),), arguments, options)
 
 
@@ -91,6 +95,7 @@ def copy_call(
     destination: torch.Tensor,  # [num_copies] int64
 ) -> KernelCall:
     """The kernel call of `copy_blocks`; there is at least one copy."""
+    key_cache, value_cache = _bytes(key_cache), _bytes(value_cache)
     elements = [cache[0].numel() for cache in (key_cache, value_cache)]
     options = {"KEY_ELEMENTS": elements[0], "VALUE_ELEMENTS": elements[1], "CHUNK": _COPY_CHUNK, **_SMALL}
     blocks = (source.contiguous(), destination.contiguous())
@@ -111,6 +116,8 @@ def attention_calls(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,  # [num_heads]
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> list[KernelCall]:
     """The kernel calls of `paged_attention` into `out`, in order; there is at least one query."""
     num_tokens, num_rows, max_context = len(query), len(context_lens), block_tables.shape[1] * key_cache.shape[2]
@@ -118,7 +125,7 @@ def attention_calls(
     plans = attention_plans(device, heads, num_tokens, num_rows, max_context, window)
     return planned_calls(
         device, heads, plans, out, query, key_cache, value_cache,
-        block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks,
+        block_tables, context_lens, cu_seqlens_q, scale, window, softcap, sinks, key_scales, value_scales,
     )  # fmt: skip
 
 
@@ -137,23 +144,31 @@ def planned_calls(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,  # [num_heads]
+    key_scales: torch.Tensor | None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> list[KernelCall]:
     """The kernel calls of these plans."""
     if scale <= 0:  # The kernels take the maximum before they scale.
         query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
     query, block_tables = dense_lanes(query), dense_lanes(block_tables)
+    plans = list(plans)
+    rotated = None
+    if key_scales is not None and any(_is_rotated_before(device, plan, heads, query.dtype) for plan in plans):
+        rotated = rotate(query).to(query.dtype)
     rows = (context_lens.contiguous(), cu_seqlens_q.contiguous())
-    tensors = (query, key_cache, value_cache, block_tables, *rows, sinks, out)
-    numbers = (len(context_lens), block_tables.stride(0), query.stride(0), query.stride(1))
+    cached = (_bytes(key_cache), _bytes(value_cache), key_scales, value_scales)
+    tensors = (*cached, block_tables, *rows, sinks, out)
     factors = (scale * math.log2(math.e), softcap or 0.0, window or 0)
-    pages = (key_cache.shape, key_cache.stride(), value_cache.shape, value_cache.stride())
+    pages = tuple(map(_layout, cached))
     has = (window is not None, softcap is not None, sinks is not None)
     calls = []
     for plan in plans:
         num_head_tiles = head_tiles(heads, plan)
         kernel, options, reduce_options = _compiled_in(device, plan, heads, query.dtype, pages, has)
         scratch = _scratch(query, plan, num_head_tiles, heads.value_dim)
-        arguments = (*tensors, *scratch, *numbers, *factors, plan.extra)
+        read = query if options["ROTATION"] > 1 or rotated is None else rotated
+        numbers = (len(context_lens), block_tables.stride(0), read.stride(0), read.stride(1))
+        arguments = (read, *tensors, *scratch, *numbers, *factors, plan.extra)
         calls.append(KernelCall(kernel, (plan.extra + plan.tiles, num_head_tiles), arguments, options))
         if plan.extra:
             shares = (*scratch, *rows, sinks, out, len(context_lens), window or 0, plan.extra)
@@ -237,7 +252,7 @@ def latent_heads_of(query_latent: torch.Tensor, rope_cache: torch.Tensor) -> Hea
 
 @functools.lru_cache(maxsize=256)
 def _latent_options(
-    plan: AttentionPlan, heads: Heads, dtype: torch.dtype, strides: tuple[_Sizes, _Sizes], has_window: bool
+    plan: AttentionPlan, heads: Heads, dtype: torch.dtype, strides: tuple[tuple[int, ...], ...], has_window: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the latent kernel of a plan, and of the reduction; `strides` are those of both caches."""
     shared: dict[str, Any] = {
@@ -275,7 +290,9 @@ def heads_of(query: torch.Tensor, value_cache: torch.Tensor) -> Heads:
     """The sizes of heads that a call's tensors have."""
     _, num_heads, key_dim = query.shape
     _, num_kv_heads, block_size, value_dim = value_cache.shape
-    return Heads(num_kv_heads, num_heads // num_kv_heads, key_dim, value_dim, block_size, query.element_size())
+    is_quantized = value_cache.dtype in LARGEST_CODE
+    sizes = (num_kv_heads, num_heads // num_kv_heads, key_dim, value_dim, block_size)
+    return Heads(*sizes, query.element_size(), is_quantized=is_quantized)
 
 
 def dense_lanes(states: torch.Tensor) -> torch.Tensor:
@@ -283,25 +300,62 @@ def dense_lanes(states: torch.Tensor) -> torch.Tensor:
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
-def _pages(key_shape: _Sizes, key_strides: _Sizes, value_shape: _Sizes, value_strides: _Sizes) -> dict[str, Any]:
-    """The options that the caches' shapes and strides fix."""
+def _bytes(cache: torch.Tensor) -> torch.Tensor:
+    """A cache as the kernels read it: see `codes` for why float8 is bytes."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+def _layout(tensor: torch.Tensor | None) -> _Layout | None:
+    return None if tensor is None else (tensor.shape, tensor.stride())
+
+
+def _pages(keys: _Layout, values: _Layout, key_scales: _Layout | None, value_scales: _Layout | None) -> dict[str, Any]:
+    """The options that the layouts of pages and of their scales fix."""
     return {
-        "KEY_DIM": key_shape[3],
-        "VALUE_DIM": value_shape[3],
-        "BLOCK_SIZE": key_shape[2],
-        "KEY_STRIDES": key_strides[:3],
-        "VALUE_STRIDES": value_strides[:3],
-        "KEY_LANES": padded(key_shape[3]),
-        "VALUE_LANES": padded(value_shape[3]),
+        "KEY_DIM": keys[0][3],
+        "VALUE_DIM": values[0][3],
+        "BLOCK_SIZE": keys[0][2],
+        "KEY_STRIDES": keys[1][:3],
+        "VALUE_STRIDES": values[1][:3],
+        "KEY_LANES": padded(keys[0][3]),
+        "VALUE_LANES": padded(values[0][3]),
+        "KEY_SCALE_STRIDES": key_scales and key_scales[1][:3],
+        "VALUE_SCALE_STRIDES": value_scales and value_scales[1][:3],
     }
 
 
 @functools.lru_cache(maxsize=256)  # All layers of a step ask for the same few.
-def _write_options(*pages: _Sizes) -> dict[str, Any]:
+def _write_options(dtype: torch.dtype, *pages: _Layout) -> dict[str, Any]:
     """The numbers that are compiled into the writing kernel, for `_pages`."""
     options = _pages(*pages)
     rows = max(1, _WRITE_ELEMENTS // max(options["KEY_LANES"], options["VALUE_LANES"]))
-    return {"NUM_KV_HEADS": pages[0][1], "ROWS": rows, **_SMALL, **options}
+    rotation = rotated_size(options["KEY_DIM"]) if pages[2] is not None else 1
+    return {
+        "NUM_KV_HEADS": pages[0][0][1],
+        "ROTATION": rotation,
+        "PRECISION": _precision(dtype),
+        "ROWS": rows,
+        **_SMALL,
+        **options,
+    }
+
+
+def _is_rotated_before(device: Device, plan: AttentionPlan, heads: Heads, dtype: torch.dtype) -> bool:
+    """Tell whether the queries of quantised pages are rotated in launches of their own.
+
+    Kernels that read their queries again and again would have to rotate them each time. And the rotation of a tile of
+    many large heads takes more registers than there are.
+    """
+    return _is_plain(device, dtype) or (plan.kernel == "prefill" and heads.lanes > 128)
+
+
+def _is_plain(device: Device, dtype: torch.dtype) -> bool:
+    """Tell whether products in a dtype are made by plain multipliers, without tensor cores."""
+    return dtype == torch.float32 and not device.is_hip
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 @functools.lru_cache(maxsize=256)
@@ -310,7 +364,7 @@ def _compiled_in(
     plan: AttentionPlan,
     heads: Heads,
     dtype: torch.dtype,
-    pages: tuple[_Sizes, _Sizes, _Sizes, _Sizes],
+    pages: tuple[_Layout, _Layout, _Layout | None, _Layout | None],
     has: tuple[bool, bool, bool],
 ) -> tuple[Kernel, dict[str, Any], dict[str, Any]]:
     """The kernel of a plan, and the options of it and of the reduction.
@@ -318,10 +372,11 @@ def _compiled_in(
     Parameters
     ----------
     pages : tuple
-        Shape and strides of the key cache, then of the value cache.
+        Shape and strides of the key cache, the value cache and their scales.
     has : tuple of bool
         Window, softcap, sinks.
     """
+    is_rotated = pages[2] is None or _is_rotated_before(device, plan, heads, dtype)
     shared: dict[str, Any] = {
         "GROUP": heads.group,
         "MAPPING": plan.mapping,
@@ -339,8 +394,9 @@ def _compiled_in(
         "HAS_SOFTCAP": has[1],
         "BLOCK_M": plan.block_m,
         # Plain multipliers serve float32: they would hold all queries in registers, so these stay in the cache.
-        "RELOAD_QUERIES": dtype == torch.float32 and not device.is_hip,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "RELOAD_QUERIES": _is_plain(device, dtype),
+        "ROTATION": 1 if is_rotated else rotated_size(heads.key_dim),
+        "PRECISION": _precision(dtype),
         "IS_SPLIT": plan.extra > 0,
         "num_warps": plan.warps,
         "num_stages": plan.stages,

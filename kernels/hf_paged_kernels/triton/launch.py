@@ -33,10 +33,12 @@ def write_kv(
     key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, key_dim]
     value_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, value_dim]
     slot_mapping: torch.Tensor,  # [num_tokens] int64
+    key_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
+    value_scales: torch.Tensor | None = None,  # [num_blocks, num_kv_heads, block_size, 1] float32
 ) -> None:
     """See `ops.write_kv`. A negative slot is not written: a captured graph may be padded."""
     if len(key):
-        write_call(key, value, key_cache, value_cache, slot_mapping).launch()
+        write_call(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales).launch()
 
 
 @_on_their_device
@@ -70,7 +72,7 @@ def paged_attention(
 
 def write_and_attend(query, key, value, key_cache, value_cache, slot_mapping, *attention) -> torch.Tensor:
     """See `ops.write_and_attend`."""
-    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    write_kv(key, value, key_cache, value_cache, slot_mapping, *attention[7:])
     return paged_attention(query, key_cache, value_cache, *attention)
 
 

@@ -51,9 +51,11 @@ class Heads:
     group : int
         Query heads per KV head.
     itemsize : int
-        Bytes of an element.
+        Bytes of an element of queries.
     rope_dim : int
         Where keys and values are one latent, the size of its rope part; 0: they are not.
+    is_quantized : bool
+        Pages hold codes.
     """
 
     num_kv_heads: int
@@ -63,6 +65,7 @@ class Heads:
     block_size: int
     itemsize: int
     rope_dim: int = 0
+    is_quantized: bool = False
 
     @property
     def lanes(self) -> int:
@@ -243,6 +246,9 @@ def prefill_plan(device: Device, heads: Heads) -> AttentionPlan:
             # Triton gives each warp rows of its own if there are as many rows as lanes. Else all warps share all rows,
             # and meet twice per tile to take the maximum and the total of each.
             block_m, warps = 128, 8
+    if heads.is_quantized and device.is_wide and heads.itemsize == 2 and 64 < heads.lanes <= 256:
+        # Codes become numbers once for all warps, which then read these from shared memory: more rows share the work.
+        block_m, tile, warps = 128, 32, 8
     # Large heads in three stages are more than the 99 KiB of small GPUs (sm86, sm89, sm120).
     large = heads.lanes > 128 and not plain and not device.is_wide and device.arch != "sm80"
     stages = 2 if device.is_hip or large else 3

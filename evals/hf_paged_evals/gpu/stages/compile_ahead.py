@@ -61,7 +61,7 @@ def divide(todo: Sequence[OpCase], most: int) -> list[list[OpCase]]:
 def kernels_of(case: OpCase) -> tuple:
     """The part of a case, beside the lengths of its rows, that decides which kernels a call takes."""
     is_decode = case.num_tokens == len(case.rows)
-    return case.heads, case.dtype, case.block_size, case.options, is_decode
+    return case.heads, case.dtype, case.block_size, case.options, case.codes, is_decode
 
 
 def _probe() -> Device:
@@ -132,7 +132,9 @@ def compile_case(case: OpCase, device: Device) -> int:
     # Shapes and addresses alone matter: the pool is one block, of which no byte is read.
     query = torch.empty(num_tokens, heads.num_heads, heads.dim, dtype=dtype)
     key, value = (torch.empty(num_tokens, heads.num_kv_heads, heads.dim, dtype=dtype) for _ in "kv")
-    caches = [torch.empty(1, heads.num_kv_heads, case.block_size, heads.dim, dtype=dtype) for _ in "kv"]
+    shape = (1, heads.num_kv_heads, case.block_size)
+    caches = [torch.empty(*shape, heads.dim, dtype=case.codes or dtype) for _ in "kv"]
+    scales = [torch.empty(*shape, 1) for _ in "kv" if case.codes is not None]
     slots, lengths = torch.zeros(num_tokens, dtype=torch.long), torch.zeros(num_rows, dtype=torch.long)
     widest = max(1, *(-(-context // case.block_size) for context, _ in case.rows))
     tables = torch.zeros(num_rows, widest, dtype=torch.long)
@@ -140,9 +142,10 @@ def compile_case(case: OpCase, device: Device) -> int:
     options = case.options
     sinks = torch.empty(heads.num_heads, dtype=dtype) if options.has_sinks else None
     scale = heads.dim**-0.5
-    attention = (query.clone(), query, *caches, tables, lengths, starts, scale, options.window, options.softcap, sinks)
+    chosen = (scale, options.window, options.softcap, sinks)
+    attention = (query.clone(), query, *caches, tables, lengths, starts, *chosen, *scales)
     built = 0
-    for call in [write_call(key, value, *caches, slots), *attention_calls(device, *attention)]:
+    for call in [write_call(key, value, *caches, slots, *scales), *attention_calls(device, *attention)]:
         built += _build_launcher(call.kernel.warmup(*call.arguments, grid=call.grid, **call.options))
     return built
 

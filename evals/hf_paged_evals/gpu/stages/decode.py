@@ -20,9 +20,9 @@ def run(context: Context) -> None:
     context.say("copy", tb_s=copy / 1e12)
     for case in cases.decode_cases(context.is_dry):
         try:
-            context.say("decode", engine="paged", **describe(case), **time_paged(context, case, copy))
+            context.say("decode", engine=case.engine, **describe(case), **time_paged(context, case, copy))
         except torch.OutOfMemoryError as error:
-            context.refuse(f"decode {describe(case)}", error)
+            context.refuse(f"decode {case.engine} {describe(case)}", error)
         context.free()
 
 

@@ -7,6 +7,7 @@ from hf_paged_evals.gpu.context import Context
 from hf_paged_evals.gpu.pages import OpArguments, OpCase, make_arguments
 from hf_paged_evals.gpu.timing import captured
 from hf_paged_kernels import ops, reference
+from hf_paged_kernels.quantized import dequantize
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # Of the largest output.
 
@@ -17,11 +18,12 @@ def run(context: Context) -> None:
     wrong, todo = 0, cases.accuracy_cases(context.is_dry)
     for seed, case in enumerate(todo):
         error, is_right = check(case, context.device, seed)
-        worst[case.dtype_name] = max(worst.get(case.dtype_name, 0.0), error if error == error else float("inf"))
+        name = case.dtype_name if case.codes is None else f"{case.dtype_name}, {case.engine}"
+        worst[name] = max(worst.get(name, 0.0), error if error == error else float("inf"))
         if not is_right:
             wrong += 1
             context.say(
-                "wrong_op", op="write_and_attend", dtype=case.dtype_name, heads=str(case.heads), error=error,
+                "wrong_op", op="write_and_attend", dtype=name, heads=str(case.heads), error=error,
                 block=case.block_size, rows=len(case.rows), options=str(case.options),
             )  # fmt: skip
     context.say("op_accuracy", cases=len(todo), wrong=wrong, largest_error=worst)
@@ -42,18 +44,41 @@ def check(case: OpCase, device: torch.device, seed: int) -> tuple[float, bool]:
         The largest error as a share of the largest output; and whether it is small, and both calls gave the same bits.
     """
     given = make_arguments(case, device, seed)
-    expected = _exact(given)
-    got = ops.write_and_attend(*given.write_and_attend())
+    arguments, written = _exact_arguments(given.write_and_attend()), True
+    if case.codes is None:
+        expected = reference.write_and_attend(*arguments)
+        got = ops.write_and_attend(*given.write_and_attend())
+    else:  # A code may differ by one, which is more than attention itself may be wrong by.
+        got = ops.write_and_attend(*given.write_and_attend())
+        expected = reference.paged_attention(*_exact_arguments(given.attend()))
+        written = _are_written(given, arguments)
     again = ops.paged_attention(*given.attend())
     error = float((got.double() - expected).abs().max() / expected.abs().max())
-    return error, error <= TOLERANCE[case.dtype] and torch.equal(got, again)
+    return error, error <= TOLERANCE[case.dtype] and written and torch.equal(got, again)
 
 
-def _exact(given: OpArguments) -> torch.Tensor:
-    """The reference's answer in float64, from copies: ``[num_tokens, num_heads, dim]``."""
-    return reference.write_and_attend(
-        *(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given.write_and_attend())
-    )
+def _exact_arguments(arguments: tuple) -> list:
+    """Copies in float64, codes as they are."""
+    return [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() and x.itemsize > 1
+        else x.clone() if isinstance(x, torch.Tensor) else x
+        for x in arguments
+    ]  # fmt: skip
+
+
+def _are_written(given: OpArguments, arguments: list) -> bool:
+    """Tell whether quantised pages hold what the reference stores there, but for the rounding of codes."""
+    reference.write_kv(*arguments[1:6], *arguments[-2:])
+    for codes, scales, exact, exact_scales in zip(
+        (given.key_cache, given.value_cache), given.scales, arguments[3:5], arguments[-2:]
+    ):
+        step = exact_scales.nan_to_num() * (1.01 if codes.dtype == torch.int8 else 32.01)  # From one code to the next.
+        got, wanted = (
+            dequantize(*pair, torch.float64).nan_to_num() for pair in ((codes, scales), (exact, exact_scales))
+        )
+        if not ((got - wanted).abs() <= step).all():
+            return False
+    return True
 
 
 def _check_copy(context: Context) -> bool:

@@ -14,9 +14,11 @@ def run(context: Context) -> None:
     for case in todo:
         given = make_arguments(case, context.device, with_nan=False).attend()
         micros = device_us(context, lambda given=given: ops.paged_attention(*given))
-        context.say("prefill", engine="paged", **describe(case), us=micros, tflops=flop(case) / micros / 1e6)
+        context.say("prefill", engine=case.engine, **describe(case), us=micros, tflops=flop(case) / micros / 1e6)
     for case in todo:
-        if case.rows[0][0] == case.rows[0][1]:  # torch's causal mask is that of a prompt without a past.
+        if (
+            case.codes is None and case.rows[0][0] == case.rows[0][1]
+        ):  # torch's causal mask is that of a prompt without a past.
             _time_peers(context, case)
 
 

@@ -9,6 +9,7 @@ because the pipeliner prefetches a load only if its address is known when an ite
 import triton
 import triton.language as tl
 
+from hf_paged_kernels.triton.device.codes import SCALES, load_scales, rotated, scaled_values, scaled_weights, widened
 from hf_paged_kernels.triton.device.finish import store_result
 from hf_paged_kernels.triton.device.pages import block_ids, first_slots, load_states, page_offsets
 from hf_paged_kernels.triton.device.rows import product_rows, program_work, split_tiles, visible_tokens
@@ -17,13 +18,15 @@ from hf_paged_kernels.triton.device.softmax import LOWEST, capped, rescale
 
 @triton.jit(
     do_not_specialize=["num_rows", "table_stride", "window", "num_extra"],
-    do_not_specialize_on_alignment=["block_tables", "context_lens", "cu_seqlens_q", "sinks"],
+    do_not_specialize_on_alignment=["block_tables", "context_lens", "cu_seqlens_q", "sinks", *SCALES],
 )
 def decode_kernel(
-    query, key_cache, value_cache, block_tables, context_lens, cu_seqlens_q, sinks, out, partial_out, partial_lse,
+    query, key_cache, value_cache, key_scales, value_scales, block_tables, context_lens, cu_seqlens_q, sinks,
+    out, partial_out, partial_lse,
     num_rows, table_stride, query_token_stride, query_head_stride, scale, softcap, window, num_extra,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KEY_STRIDES: tl.constexpr, VALUE_STRIDES: tl.constexpr, KEY_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
+    KEY_SCALE_STRIDES: tl.constexpr, VALUE_SCALE_STRIDES: tl.constexpr, ROTATION: tl.constexpr,
     MAPPING: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, MIN_Q: tl.constexpr, BLOCK_M: tl.constexpr,
     MIN_TILES: tl.constexpr, MAX_SPLITS: tl.constexpr,
     PARTS: tl.constexpr, PART_TOKENS: tl.constexpr, PRECISION: tl.constexpr, RELOAD_QUERIES: tl.constexpr,
@@ -48,6 +51,8 @@ def decode_kernel(
     key_lanes, value_lanes = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
     queries_at = query + (token * query_token_stride + head * query_head_stride)[:, None] + key_lanes[None, :]
     queries = load_states(queries_at, is_query, key_lanes, KEY_DIM, KEY_LANES)
+    if ROTATION > 1:
+        queries = rotated(queries, ROTATION, PRECISION).to(queries.dtype)
     queries = tl.broadcast_to(queries[None], (PARTS, BLOCK_M, KEY_LANES))
 
     # Where a block holds whole parts, the id of a part's first token is enough.
@@ -58,7 +63,11 @@ def decode_kernel(
     else:
         named = tokens
         inside = inside * 0
-    slots = (first_slots(named, BLOCK_SIZE, TILE) + inside)[:, :, None]
+    slots = first_slots(named, BLOCK_SIZE, TILE) + inside  # [PARTS, PART_TOKENS]
+    if key_scales is not None:
+        key_scales_at = key_scales + kv_head * KEY_SCALE_STRIDES[1] + slots * KEY_SCALE_STRIDES[2]
+        value_scales_at = value_scales + kv_head * VALUE_SCALE_STRIDES[1] + slots * VALUE_SCALE_STRIDES[2]
+    slots = slots[:, :, None]
     table = block_tables + row.to(tl.int64) * table_stride
     keys_at = key_cache + kv_head * KEY_STRIDES[1] + (slots * KEY_STRIDES[2] + key_lanes)
     values_at = value_cache + kv_head * VALUE_STRIDES[1] + (slots * VALUE_STRIDES[2] + value_lanes)
@@ -77,11 +86,20 @@ def decode_kernel(
         value_pages = page_offsets(ids, at, BLOCK_SIZE, VALUE_STRIDES, TILE)[:, :, None]
         keys = load_states(keys_at + key_pages, is_stored, key_lanes, KEY_DIM, KEY_LANES)
         values = load_states(values_at + value_pages, is_stored, value_lanes, VALUE_DIM, VALUE_LANES)
+        if key_scales is not None:
+            keys, values = widened(keys, queries.dtype), widened(values, queries.dtype)
+            key_pages = page_offsets(ids, at, BLOCK_SIZE, KEY_SCALE_STRIDES, TILE)
+            value_pages = page_offsets(ids, at, BLOCK_SIZE, VALUE_SCALE_STRIDES, TILE)
+            of_keys = load_scales(key_scales_at, key_pages, is_stored)  # [PARTS, PART_TOKENS]
+            of_values = load_scales(value_scales_at, value_pages, is_stored)
+            values = scaled_values(values, of_values)
         ids = block_ids(table, at + TILE, end, BLOCK_SIZE)
         if RELOAD_QUERIES:
             queries = tl.load(queries_at, mask=is_query[:, None] & (key_lanes < KEY_DIM), other=0.0, volatile=True)
             queries = tl.broadcast_to(queries[None], (PARTS, BLOCK_M, KEY_LANES))
         scores = tl.dot(queries, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION)
+        if key_scales is not None:
+            scores *= of_keys[:, None, :]
         scores, factor = capped(scores, scale, softcap, HAS_SOFTCAP)
         is_seen = is_stored[:, None, :]
         if BLOCK_Q > 1:
@@ -91,8 +109,14 @@ def decode_kernel(
         scores = tl.where(is_seen, scores, float("-inf"))
         maximum, old, weights = rescale(maximum, scores, factor, 2)
         total = total * old + tl.sum(weights, 2)
+        if key_scales is not None:
+            weights = scaled_weights(weights, of_values, values.dtype)
         summed = tl.dot(weights.to(values.dtype), values, summed * old[:, :, None], input_precision=PRECISION)
 
+    if key_scales is not None:
+        # As in the prefill kernel: codes need the registers in which this would wait.
+        rows += tl.load(cu_seqlens_q, volatile=True).to(tl.int32)
+        token, head, is_query = product_rows(rows, first, count, head_tile, GROUP, HEADS, BLOCK_Q)
     # The parts' softmaxes become one.
     largest = tl.max(maximum, 0)
     share = tl.exp2(maximum - largest[None, :])
