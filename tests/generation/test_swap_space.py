@@ -1,5 +1,6 @@
 """Blocks that make room are moved and brought back under `generate`: tokens stay those of dense, whatever fails."""
 
+import copy
 import errno
 import gc
 import os
@@ -13,9 +14,11 @@ from hf_paged import PagedConfig
 from hf_paged.generation import engine as engine_module
 from hf_paged.memory import swap_space
 from hf_paged.memory.swap_costs import SwapCosts
+from hf_paged.memory.swap_space import HostStore, SwapSpace
 from hf_paged.models import registry
 from support import swapping, zoo
 from support.packing import BLOCK, LENGTHS, SAMPLE, compare
+from support.parity import assert_rows_equal
 from support.prefixes import own_pair
 from support.swapping import crowds
 
@@ -211,3 +214,28 @@ def test_a_swap_space_needs_the_prefix_cache():
         PagedConfig(swap_space="1GiB", prefix_cache=False)
     with pytest.raises(ValueError, match="swap_space must be a positive number of bytes; got -1"):
         PagedConfig(swap_space=-1)
+
+
+@pytest.mark.usefixtures("always_pays")
+def test_blocks_of_a_device_go_to_host_memory_and_no_step_waits_for_it(fake_device, monkeypatch):
+    dense, paged = zoo.pair("llama")
+    paged = copy.deepcopy(paged).to(fake_device.device)  # The pair is shared by all tests.
+    swapping.configure(paged)
+    monkeypatch.setattr(swap_space, "_TIMED_EVERY", 10**6)  # The first move alone is timed, and waited for.
+    moves, waits, move = [0], [0], SwapSpace.move
+
+    def watched(self, spills, restores):
+        with fake_device.watch() as traffic:
+            moved = move(self, spills, restores)
+        moves[0], waits[0] = moves[0] + 1, waits[0] + traffic.waits
+        return moved
+
+    monkeypatch.setattr(SwapSpace, "move", watched)
+    for inputs in crowds():
+        on_device = {name: tensor.to(fake_device.device) for name, tensor in inputs.items()}
+        found = paged.generate(**on_device, **LENGTHS, do_sample=False)
+        assert_rows_equal(dense, inputs, dense.generate(**inputs, **LENGTHS, do_sample=False), found.cpu())
+    stats = hf_paged.stats(paged)
+    assert stats.restored_blocks and stats.packed_calls == len(crowds()) and not stats.gathers
+    assert isinstance(engine_of(paged)._swap_space._stores[0], HostStore) and moves[0] > 20
+    assert waits[0] == 3, "three looks at the clock in the first move"
