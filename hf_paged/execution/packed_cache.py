@@ -184,8 +184,9 @@ def _attend_latents(
     """
     storage.write(latent[0].transpose(0, 1), rope[0].transpose(0, 1), metadata.slot_mapping)
     rows = (metadata.block_tables, metadata.context_lens, metadata.cu_seqlens_q)
-    # A compiled step would be compiled again for each place of the first new row.
-    if torch.compiler.is_compiling() or metadata.new_rows is None:
+    # A compiled step would be compiled again for each place of the first new row. What a lossy format keeps is not what
+    # the layer has expanded, and later rows that find it in the prefix cache must read the same.
+    if torch.compiler.is_compiling() or metadata.new_rows is None or not storage.kv_format.is_lossless:
         return _attend_absorbed(expansion, storage, rows, query, scale, metadata.window)
     first_row, first_token, _ = metadata.new_rows
     states, key, value = (x[0, :, first_token:].transpose(0, 1) for x in (query, key, value))
