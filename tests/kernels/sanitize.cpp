@@ -1,5 +1,5 @@
 // Runs the kernels of every instruction set over edge cases in memory of exactly the right size, without torch.
-// Built with -fsanitize=address by test_kernels_sanitize.py. Exits with 1 if an output is NaN.
+// Built with -fsanitize=address by test_sanitize.py. Exits with 1 if an output is NaN.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -51,8 +51,8 @@ bool is_nan(const char* from, Dtype dtype) {
   return (bits & 0x7fffffff) > 0x7f800000;
 }
 
-bool run(const Case& c, Dtype dtype) {
-  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+bool run(const Case& c, Dtype dtype, Codes codes) {
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2, page_size = codes == Codes::kNone ? size : 1;
   int64_t width = 0, blocks = 0;
   std::vector<int64_t> lens, starts{0};
   for (const Row& row : c.rows) {
@@ -62,9 +62,13 @@ bool run(const Case& c, Dtype dtype) {
   }
   const int64_t token_words[2] = {c.key_dim, c.value_dim};
   std::vector<char> caches[2], states[2];
+  std::vector<float> scales[2];  // Of codes: NaN, as numbers are, where no token is.
   for (int i = 0; i < 2; ++i) {
-    caches[i].resize(blocks * c.num_kv_heads * c.block_size * token_words[i] * size);
-    for (size_t at = 0; at < caches[i].size(); at += size) put(&caches[i][at], dtype, NAN);
+    caches[i].resize(blocks * c.num_kv_heads * c.block_size * token_words[i] * page_size, 0x7f);
+    if (codes == Codes::kNone)
+      for (size_t at = 0; at < caches[i].size(); at += size) put(&caches[i][at], dtype, NAN);
+    else
+      scales[i].resize(blocks * c.num_kv_heads * c.block_size, NAN);
     states[i].resize(c.num_kv_heads * token_words[i] * size);
     for (size_t at = 0; at < states[i].size(); at += size) put(&states[i][at], dtype, at / size % 3 ? 0.5f : -0.5f);
   }
@@ -76,14 +80,18 @@ bool run(const Case& c, Dtype dtype) {
       if (token % c.block_size == 0) block = --next;
       const int64_t slot = block * c.block_size + token % c.block_size;
       std::vector<Write> writes;
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i) {
         writes.push_back({states[i].data(),
                           {0, token_words[i], 1},
                           caches[i].data(),
                           c.num_kv_heads,
                           c.block_size,
                           token_words[i],
-                          size});
+                          page_size});
+        if (codes == Codes::kNone) continue;
+        writes[i].store = codes_in_use()[int(codes)].store;
+        writes[i].dtype = dtype, writes[i].scales = scales[i].data(), writes[i].is_rotated = i == 0;
+      }
       const int64_t padding = -1;
       write_tokens(writes.data(), 2, &padding, 1, in_threads);
       write_tokens(writes.data(), 2, &slot, 1, in_threads);
@@ -97,8 +105,8 @@ bool run(const Case& c, Dtype dtype) {
                             query.data(),
                             {c.num_heads * c.key_dim, c.key_dim, 1},
                             out.data(),
-                            {caches[0].data(), c.num_kv_heads * key_head, key_head, c.key_dim},
-                            {caches[1].data(), c.num_kv_heads * value_head, value_head, c.value_dim},
+                            {caches[0].data(), c.num_kv_heads * key_head, key_head, c.key_dim, scales[0].data()},
+                            {caches[1].data(), c.num_kv_heads * value_head, value_head, c.value_dim, scales[1].data()},
                             tables.data(),
                             width,
                             lens.data(),
@@ -110,8 +118,9 @@ bool run(const Case& c, Dtype dtype) {
                             0.3f,
                             c.window,
                             c.softcap ? 2.0f : 0.0f,
-                            c.sinks ? sinks.data() : nullptr};
-  attend(attention, work_in_use()[int(dtype)], 2, in_threads);
+                            c.sinks ? sinks.data() : nullptr,
+                            codes};
+  attend(attention, codes == Codes::kNone ? work_in_use()[int(dtype)] : codes_in_use()[int(codes)].work, 2, in_threads);
   for (size_t at = 0; at < out.size(); at += size)
     if (is_nan(&out[at], dtype)) return false;
   return true;
@@ -129,15 +138,17 @@ int main() {
         for (int64_t window : {INT64_MAX, int64_t(7)})
           cases.push_back({6, 2, dims.first, dims.second, block_size, rows, window, window == 7, dims.first == 20});
   cases.push_back({200, 1, 32, 32, 16, mixed, INT64_MAX, false, true});
+  cases.push_back({7, 1, 129, 130, 16, mixed, INT64_MAX, false, false});
   std::istringstream isas(hf_paged_isas());
   for (std::string isa; isas >> isa;) {
     hf_paged_use_isa(isa.c_str());
     for (size_t i = 0; i < cases.size(); ++i)
       for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
-        if (!run(cases[i], dtype)) {
-          printf("NaN in case %zu, dtype %d, %s\n", i, int(dtype), isa.c_str());
-          return 1;
-        }
-    printf("%s: %zu cases\n", isa.c_str(), 3 * cases.size());
+        for (Codes codes : {Codes::kNone, Codes::kInt8, Codes::kFloat8})
+          if (!run(cases[i], dtype, codes)) {
+            printf("NaN in case %zu, dtype %d, codes %d, %s\n", i, int(dtype), int(codes), isa.c_str());
+            return 1;
+          }
+    printf("%s: %zu cases\n", isa.c_str(), 9 * cases.size());
   }
 }
