@@ -1,5 +1,5 @@
 // Runs the kernels of every instruction set over edge cases in memory of exactly the right size, without torch.
-// Built with -fsanitize=address by test_kernels_sanitize.py. Exits with 1 if an output is NaN.
+// Built with -fsanitize=address by test_sanitize.py. Exits with 1 if an output is NaN.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -78,8 +78,8 @@ bool run_latents(const Attention& rows, int64_t tokens) {
   return !has_nan(out, rows.dtype);
 }
 
-bool run(const Case& c, Dtype dtype) {
-  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+bool run(const Case& c, Dtype dtype, Codes codes) {
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2, page_size = codes == Codes::kNone ? size : 1;
   int64_t width = 0, blocks = 0;
   std::vector<int64_t> lens, starts{0};
   for (const Row& row : c.rows) {
@@ -89,9 +89,13 @@ bool run(const Case& c, Dtype dtype) {
   }
   const int64_t token_words[2] = {c.key_dim, c.value_dim};
   std::vector<char> caches[2], states[2];
+  std::vector<float> scales[2];  // Of codes: NaN, as numbers are, where no token is.
   for (int i = 0; i < 2; ++i) {
-    caches[i].resize(blocks * c.num_kv_heads * c.block_size * token_words[i] * size);
-    for (size_t at = 0; at < caches[i].size(); at += size) put(&caches[i][at], dtype, NAN);
+    caches[i].resize(blocks * c.num_kv_heads * c.block_size * token_words[i] * page_size, 0x7f);
+    if (codes == Codes::kNone)
+      for (size_t at = 0; at < caches[i].size(); at += size) put(&caches[i][at], dtype, NAN);
+    else
+      scales[i].resize(blocks * c.num_kv_heads * c.block_size, NAN);
     states[i].resize(c.num_kv_heads * token_words[i] * size);
     for (size_t at = 0; at < states[i].size(); at += size) put(&states[i][at], dtype, at / size % 3 ? 0.5f : -0.5f);
   }
@@ -103,14 +107,18 @@ bool run(const Case& c, Dtype dtype) {
       if (token % c.block_size == 0) block = --next;
       const int64_t slot = block * c.block_size + token % c.block_size;
       std::vector<Write> writes;
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i) {
         writes.push_back({states[i].data(),
                           {0, token_words[i], 1},
                           caches[i].data(),
                           c.num_kv_heads,
                           c.block_size,
                           token_words[i],
-                          size});
+                          page_size});
+        if (codes == Codes::kNone) continue;
+        writes[i].store = codes_in_use()[int(codes)].store;
+        writes[i].dtype = dtype, writes[i].scales = scales[i].data(), writes[i].is_rotated = i == 0;
+      }
       const int64_t padding = -1;
       write_tokens(writes.data(), 2, &padding, 1, in_threads);
       write_tokens(writes.data(), 2, &slot, 1, in_threads);
@@ -124,8 +132,8 @@ bool run(const Case& c, Dtype dtype) {
                             query.data(),
                             {c.num_heads * c.key_dim, c.key_dim, 1},
                             out.data(),
-                            {caches[0].data(), c.num_kv_heads * key_head, key_head, c.key_dim},
-                            {caches[1].data(), c.num_kv_heads * value_head, value_head, c.value_dim},
+                            {caches[0].data(), c.num_kv_heads * key_head, key_head, c.key_dim, scales[0].data()},
+                            {caches[1].data(), c.num_kv_heads * value_head, value_head, c.value_dim, scales[1].data()},
                             tables.data(),
                             width,
                             lens.data(),
@@ -137,10 +145,11 @@ bool run(const Case& c, Dtype dtype) {
                             0.3f,
                             c.window,
                             c.softcap ? 2.0f : 0.0f,
-                            c.sinks ? sinks.data() : nullptr};
-  if (c.num_kv_heads == 1 && !run_latents(attention, tokens)) return false;
+                            c.sinks ? sinks.data() : nullptr,
+                            codes};
+  if (c.num_kv_heads == 1 && codes == Codes::kNone && !run_latents(attention, tokens)) return false;
   if (c.key_dim > 256) return true;
-  attend(attention, work_in_use()[int(dtype)], 2, in_threads);
+  attend(attention, codes == Codes::kNone ? work_in_use()[int(dtype)] : codes_in_use()[int(codes)].work, 2, in_threads);
   return !has_nan(out, dtype);
 }
 
@@ -159,15 +168,17 @@ int main() {
   for (const auto& rows : {decode, mixed})
     for (const auto& dims : {std::pair<int, int>{512, 64}, {20, 40}, {1, 3}})
       cases.push_back({7, 1, dims.first, dims.second, 16, rows, dims.first == 20 ? 7 : INT64_MAX, false, false});
+  cases.push_back({7, 1, 129, 130, 16, mixed, INT64_MAX, false, false});
   std::istringstream isas(hf_paged_isas());
   for (std::string isa; isas >> isa;) {
     hf_paged_use_isa(isa.c_str());
     for (size_t i = 0; i < cases.size(); ++i)
       for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
-        if (!run(cases[i], dtype)) {
-          printf("NaN in case %zu, dtype %d, %s\n", i, int(dtype), isa.c_str());
-          return 1;
-        }
-    printf("%s: %zu cases\n", isa.c_str(), 3 * cases.size());
+        for (Codes codes : {Codes::kNone, Codes::kInt8, Codes::kFloat8})
+          if (!run(cases[i], dtype, codes)) {
+            printf("NaN in case %zu, dtype %d, codes %d, %s\n", i, int(dtype), int(codes), isa.c_str());
+            return 1;
+          }
+    printf("%s: %zu cases\n", isa.c_str(), 9 * cases.size());
   }
 }

@@ -12,6 +12,7 @@ from support.op_matrix import (
     CODES,
     HEADS,
     IMPLEMENTATIONS,
+    ISAS,
     OPTIONS,
     SLOTS,
     assert_accurate,
@@ -260,6 +261,91 @@ def test_long_rows_of_quantized_pages(kernels, codes):
             check_quantized(kernels, batch, (6, 2), codes, dtype, 64, (64, 64))
         for heads in ((7, 1), (17, 1), (32, 8)):
             check_quantized(kernels, [(40, 1), (21, 3)], heads, codes, dtype, 4, (32, 32))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_windows_and_groups_of_quantized_pages(kernels, codes):
+    """Windows that begin inside a chunk, groups that fill no vector, heads that fill no line."""
+    for dtype in DTYPES[:2]:
+        check_quantized(kernels, [(1700, 1), (1024, 1)], (6, 2), codes, dtype, 16, (64, 64), 0.125, {"window": 1100})
+        for num_heads in (1, 2, 3, 5, 6, 8):
+            check_quantized(kernels, [(70, 1), (67, 3)], (num_heads, 1), codes, dtype, dims=(64, 64), scale=0.125)
+        for dims in ((48, 33), (33, 65), (129, 130), (192, 128)):
+            check_quantized(kernels, [(70, 1), (67, 3)], (3, 1), codes, dtype, dims=dims, scale=dims[0] ** -0.5)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("queries", [1, 2])
+def test_every_code_is_read(kernels, codes, queries):
+    """A token seen alone gives its value: subnormal codes of float8 and the ends of int8 included."""
+    every = torch.arange(256, dtype=torch.uint8).view(codes)
+    every = torch.where(every.float().isnan(), torch.zeros(256, dtype=torch.uint8), every.view(torch.uint8)).view(codes)
+    pages = [torch.zeros(1, 1, 4, 256, dtype=torch.uint8).view(codes) for _ in range(2)]
+    pages[1][0, 0, 0] = every
+    scales = [torch.full((1, 1, 4, 1), 0.37) for _ in range(2)]
+    rows = torch.zeros(1, 1, dtype=torch.long), torch.tensor([queries]), torch.tensor([0, queries])
+    query = torch.randn(queries, 1, 256)
+    got = kernels.paged_attention(query, *pages, *rows, 0.1, None, None, None, *scales)
+    torch.testing.assert_close(got[0, 0], every.float() * 0.37, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_zeros_and_outliers_in_quantized_pages(kernels, codes):
+    """Vectors of zeros have a scale of zero; one value may be a thousand times the others."""
+    for dtype in DTYPES:
+        for queries in (1, 3):
+            (query, keys, values, *rows), _ = make_pages([(90, queries), (40, queries)], (6, 2), 16, dtype, 64, 64)
+            tables = rows[0]
+            query[0, :2] = 0
+            keys[tables[0, 1]] = 0
+            values[tables[0, 2], :, 3] *= 1000
+            values[tables[1, :3]] = 0
+            pages, scales = quantized_pages((keys, values), codes)
+            got = kernels.paged_attention(query, *pages, *rows, 0.125, **scales)
+            assert not got[queries:].any()
+            assert_accurate(got, exact((query, *pages, *rows), 0.125, **scales))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_quantized_value_that_is_not_finite_is_seen(kernels, codes, queries):
+    """As dense attention with it would be NaN: in its head, in its row."""
+    for dtype in DTYPES[:2]:
+        (query, keys, values, *rows), _ = make_pages([(40, queries), (40, queries)], (4, 2), 16, dtype, 64, 64)
+        values[rows[0][1, 1], 1, 5, 7] = float("inf")
+        pages, scales = quantized_pages((keys, values), codes)
+        got = kernels.paged_attention(query, *pages, *rows, 0.125, **scales)
+        assert got[queries:, 2:].isnan().all() and got[:queries].isfinite().all() and got[queries:, :2].isfinite().all()
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_values_are_rounded_as_torch_rounds_them(kernels, codes):
+    """Bit for bit, of any size and from any strides, on several threads: no code is one off without a reason."""
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(3, 64, 1500, generator=generator) ** 5).permute(2, 0, 1)
+    pages = [torch.zeros(94, 3, 16, 64, dtype=codes) for _ in range(2)] + [torch.zeros(94, 3, 16, 1) for _ in range(2)]
+    slots = torch.randperm(94 * 16, generator=generator)[:1500]
+    kernels.write_kv(values, values, *pages[:2], slots, *pages[2:])
+    expected = quantize(values, codes)
+    for page, wanted in zip(pages[1::2], expected):
+        got = page.transpose(1, 2).flatten(0, 1)[slots]
+        assert torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_quantized_calls_run_in_the_kernels(isa, codes):
+    """A call that went to torch would gather and dequantise its context: right, and many times slower."""
+    for dtype in DTYPES:
+        (query, keys, values, *rows), _ = make_pages([(20, 1), (9, 3)], (4, 2), 16, dtype, 32, 24)
+        pages, scales = quantized_pages((keys, values), codes)
+        new = [torch.randn(4, 2, dim, dtype=dtype) for dim in (32, 24)]
+        with implementation(isa) as kernels, torch.profiler.profile() as profile:
+            kernels.write_and_attend(
+                query, *new, *pages, torch.arange(4), *rows, 0.3, None, None, None, *scales.values()
+            )
+        names = {event.name for event in profile.events()}
+        assert "hf_paged::write_and_attend" in names and not any(name.endswith("_torch") for name in names)
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)

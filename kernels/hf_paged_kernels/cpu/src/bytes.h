@@ -20,19 +20,21 @@ inline int parts_for(Dtype dtype) { return dtype == Dtype::kFloat32 ? 3 : 2; }
 template <>
 inline constexpr bool kInBytes<int8_t> = true;
 
-// sums + a . b, of words of four bytes, unsigned in `a`, signed in `b`. For the intrinsics GCC copies each sum to memory.
+// sums + a . b, of words of four bytes, unsigned in `a`, signed in `b`. For its intrinsic GCC copies each sum to
+// memory.
 inline __m512i add_dots(__m512i sums, __m512i a, __m512i b) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
   return sums;
 }
-// The same with one word of `b` for all.
+// The same with one word for all of `b`.
 inline __m512i add_dots(__m512i sums, __m512i a, const int32_t* b) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*b));
   return sums;
 }
 
-// A query as signed bytes [parts][words * 4], the first part counting 128 times the next one's steps. Keys are biased by
-// 128 to be unsigned; `starts` takes that from the sums of each part. Returns the size of a step of the last part.
+// A query as signed bytes [parts][words * 4], each part counting 128 times as much as the next. Keys are biased by 128
+// to be unsigned: a part's sums begin at what takes that from them, its `starts`. Returns the size of the last part's
+// steps.
 inline float split_query(const float* query, int dim, int parts, int32_t* bytes, int32_t* starts) {
   const int words = padded(dim) / 4;
   const float steps = parts == 3 ? 127 * 128 * 128 : 127 * 128, most = largest_size(query, dim);

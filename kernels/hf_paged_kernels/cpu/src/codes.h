@@ -1,5 +1,8 @@
 // Numbers become codes with a scale for each vector, as quantized.py says. Include after a vector_*.h.
 #pragma once
+#include <cstring>
+#include <type_traits>
+
 #include "copy.h"
 #include "rotate.h"
 

@@ -137,13 +137,16 @@ class Decoder {
   void score_lanes(const Tile<T>& tile, const Tile<T>& ahead) {
     int h = 0;
     for (; h + 4 <= group_; h += 4) score_heads<4>(tile, ahead, h);
+    // Codes are widened once for three heads; other keys cost no more when they are loaded twice.
+    if constexpr (kIsCode<T>)
+      if (h + 3 == group_) return score_heads<3>(tile, ahead, h);
     if (h + 2 <= group_) score_heads<2>(tile, ahead, h), h += 2;
     if (h < group_) score_heads<1>(tile, ahead, h);
   }
 
   template <int kHeads>
   void score_heads(const Tile<T>& tile, const Tile<T>& ahead, int head) {
-    constexpr int kTokens = kLanes / kHeads;
+    constexpr int kTokens = kScoreTokens<kHeads>;
     const Query* queries = queries_ + head * key_stride_;
     for (int t = 0; t < tile.tokens; t += kTokens) {
       const Vec scores =

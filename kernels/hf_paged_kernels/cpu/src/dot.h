@@ -48,14 +48,20 @@ struct Dot<bfloat16> {
 };
 #endif
 
-// Scores of kHeads queries over kLanes / kHeads tokens, [kHeads, kLanes / kHeads] in one vector. While at
-// it, brings the lines of `ahead`, as many other keys, near if kPrefetch.
+// The tokens whose scores for kHeads queries fill a vector; three queries leave a quarter of it.
+template <int kHeads>
+constexpr int kScoreTokens = kLanes / (kHeads == 3 ? 4 : kHeads);
+
+// Scores of kHeads queries over kScoreTokens tokens, [kHeads, kScoreTokens] in one vector. While at it, brings the
+// lines of `ahead`, as many other keys, near if kPrefetch.
 template <class T, int kHeads, bool kPrefetch>
 inline Vec scores_of(const T* const* keys, const T* const* ahead, const typename Dot<T>::Query* queries, int stride,
                      int dim) {
-  constexpr int kTokens = kLanes / kHeads, kStep = kTokens < 4 ? kTokens : 4;
+  constexpr int kTokens = kScoreTokens<kHeads>, kStep = kTokens < 4 ? kTokens : 4;
   const int whole = dim / kPairLanes * kPairLanes;
   Vec sums[kLanes];
+#pragma GCC unroll 4
+  for (int i = kHeads * kTokens; i < kLanes; ++i) sums[i] = splat(0);
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; t += kStep) {
     Vec part[kHeads * kStep];

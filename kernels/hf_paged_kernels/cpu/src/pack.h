@@ -6,7 +6,7 @@
 namespace hf_paged {
 namespace HF_PAGED_ISA {
 
-// Keys, queries, values and weights are multiplied as bytes.
+// Codes are packed as bytes, which the scales of keys and values are no part of: they go on scores and weights.
 template <class Packing>
 constexpr bool kPacksBytes = false;
 
@@ -63,12 +63,12 @@ struct Pack {
   }
 };
 
-// Codes as the floats that they stand for, in their order.
+// Codes as the floats that they stand for, in their order. Scales are in units of kUnit.
 template <class P>
 struct CodePack : Pack<float> {
   using Pack<float>::row;  // Of queries.
   static void row(const P* from, float scale, int dim, float* to) {
-    const Vec unit = splat(scale * kUnit<P>);
+    const Vec unit = splat(scale);
     const auto keep_pair = [&](int d, Pair pair) { keep(to + d, {pair.a * unit, pair.b * unit}); };
     int d = 0;
     for (; d + kPairLanes <= dim; d += kPairLanes) keep_pair(d, load_pair(from + d));

@@ -1,5 +1,5 @@
-// Packing of int8 codes for prefill in dot products of bytes. Queries become integers of two signed bytes, weights times
-// value scales of two unsigned ones: more than half precision holds. Products and sums are exact.
+// Packing of int8 codes for prefill by dot products of bytes, which are exact. Queries become integers of two signed
+// bytes, weights times value scales of two unsigned ones: more than half precision holds.
 #pragma once
 #include "bytes.h"
 #include "pack_bf16.h"
@@ -10,8 +10,8 @@ namespace HF_PAGED_ISA {
 // Words of four bytes, unsigned in `a`, signed in `b`; the sums are integers.
 struct BiasedMul {
   static Vec add(Vec sum, Vec a, Vec b) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return sum;
+    return _mm512_castsi512_ps(
+        add_dots(_mm512_castps_si512(sum), _mm512_castps_si512(a), _mm512_castps_si512(b)));
   }
 };
 
@@ -23,10 +23,6 @@ HF_PAGED_INLINE inline void shift_left(Vec (&sums)[kBlockRows][kVecs]) {
     for (int j = 0; j < kVecs; ++j)
       sums[i][j] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(sums[i][j]), kBits));
 }
-
-struct BytePack;
-template <>
-inline constexpr bool kPacksBytes<BytePack> = true;
 
 struct BytePack {
   using Mul = BiasedMul;                       // Of keys and queries; values and weights are multiplied in `start`.
@@ -67,8 +63,9 @@ struct BytePack {
     }
   }
 
-  static void scale_scores(float* scores, Vec steps) {
-    store(scores, _mm512_cvtepi32_ps(_mm512_castps_si512(load(scores))) * steps);
+  // Sums of products become scores.
+  static void scale_scores(float* sums, Vec steps) {
+    store(sums, _mm512_cvtepi32_ps(_mm512_castps_si512(load(sums))) * steps);
   }
 
   // Bytes of four tokens [kTileKeys / 4, stride].
@@ -77,7 +74,10 @@ struct BytePack {
       for (int d = 0; d < dim; d += 64) {
         __m512i v[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) v[i] = _mm512_maskz_loadu_epi8(from[t + i] ? first_bytes(dim - d) : 0, from[t + i] + d);
+        for (int i = 0; i < 4; ++i) {
+          const __mmask64 mask = from[t + i] ? first_bytes(dim - d) : 0;
+          v[i] = _mm512_maskz_loadu_epi8(mask, from[t + i] + d);
+        }
         interleave(v);
         const __m512i low01 = _mm512_shuffle_i32x4(v[0], v[1], 0x44), high01 = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
         const __m512i low23 = _mm512_shuffle_i32x4(v[2], v[3], 0x44), high23 = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
@@ -90,10 +90,10 @@ struct BytePack {
   }
 
   // Those of four tokens, in place of their scores: the upper bytes in row 0, the lower ones in row 1.
-  static void weights(const Vec (&of)[4], Vec steps, const float* scales, float* at, int stride) {
+  static void weights(const Vec (&of)[4], Vec steps, float* at, int stride) {
     __m512i whole[4];
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) whole[t] = _mm512_cvtps_epi32(of[t] * splat(scales[t]) * steps);
+    for (int t = 0; t < 4; ++t) whole[t] = _mm512_cvtps_epi32(of[t] * steps);
     const __m512i low = _mm512_packus_epi32(whole[0], whole[1]), high = _mm512_packus_epi32(whole[2], whole[3]);
     const __m512i byte = _mm512_set1_epi16(0xff);
     const __m512i upper = _mm512_packus_epi16(_mm512_srli_epi16(low, 8), _mm512_srli_epi16(high, 8));
@@ -102,10 +102,11 @@ struct BytePack {
     _mm512_storeu_si512(at + stride, side_by_side(lower));
   }
 
-  // The block of acc at `row`, `column`, `words` words of weights and values multiplied.
+  // The block of acc at `row`, `column` with the weighted values of `tokens` tokens.
   template <int kVecs>
   HF_PAGED_INLINE static void start(Vec (&sums)[kBlockRows][kVecs], const ValueProduct& product, int row, int column,
-                                    int words) {
+                                    int tokens) {
+    const int words = (tokens + 3) / 4;
     const Columns values{product.values + row, product.value_stride};
     set_zero(sums);
     add_product<ByteMul>(sums, values, product.weights + column, 4 * product.stride, words);
@@ -121,6 +122,9 @@ struct BytePack {
       }
   }
 };
+
+template <>
+inline constexpr bool kPacksBytes<BytePack> = true;
 
 }  // namespace HF_PAGED_ISA
 }  // namespace hf_paged

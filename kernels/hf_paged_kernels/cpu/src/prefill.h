@@ -104,14 +104,9 @@ class Prefiller {
   }
 
   void find_scales(const PrefillTile& tile, int kv_head, const KeyTile& keys) {
-    read_scales(a_, a_.block_tables + tile.row * a_.table_stride, kv_head, keys.start, keys.tokens, kTileKeys, 1,
-                key_scales_, value_scales_);
-    if constexpr (kBytes) {
-      // Weights take shares of the largest scale.
-      value_scale_ = largest_size(value_scales_, kTileKeys);
-      const float shares = value_scale_ == 0 ? 1 : value_scale_;
-      for (int t = 0; t < kTileKeys; ++t) value_scales_[t] /= shares;
-    }
+    read_scales(a_, a_.block_tables + tile.row * a_.table_stride, kv_head, keys.start, keys.tokens, kTileKeys,
+                kUnit<T>, key_scales_, value_scales_);
+    if constexpr (kBytes) value_scale_ = largest_size(value_scales_, kTileKeys);
   }
 
   void find(const PrefillTile& tile, int kv_head, int64_t start, KeyTile& found) const {
@@ -139,11 +134,12 @@ class Prefiller {
     const int num_rows = (tile.tokens + kBlockRows - 1) / kBlockRows * kBlockRows;
     for (int t = tile.tokens; t < num_rows; ++t) rows[t] = zeros;
     if constexpr (kBytes) {
-      const int words = words_ / 2;
+      const int words = words_ / 2;  // Of a key, and of each byte of a query's numbers.
+      const float* lower = queries_ + words * stride_;
       const auto start = [&](auto& sums, int row, int column) HF_PAGED_INLINE {
         Packing::start_scores(sums, Rows{rows}.from(row), queries_, starts_, stride_, words, column);
       };
-      multiply<Mul>(Rows{rows}, queries_ + words * stride_, stride_, num_rows, columns_, words, scores_, stride_, start);
+      multiply<Mul>(Rows{rows}, lower, stride_, num_rows, columns_, words, scores_, stride_, start);
     } else {
       multiply<Mul>(Rows{rows}, queries_, stride_, num_rows, columns_, words_, scores_, stride_,
                     [](auto& sums, int, int) HF_PAGED_INLINE { set_zero(sums); });
@@ -170,9 +166,9 @@ class Prefiller {
       const Vec factors = exp2(before - largest), shift = splat(0) - largest;
       Vec rest_scale = splat(0);
       if (Packing::kRestSteps > 0) {
-        const Vec most = exp2(of_tile - largest);
+        const Vec most = exp2(of_tile - largest) * splat(kBytes ? value_scale_ : 1);
         rest_scale = splat(Packing::kRestSteps) / most;
-        store(rest_scales_ + row, most * splat((kBytes ? value_scale_ : 1) / Packing::kRestSteps));
+        store(rest_scales_ + row, most * splat(1 / Packing::kRestSteps));
       }
       Vec sums[4] = {splat(0), splat(0), splat(0), splat(0)};
       for (int t = 0; t < kTileKeys; t += 4) {
@@ -182,11 +178,9 @@ class Prefiller {
         for (int i = 0; i < 4; ++i) {
           weights[i] = exp2(fma(load(at + i * stride_), factor, shift));
           sums[i] = sums[i] + weights[i];
+          if constexpr (kBytes) weights[i] = weights[i] * splat(value_scales_[t + i]);
         }
-        if constexpr (kBytes)
-          Packing::weights(weights, rest_scale, value_scales_ + t, at, stride_);
-        else
-          Packing::weights(weights, rest_scale, at, stride_);
+        Packing::weights(weights, rest_scale, at, stride_);
       }
       store(max_ + row, largest), store(factors_ + row, factors);
       // A tile is summed by itself: beside all that came before, small weights would be rounded away one by one.
@@ -236,7 +230,7 @@ class Prefiller {
         prefetch(ahead.values[next], a_.values.head_dim * sizeof(T));
       }
       if constexpr (kBytes)
-        Packing::start(sums, product, row, column, (tile.tokens + 3) / 4);
+        Packing::start(sums, product, row, column, tile.tokens);
       else
         Packing::start(sums, product, row, column);
     };
@@ -274,8 +268,8 @@ class Prefiller {
   float* places_;                 // [stride]; a query's place in the tile.
   // Where keys and values are codes: the scales of the tile's tokens.
   float key_scales_[kTileKeys], value_scales_[kTileKeys];
-  // Where these are multiplied as bytes: the largest scale of the values; of each query, the size of its steps and what
-  // the sums of its bytes start at.
+  // Where these are packed as bytes: the largest scale of the values; of each query, the size of its steps and what the
+  // sums of its bytes start at.
   float value_scale_;
   float *query_steps_, *starts_[2];  // [stride]
 };

@@ -1,5 +1,8 @@
 // The rotation of keys that are stored as codes, and of their queries: see quantized.py. Include after a vector_*.h.
 #pragma once
+#include <cmath>
+
+#include "attention.h"
 
 namespace hf_paged {
 namespace HF_PAGED_ISA {

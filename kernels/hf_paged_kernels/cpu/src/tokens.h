@@ -29,15 +29,19 @@ inline void read_scales(const Attention& a, const int64_t* table, int kv_head, i
   int64_t index = start / a.block_size, offset = start % a.block_size;
   for (int t = 0; t < tokens; ++index, offset = 0) {
     const int64_t first = (table[index] * a.num_kv_heads + kv_head) * a.block_size;
-    for (; offset < a.block_size && t < tokens; ++offset, ++t) {
-      of_keys[t] = a.keys.scales[first + offset] * unit;
-      of_values[t] = a.values.scales[first + offset] * unit;
+    const float *keys = a.keys.scales + first, *values = a.values.scales + first;
+    for (; offset + kLanes <= a.block_size && t + kLanes <= tokens; offset += kLanes, t += kLanes) {
+      store(of_keys + t, load(keys + offset) * splat(unit));
+      store(of_values + t, load(values + offset) * splat(unit));
     }
+    for (; offset < a.block_size && t < tokens; ++offset, ++t)
+      of_keys[t] = keys[offset] * unit, of_values[t] = values[offset] * unit;
   }
   for (int t = tokens; t < most; ++t) of_keys[t] = of_values[t] = 0;
 }
 
-HF_PAGED_INLINE inline void prefetch_scales(const Attention& a, const int64_t* table, int kv_head, int64_t start, int tokens) {
+HF_PAGED_INLINE inline void prefetch_scales(const Attention& a, const int64_t* table, int kv_head, int64_t start,
+                                            int tokens) {
   int64_t index = start / a.block_size, offset = start % a.block_size;
   for (int64_t left = tokens; left > 0; ++index, offset = 0) {
     const int64_t count = left < a.block_size - offset ? left : a.block_size - offset;
