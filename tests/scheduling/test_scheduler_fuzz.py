@@ -43,10 +43,11 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         window=st.integers(1, 9),
         token_budget=st.integers(1, 12),
+        row_budget=st.none() | st.integers(1, 6),
         cache_blocks=st.integers(0, 20),
         policy=st.sampled_from([LeastRecentlyUsed, AnyBlock]),
     )
-    def begin(self, budgets, slack, block_size, window, token_budget, cache_blocks, policy):
+    def begin(self, budgets, slack, block_size, window, token_budget, row_budget, cache_blocks, policy):
         self.groups = [
             FakeGroup(total, length, total + slack, block_size, policy(), layer)
             for layer, (total, length) in enumerate(zip(budgets, (None, window)))
@@ -54,7 +55,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         for group in self.groups:
             group.blocks.cache_blocks = cache_blocks
         self.buffers = StepBuffers(torch.device("cpu"))
-        self.scheduler = Scheduler(self.groups, token_budget)
+        self.scheduler = Scheduler(self.groups, token_budget, row_budget=row_budget)
         self.tokens: dict[Request, list[int]] = {}  # Of every row, in order of arrival.
         self.limits: dict[Request, int] = {}
         self.sampling: dict[Request, None] = {}
@@ -161,6 +162,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         arrivals = {row: number for number, row in enumerate(self.tokens)}
         assert rows == sorted(set(rows), key=arrivals.get)
         assert sum(chunk.end - chunk.start for chunk in step.chunks) <= self.scheduler.token_budget
+        assert len(step.chunks) <= self.scheduler.row_budget
         assert not any(map(self.waits, rows)) and set(rows) <= set(self.scheduler.running)
         for chunk in step.chunks:
             length = len(self.tokens[chunk.request]) + chunk.request.runs_ahead
