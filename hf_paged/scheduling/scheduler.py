@@ -303,8 +303,9 @@ class Scheduler:
         underway: set[bytes] = set()
         for chunk in step.chunks:
             underway.update(self.prefix.completed_hashes(chunk.request, chunk.start, chunk.end))
+        rows = sum(not request.is_sampling for request in self.running)  # Those that sample may take their time.
         for request in list(self.waiting):
-            if left == 0 or len(step.chunks) >= self.row_budget or len(self.running) >= self.row_budget:
+            if left == 0 or rows >= self.row_budget:
                 break
             if request.is_sampling:  # Preempted meanwhile. Its call may be slow: the others go on.
                 continue
@@ -321,6 +322,7 @@ class Scheduler:
                 continue
             self.prefix.take(request, hit)
             self._move(request, RequestState.RUNNING)
+            rows += 1
             count = self._run(request, left, step, may_exceed_budget)
             left -= count
             underway.update(self.prefix.completed_hashes(request, request.num_stored, request.num_stored + count))

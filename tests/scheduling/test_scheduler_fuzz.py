@@ -50,11 +50,12 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         window=st.integers(1, 9),
         token_budget=st.integers(1, 12),
+        row_budget=st.none() | st.integers(1, 6),
         cache_blocks=st.integers(0, 20),
         policy=st.sampled_from([LeastRecentlyUsed, AnyBlock]),
         swap_blocks=st.one_of(st.none(), st.tuples(st.integers(1, 12), st.integers(1, 12))),
     )
-    def begin(self, budgets, slack, block_size, window, token_budget, cache_blocks, policy, swap_blocks):
+    def begin(self, budgets, slack, block_size, window, token_budget, row_budget, cache_blocks, policy, swap_blocks):
         self.groups = [
             FakeGroup(total, length, total + slack, block_size, policy(), layer)
             for layer, (total, length) in enumerate(zip(budgets, (None, window)))
@@ -64,7 +65,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         self.buffers = StepBuffers(torch.device("cpu"))
         self.costs = SimpleNamespace(spilling_pays=True, restoring_pays=True)
         tier = None if swap_blocks is None else SwapTier(swap_blocks, self.costs)
-        self.scheduler = Scheduler(self.groups, token_budget, None, tier)
+        self.scheduler = Scheduler(self.groups, token_budget, None, tier, row_budget)
         self.engine = SimpleNamespace(
             scheduler=self.scheduler,
             block_pools=[group.blocks for group in self.groups],
@@ -228,6 +229,7 @@ class SchedulerAgainstDictionaries(RuleBasedStateMachine):
         arrivals = {row: number for number, row in enumerate(self.tokens)}
         assert rows == sorted(set(rows), key=arrivals.get)
         assert sum(chunk.end - chunk.start for chunk in step.chunks) <= self.scheduler.token_budget
+        assert len(step.chunks) <= self.scheduler.row_budget
         assert not any(map(self.waits, rows)) and set(rows) <= set(self.scheduler.running)
         for chunk in step.chunks:
             length = len(self.tokens[chunk.request]) + chunk.request.runs_ahead
