@@ -120,6 +120,8 @@ _ATTRIBUTES = {
 _WORDS = {
     ("transformers.masking_utils", "and_masks"): ["and_mask", "mask_functions"],
     ("transformers.modeling_utils", "PreTrainedModel._set_gradient_checkpointing"): ["_gradient_checkpointing_func"],
+    ("transformers.modeling_utils", "PreTrainedModel._initialize_weights"): ["_is_hf_initialized"],
+    ("transformers.configuration_utils", "PreTrainedConfig.__post_init__"): ["_name_or_path"],
     ("transformers.masking_utils", "sliding_window_overlay"): ["inner_mask", "sliding_window"],
     ("transformers.generation.utils", "GenerationMixin._prepare_special_tokens"): ["_pad_token_tensor"],
     ("transformers.generation.utils", "GenerationMixin._prepare_cache_for_generation"): ["_is_user_defined"],
@@ -129,7 +131,7 @@ _WORDS = {
     ("torch.nn", "Module.register_forward_hook"): ["_forward_hooks"],
     ("torch.nn", "Module.register_forward_pre_hook"): ["_forward_pre_hooks"],
     ("torch._dynamo.eval_frame", "_TorchDynamoContext.__init__"): ["callback"],
-    ("accelerate.hooks", "add_hook_to_module"): ["_hf_hook"],
+    ("accelerate.hooks", "add_hook_to_module"): ["_hf_hook", "_old_forward"],
     ("torch._dynamo.eval_frame", "_create_delayed_compile_callback"): ["_torchdynamo_orig_backend"],
 }
 

@@ -242,6 +242,16 @@ def is_hooked_by_accelerate(module: torch.nn.Module) -> bool:
     return "_hf_hook" in vars(module)
 
 
+ATTRIBUTES_OF_ACCELERATE = frozenset({"_hf_hook", "_old_forward", "forward"})
+"""What accelerate's hook sets on a module. It moves what the module computes with, and changes no result."""
+
+LOADING_MARK = "_is_hf_initialized"
+"""The attribute with which ``from_pretrained`` and ``_init_weights`` mark what is loaded or initialised."""
+
+CONFIG_SOURCE = "_name_or_path"
+"""The field of a config's dictionary that says where the model was loaded from."""
+
+
 def _is_made_by(function: Callable, qualname: str) -> bool:
     if isinstance(function, functools.partial):
         return False

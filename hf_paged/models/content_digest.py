@@ -17,18 +17,22 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_paged.compat.torch import is_wrapper_subclass, module_parts
-from hf_paged.compat.transformers import is_hooked_by_accelerate
+from hf_paged.compat.transformers import (
+    ATTRIBUTES_OF_ACCELERATE,
+    CONFIG_SOURCE,
+    LOADING_MARK,
+    is_hooked_by_accelerate,
+)
 from hf_paged.execution.prepacked_linear import PrepackedForward
 
 _THREADS = 4  # Each may hold a copy of a tensor that lies on another device.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype)
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 # Said of where weights come from and how they are placed; no forward reads them.
-_NO_SETTINGS = {"_is_hf_initialized", "name_or_path", "generation_config", "loss_type", "hf_device_map"}
-_OF_ACCELERATE = {"_hf_hook", "_old_forward", "forward"}  # It moves what a module computes with, and no more.
+_NO_SETTINGS = {LOADING_MARK, "name_or_path", "generation_config", "loss_type", "hf_device_map"}
 # Of a config: told by the tensors, or read outside the forward of a text.
 _NO_SETTINGS_OF_CONFIG = {
-    "_name_or_path",
+    CONFIG_SOURCE,
     "architectures",
     "dtype",
     "id2label",
@@ -106,7 +110,7 @@ def _describe_module(module: torch.nn.Module) -> tuple[list, list[tuple[str, tor
     """The class and attributes of a module, and its tensors by name."""
     own = vars(module)
     is_model = isinstance(module, PreTrainedModel)  # Its private attributes are for loading and placing.
-    passed_over = _NO_SETTINGS | _OF_ACCELERATE if is_hooked_by_accelerate(module) else _NO_SETTINGS
+    passed_over = _NO_SETTINGS | ATTRIBUTES_OF_ACCELERATE if is_hooked_by_accelerate(module) else _NO_SETTINGS
     attributes = {
         name: value
         for name, value in own.items()
@@ -142,7 +146,7 @@ def _config(settings: dict) -> list:
     return sorted(
         (name, _config(value) if isinstance(value, dict) else _describe(value))
         for name, value in ((str(name), value) for name, value in settings.items())
-        if name not in _NO_SETTINGS_OF_CONFIG and not name.endswith("_token_id")
+        if name not in _NO_SETTINGS_OF_CONFIG and not name.endswith("token_id")
     )
 
 
