@@ -36,9 +36,15 @@ def test_a_fault_costs_the_calls_that_it_hits_and_nothing_else(first):
     for seed in range(first, first + PART):
         run = check(seed)
         fired[run.plan.fault] += run.fired is not None
-    wanted = {"allocation", "device", "forward", "refused", "interrupt", "weights", simulator.SWAP_FAULT}
+    wanted = {"allocation", "device", "forward", "refused", "interrupt", "weights"}
     missing = wanted - {kind for kind in fired if fired[kind]}
     assert not missing, f"never injected: {missing}"
+
+
+def test_a_swap_space_that_fails_costs_no_call():
+    seeds = [seed for seed in range(480) if simulator.Plan.of(seed).fault == simulator.SWAP_FAULT]
+    fired = [run.fired for run in map(check, seeds) if run.fired is not None]
+    assert {place.split()[0] for place in fired} == {"spill", "restore"} and len(fired) > 10
 
 
 @settings(max_examples=60, deadline=None)

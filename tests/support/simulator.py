@@ -392,7 +392,7 @@ class Run:
             self._fail_on_device(patches)
         elif plan.fault == SWAP_FAULT:
             [store] = self.engine._swap_space._stores
-            name, plan.at = "spill" if plan.victim else "restore", 1 + plan.at % 3
+            name, plan.at = "spill" if plan.victim else "restore", 1 + plan.at % 2
             self._fail(store, name, lambda moves: OSError(errno.EIO, "the disk fails"))
         elif plan.fault == "interrupted copy":
             self.plan.for_good = False
