@@ -85,7 +85,7 @@ def test_packed_rows(name, kv_dtype):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt_oss"])
 def test_kernels_choose_the_same_tokens_in_float32(name, kv_dtype):
-    """The kernels of the processor read codes in place. They may store one that differs by one: no row parts by that."""
+    """The processor's kernels read codes in place. One that they store may differ by one, and no row parts by that."""
     dense, paged = zoo.pair(name)
     hf_paged.configure(paged, PagedConfig(kv_dtype=kv_dtype, kv_dtype_window=kv_dtype, token_budget=16))
     inputs = zoo.prompts([13, 30, 6, 21])
