@@ -83,6 +83,19 @@ def test_packed_rows(name, kv_dtype):
     assert stats.packed_calls and not stats.fallbacks and stats.page_reads and not stats.gathers
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt_oss"])
+def test_kernels_choose_the_same_tokens_in_float32(name, kv_dtype):
+    """The processor's kernels read codes in place. One that they store may differ by one, and no row parts by that."""
+    dense, paged = zoo.pair(name)
+    hf_paged.configure(paged, PagedConfig(kv_dtype=kv_dtype, kv_dtype_window=kv_dtype, token_budget=16))
+    inputs = zoo.prompts([13, 30, 6, 21])
+    cache = rounded_cache(dense, kv_dtype, kv_dtype)
+    assert torch.equal(paged.generate(**inputs, **LENGTHS), dense.generate(**inputs, **LENGTHS, past_key_values=cache))
+    stats = hf_paged.stats(paged)
+    assert stats.packed_calls and stats.page_reads and not stats.gathers
+    hf_paged.configure(paged, PagedConfig())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_padded_steps_crops_copies_and_rows(name, kv_dtype):
     models = pair(name, kv_dtype, kv_dtype)

@@ -24,6 +24,7 @@ from hf_paged_evals.runner.options import Options
 from hf_paged_evals.runner.script import Script
 from hf_paged_evals.runner.section import Figure, Section, Table
 from hf_paged_evals.runner.statistics import PairedOutcomes, bootstrap_ratio, proportion
+from hf_paged_evals.runner.task import Sample
 
 NAME = "kv_formats"
 NATIVE = "native"
@@ -68,13 +69,15 @@ def measure(given: argparse.Namespace) -> Section:
     names = tuple(task.name for task in _TASKS)
     dataset, quick = dataset_of(given), given.quick
     options = Options("", names, given.model, given.dtype, given.limit, seed=given.seed, quick=quick, dataset=dataset)
+    # All of them first: data that is not there stops the run before its first hour.
+    windows, prompts, haystacks = (task.samples(options) for task in _TASKS)
     models = ModelPair(options)
     contenders = {NATIVE: models.backend}
     contenders |= {name: models.paged_as(kv_dtype=name) for name in given.kv_dtype}
     outcomes = {name: _Outcome() for name in contenders}
-    tokens = list(_perplexity(models, contenders, outcomes))
-    _greedy(models, contenders, outcomes)
-    found = _needles(models, contenders, outcomes)
+    tokens = list(_perplexity(windows, models, contenders, outcomes))
+    _greedy(prompts, models, contenders, outcomes)
+    found = _needles(haystacks, models, contenders, outcomes)
     for name, model in contenders.items():
         outcomes[name].bytes_per_token = hf_paged.stats(model).bytes_per_token
     figures, rows = [], []
@@ -97,10 +100,10 @@ def measure(given: argparse.Namespace) -> Section:
 
 
 def _perplexity(
-    models: ModelPair, contenders: dict[str, PreTrainedModel], outcomes: dict[str, _Outcome]
+    samples: list[Sample], models: ModelPair, contenders: dict[str, PreTrainedModel], outcomes: dict[str, _Outcome]
 ) -> Iterator[int]:
     """Score all windows; yields the scored tokens of each."""
-    for sample in _PERPLEXITY.samples(models.options):
+    for sample in samples:
         batch, chunk = sample.payload["windows"], sample.payload["chunk"]
         dense = losses(models.baseline, batch, chunk)
         for name, model in contenders.items():
@@ -109,8 +112,10 @@ def _perplexity(
         yield from map(len, dense)
 
 
-def _greedy(models: ModelPair, contenders: dict[str, PreTrainedModel], outcomes: dict[str, _Outcome]) -> None:
-    for sample in _GREEDY.samples(models.options):
+def _greedy(
+    samples: list[Sample], models: ModelPair, contenders: dict[str, PreTrainedModel], outcomes: dict[str, _Outcome]
+) -> None:
+    for sample in samples:
         prompts, length = list(sample.payload["prompts"].values()), forced_length(sample.payload["new_tokens"])
         dense = generate(models.baseline, models.tokenizer, prompts, sample.payload["baseline_batch"], **length)
         for name, model in contenders.items():
@@ -118,10 +123,12 @@ def _greedy(models: ModelPair, contenders: dict[str, PreTrainedModel], outcomes:
             outcomes[name].ends += map(first_difference, dense, rows)
 
 
-def _needles(models: ModelPair, contenders: dict[str, PreTrainedModel], outcomes: dict[str, _Outcome]) -> list[bool]:
+def _needles(
+    samples: list[Sample], models: ModelPair, contenders: dict[str, PreTrainedModel], outcomes: dict[str, _Outcome]
+) -> list[bool]:
     """Search all haystacks; returns where dense finds its needle."""
     found = []
-    for sample in _NEEDLE.samples(models.options):
+    for sample in samples:
         prompts, answers = sample.payload["prompts"], sample.payload["answers"]
         for name, model in {"": models.baseline, **contenders}.items():
             rows = generate(
