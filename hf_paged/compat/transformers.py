@@ -243,7 +243,7 @@ def is_hooked_by_accelerate(module: torch.nn.Module) -> bool:
 
 
 ATTRIBUTES_OF_ACCELERATE = frozenset({"_hf_hook", "_old_forward", "forward"})
-"""What accelerate's hook sets on a module. It moves what the module computes with, and changes no result."""
+"""Attributes that accelerate's hook sets on a module. It moves what the module computes with, and changes no result."""
 
 LOADING_MARK = "_is_hf_initialized"
 """The attribute with which ``from_pretrained`` and ``_init_weights`` mark what is loaded or initialised."""

@@ -89,7 +89,7 @@ def find_expansion(
     key, value : torch.Tensor
         What the layer made of them, and attends to.
     is_trial : bool
-        Whether to compare numbers, too. A model is tried anew when its structure changes; weights may change at any
+        True: compare numbers, too. A model is tried anew when its structure changes; weights may change at any
         time, and are the layer's own at each step.
     """
     projection = getattr(module, "kv_b_proj", None)

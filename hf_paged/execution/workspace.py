@@ -12,7 +12,7 @@ from hf_paged.memory.sizing import Workspace
 
 @dataclass
 class _Seen:
-    """What one step has allocated and freed, in order: (bytes, size of the last dimension), negative if freed."""
+    """The allocations of one step and what it freed, in order: (bytes, size of the last dimension), minus if freed."""
 
     num_tokens: int
     events: list[tuple[int, int]] = field(default_factory=list)
@@ -50,7 +50,7 @@ class WorkspaceMeter:
         return logits
 
     def workspace(self) -> Workspace:
-        """What a step takes, from the smallest and the largest that was seen."""
+        """The memory of a step, from the smallest and the largest that was seen."""
         small, large = (choose(self._steps, key=lambda seen: seen.num_tokens) for choose in (min, max))
         (least, _), (most, of_rows) = small.peaks(), large.peaks()
         token_bytes = max(0, most - least) // max(1, large.num_tokens - small.num_tokens)

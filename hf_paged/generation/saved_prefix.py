@@ -328,7 +328,7 @@ def _check_room(engine: Engine, num_tokens: int) -> None:
 
 
 def _checked_pages(engine: Engine, file: PrefixFile, num_tokens: int) -> dict[int, Pages]:
-    """What is to be written into the blocks, for each layer. It lies in the file until it is read."""
+    """The content to be written into the blocks, for each layer. It lies in the file until it is read."""
     prefix, pages = engine.scheduler.prefix, {}
     for number, group in enumerate(_groups(engine)):
         count = prefix.num_lasting(number, num_tokens // prefix.block_size)

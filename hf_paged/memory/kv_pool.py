@@ -103,7 +103,7 @@ class KVCacheGroup:
 
     @property
     def kind(self) -> str:
-        """What its layers have in common, as users read it."""
+        """The property that its layers share, as users read it."""
         return "full attention" if self.window is None else f"window of {self.window:,}"
 
     @property
@@ -419,7 +419,7 @@ class KVPool:
         Returns
         -------
         bool
-            Whether to call again later: there will be more to give back when that time is over, or somebody else has
+            True: call again later. There will be more to give back when that time is over, or another thread has
             the pool now.
         """
         if not self.lock.acquire(blocking=False):  # All sections would wait.

@@ -189,7 +189,7 @@ class KVStorage:
         Parameters
         ----------
         blocks : sequence of int
-            In rising order. Nobody reads them, or writes to them, meanwhile.
+            In rising order. No one reads them, or writes to them, meanwhile.
         """
         if sys.platform != "linux":  # Elsewhere madvise is a hint, and what it does to the content is not said.
             return

@@ -48,7 +48,7 @@ _NO_SETTINGS_OF_CONFIG = {
 
 @dataclass(frozen=True)
 class ContentDigest:
-    """What a model is, for another process.
+    """The identity of a model for another process.
 
     Attributes
     ----------

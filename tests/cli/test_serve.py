@@ -31,7 +31,7 @@ def folder(tmp_path) -> str:
 
 @pytest.fixture
 def run(monkeypatch) -> list:
-    """What servers are run with, instead of running them."""
+    """The arguments that servers are run with, instead of running them."""
     ran = []
     monkeypatch.setattr(server, "run_server", lambda *arguments: ran.append(arguments))
     return ran

@@ -1,4 +1,4 @@
-"""What KV formats cost, on a tiny model: contenders store what they are named after, and native pages cost nothing."""
+"""The cost of KV formats, on a tiny model: contenders store what they are named after, native pages cost nothing."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a step takes beside the blocks, as the meter says, against sums worked out by hand."""
+"""The memory of a step beside the blocks, as the meter says, against sums worked out by hand."""
 
 import functools
 

@@ -83,7 +83,7 @@ def refused(model, text, kind=hf_paged.SavedPrefixError):
 
 
 def in_a_process(code, *arguments):
-    """What `code` prints in a new process, whose sets have other orders."""
+    """The output of `code` in a new process, whose sets have other orders."""
     paths = [*map(str, (*CHECKOUT, ROOT / "tests")), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code, *arguments]
@@ -599,7 +599,7 @@ def test_a_model_that_is_changed_meanwhile_is_noticed(is_saving, saved, path, mo
 
 
 def test_while_calls_run_that_found_another_model_nothing_is_loaded(saved):
-    """What they have yet to store would be entered under the model as it is now."""
+    """Blocks that they have yet to store would be entered under the model as it is now."""
     model, calls = build(), []
 
     class Streamer:

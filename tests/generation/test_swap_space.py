@@ -30,7 +30,7 @@ def always_pays(monkeypatch):
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """What engines warn of."""
+    """The warnings of engines."""
     said = []
     monkeypatch.setattr(engine_module.logger, "warning_once", said.append)
     return said

@@ -54,7 +54,7 @@ print(json.dumps({
 
 
 def run(budget, rows=2000, calls=1, dtype="float32", config=None, **options) -> dict:
-    """What a fresh process says after so many prompts that no other equals."""
+    """The report of a fresh process after so many prompts that no other equals."""
     given = {"budget": budget, "rows": rows, "calls": calls, "dtype": dtype, "config": config or {}}
     command = [sys.executable, "-c", _PROGRAM, json.dumps(given | {"options": {"do_sample": False} | options})]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -226,7 +226,7 @@ def test_configure_changes_the_format_of_a_model_that_has_a_pool(kv_dtype):
 
 
 class UnrotatedInt8(Int8Format):
-    """What int8 would be without the rotation of keys."""
+    """int8 as it would be without the rotation of keys."""
 
     name = "unrotated_int8"
 

@@ -62,7 +62,7 @@ def encoded(chat, **options) -> list[int]:
 
 
 def dense(prompt: list[int], count: int = 24, **options) -> list[int]:
-    """What the dense model generates, its end token left out."""
+    """The tokens of the dense model, its end token left out."""
     ids = torch.tensor([prompt])
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, **options}
     tokens = pair()[0].generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()

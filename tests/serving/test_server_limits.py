@@ -1,4 +1,4 @@
-"""What the server refuses, and whom; what it ends; what it says of itself."""
+"""Requests that the server refuses or ends, and what it says of itself."""
 
 import asyncio
 import time

@@ -11,7 +11,7 @@ WORDS = st.lists(st.sampled_from(["a", "b", "ab", "é", "☃", "🙂", " the", "
 
 
 def pieces(text: str, stops: list[str]) -> tuple[list[str], AnswerText]:
-    """What is sent for a text, token by token."""
+    """The pieces that are sent for a text, token by token."""
     answer, sent = AnswerText(tokenizer().backend_tokenizer, stops), []
     for token in tokenizer()(text)["input_ids"]:
         sent.append(answer.add(token))

@@ -49,7 +49,7 @@ class KnownBlocks:
             known.clear()
 
     def moved(self, step):
-        """What the blocks hold that a step moves: for each group, of those that it spills and that it restores."""
+        """The content of the blocks that a step moves: for each group, of those that it spills and that it restores."""
         held = [{block: key for key, block in known.items()} for known in self.swapped]
         return [
             (

@@ -34,7 +34,7 @@ _TASKS = (_PERPLEXITY, _GREEDY, _NEEDLE)
 
 @dataclass
 class _Outcome:
-    """What one contender did.
+    """The results of one contender.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What a run takes above the loaded model: against what ``hf-paged plan`` says, and against dense over a long context.
+"""The memory of a run above the loaded model: against the forecast of ``hf-paged plan``, and against dense.
 
 Each run is a process of its own, which builds a model of random weights and real proportions. The peak is the kernel's,
 from when the model is there: the first call's code, kernels and caches count.
@@ -144,7 +144,7 @@ def _child(name: str, dtype: str, rows: int, context: int, layers: int | None, i
     if implementation == "paged":
         hf_paged.configure(model.eval(), hf_paged.PagedConfig(memory_budget=budget))
     new = min(16, context // 2)
-    # The last token of a row is not stored: its logits are nobody's.
+    # The last token of a row is not stored: no one needs its logits.
     ids = torch.randint(3, config.vocab_size, (rows, context + 1 - new))
     arguments = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     gc.collect()

@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def workspace(self) -> Workspace:
-        """What a step takes, in the plan's dtype."""
+        """The memory of a step, in the plan's dtype."""
         known, ratio = self.footprint.workspace, Fraction(self.dtype.itemsize, self.footprint.dtype.itemsize)
         return replace(
             known,

@@ -24,7 +24,7 @@ STOP, LENGTH = "stop", "length"
 
 @dataclass(frozen=True)
 class Piece:
-    """What comes next of one choice.
+    """The next piece of one choice.
 
     Attributes
     ----------

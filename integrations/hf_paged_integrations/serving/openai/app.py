@@ -31,7 +31,7 @@ from hf_paged_integrations.serving.openai.service import Service
 Result = TypeVar("Result")
 _PING_SECONDS = 15  # A comment keeps proxies from closing a stream that waits in the queue.
 _LINE_END = "\n"  # Simple clients know no other.
-_CLIENT_GONE = 499  # Nobody gets it; a log and the metrics do.
+_CLIENT_GONE = 499  # Only a log and the metrics get it.
 
 
 def make_app(service: Service) -> FastAPI:

@@ -92,7 +92,7 @@ class Form(ABC):
 
     @abstractmethod
     def _deltas(self, piece: Piece) -> Iterator[Json]:
-        """What a piece adds to its choice; its end comes last."""
+        """The part of a chunk that a piece adds to its choice; its end comes last."""
 
     def _name_of(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))

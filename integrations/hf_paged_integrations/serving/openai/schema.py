@@ -47,7 +47,7 @@ class StreamOptions(_Strict):
 
 
 class _Request(_Strict):
-    """What requests of both kinds have in common."""
+    """The fields that requests of both kinds share."""
 
     model: str
     n: int | None = Field(None, ge=1)
