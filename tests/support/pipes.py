@@ -27,9 +27,13 @@ def rest(results) -> list:
 
 
 def settled(model) -> bool:
-    """Tell whether all blocks come back, and all threads end, while no result is asked for."""
+    """Tell whether all blocks come back, and all threads end, while no result is asked for.
+
+    But for the thread of sections: it stays for as long as a pool of the process has memory to give back.
+    """
     for _ in range(500):
-        threads = [thread for thread in threading.enumerate() if thread.name.startswith("hf_paged")]
+        names = (thread.name for thread in threading.enumerate())
+        threads = [name for name in names if name.startswith("hf_paged") and name != "hf_paged-state"]
         if not threads and not hf_paged.stats(model).used_blocks:
             return True
         time.sleep(0.01)

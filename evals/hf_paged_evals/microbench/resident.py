@@ -85,6 +85,8 @@ def measure(given: argparse.Namespace) -> Section:
             seen = _run(name, dtype, given.rows, given.context, given.layers, "paged", None)["peak"]
             rows.append([name, dtype, plan.kv_bytes / _MIB, planned, seen, 100 * (planned / seen - 1)])
             figures.append(Figure(f"{name}, {dtype}: planned over taken", planned / seen, "x"))
+            figures.append(Figure(f"{name}, {dtype}: planned", planned, "MiB"))
+            figures.append(Figure(f"{name}, {dtype}: taken", seen, "MiB", better="lower"))
             if not given.quick and not 0.9 <= planned / seen <= 1.1:
                 flags.append(f"{name} in {dtype} was planned at {planned:.0f} MiB and takes {seen:.0f} MiB")
     tables = [Table("Above the loaded model", ["Model", "Dtype", "KV (MiB)", "Planned", "Taken", "Off (%)"], rows)]
