@@ -35,15 +35,22 @@ class WorkspaceMeter:
     What lives at once in a forward grows with its tokens, and what is as wide as the vocabulary with the rows that are
     sampled; the rest, such as a weight that is unpacked for its product, is the same in every step. The steps may run
     on the device "meta".
+
+    Parameters
+    ----------
+    gathers_experts : bool
+        True: the steps gather the weights of experts for each token, which those of the model to be measured do not.
+        What they gather is left out.
     """
 
-    def __init__(self):
+    def __init__(self, gathers_experts: bool = False):
         self._steps: list[_Seen] = []
+        self._gathers_experts = gathers_experts
 
     def run(self, forward: Callable[[], torch.Tensor], num_tokens: int) -> torch.Tensor:
         """Run a forward over `num_tokens` tokens; returns its logits, ``[num_rows, vocab]``."""
         seen = _Seen(num_tokens)
-        with _Watch(seen.events):
+        with _Watch(seen.events, self._gathers_experts):
             logits = forward()
         seen.num_rows, seen.vocab = logits.shape
         self._steps.append(seen)
@@ -62,9 +69,9 @@ class WorkspaceMeter:
 class _Watch(DispatchMode):
     """Notes when an operator of this thread allocates memory, and when it is free again."""
 
-    def __init__(self, events: list[tuple[int, int]]):
+    def __init__(self, events: list[tuple[int, int]], gathers_experts: bool):
         super().__init__()
-        self._events = events
+        self._events, self._gathers_experts = events, gathers_experts
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -72,6 +79,8 @@ class _Watch(DispatchMode):
         for tensor in tensors_in((args, kwargs)):  # Weights, and what the caller made: not the step's.
             self._known.add(tensor.untyped_storage())
         result = func(*args, **kwargs)
+        if self._gathers_experts and func is torch.ops.aten.index.Tensor and isinstance(args[0], torch.nn.Parameter):
+            self._known.add(result.untyped_storage())
         for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
             if storage in self._known:

@@ -218,7 +218,7 @@ def _run_without_weights(
         with torch.device("meta"), torch.no_grad():
             # The other ways to run experts sort tokens by expert, which a tensor without content cannot do.
             model = auto.from_config(config, attn_implementation=NAME, dtype=dtype, experts_implementation="batched_mm")
-            meter, caches = WorkspaceMeter(), []
+            meter, caches = WorkspaceMeter(gathers_experts=True), []
             for num_tokens in (1, 3):
                 caches.append(DynamicCache(config=model.config))
                 ids = torch.zeros(1, num_tokens, dtype=torch.long)
