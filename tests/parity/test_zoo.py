@@ -16,7 +16,8 @@ PAGES = (
 ).split()
 # Latents in pages. Upstream's loop expands them for each forward, and so gathers; packed steps absorb the expansion.
 LATENTS = "axk1 deepseek_v2 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 youtu".split()
-HYBRID_LATENTS = ["bailing_hybrid", "kimi_linear"]  # Their recurrent layers keep them in upstream's loop.
+# Their recurrent layers keep them in upstream's loop. The oldest transformers lacks the first.
+HYBRID_LATENTS = [name for name in ("bailing_hybrid", "kimi_linear") if name in CONFIG_MAPPING]
 GATHERS = "bloom diffllama jetmoe doge llama4_text gpt_neox_japanese moshi".split()
 OWN = ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text", "falcon_h1", "mamba", "recurrent_gemma"]
 MODES = {
