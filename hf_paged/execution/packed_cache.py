@@ -71,7 +71,7 @@ class PackedForward:
     ----------
     inputs : StepInputs
     is_trial : bool
-        Whether the numbers of latents that a layer expands are checked.
+        True: check the numbers of latents that a layer expands.
 
     Attributes
     ----------

@@ -52,7 +52,7 @@ class KVFormat(abc.ABC):
     name : str
         As `PagedConfig.kv_dtype` names it.
     is_lossless : bool
-        Whether what is read back is what was stored, bit for bit.
+        True: states are read back as they were stored, bit for bit.
 
     Raises
     ------

@@ -90,7 +90,7 @@ class _Choice:
         """
         if event.token is None:
             if self._reason is None:
-                raise draining()  # Whoever else ends a choice does not wait for it.
+                raise draining()  # What else ends a choice does not wait for it.
             return self._close()
         self.num_tokens += 1
         if event.token in self._ends:

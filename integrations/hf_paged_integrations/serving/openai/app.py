@@ -1,4 +1,4 @@
-"""The app: the routes of OpenAI's interface, and those of whoever runs the server."""
+"""The app: the routes of OpenAI's interface, and those for the operator of the server."""
 
 import asyncio
 import contextlib
