@@ -116,7 +116,7 @@ def read_config(name: str) -> PreTrainedConfig:
         reason = "HF_HUB_OFFLINE is set, and the hub's local cache lacks it" if is_offline_mode() else _line(error)
         raise PagedError(
             f"no config found for {name}: it is no local folder, and not to be had from the hub ({reason}). "
-            f"Check the name, or name a folder with a config.json, or the demo model: hf-paged plan {DEMO}"
+            f"Check the name, or name a folder with a config.json, or name the demo model, {DEMO}"
         ) from error
 
 
